@@ -1,0 +1,232 @@
+"""Typed records of a training run, written as JSON lines while it trains and read back by the report.
+
+Each line of ``metrics.jsonl`` is one record: a JSON object whose ``kind`` names the class below. Nothing here needs
+a model, torch or a GPU, so a run folder stays readable anywhere, also without this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+__all__ = [
+    "Ending",
+    "Evaluation",
+    "Metric",
+    "Picture",
+    "Provenance",
+    "Record",
+    "RecordFile",
+    "Scalars",
+    "Session",
+    "Spectra",
+    "read_records",
+    "replace_text",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One start of the training process: the first, or one that resumed."""
+
+    kind: ClassVar[str] = "session"
+    step: int
+    """Generator updates done when the process began; 0 for a fresh run."""
+    started_at: str
+    """Local time, ISO 8601 with the offset."""
+    command: str
+    versions: Mapping[str, str]
+    hardware: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalars:
+    """Numbers logged at one step.
+
+    Names: ``loss/discriminator``, ``loss/generator``, ``logits/real``, ``logits/fake``, ``gradient_norm/discriminator``,
+    ``gradient_norm/generator``, ``sigma/<layer>`` (largest singular value of the raw weight), ``images_per_second``.
+    """
+
+    kind: ClassVar[str] = "scalars"
+    step: int
+    images_seen: int
+    training_seconds: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a metric's number comes from; two numbers compare only if these agree."""
+
+    extractor: str
+    weights_sha256: str
+    num_real: int
+    num_fake: int
+    split: str
+    """Which real images: for example ``held-out``."""
+    resize: str
+    """How images were brought to the extractor's size: for example ``bilinear, antialiased, 32 -> 128``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number about generated images, with everything needed to judge it."""
+
+    name: str
+    value: float
+    spread: float | None = None
+    """Standard deviation over subsets, for metrics that are means over subsets."""
+    floor: float | None = None
+    """The same metric between two halves of the real images: what a perfect generator would score."""
+    better: str = "lower"
+    """``lower`` or ``higher``."""
+    details: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Parts of the number: for class coverage, the share of each class."""
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics computed at one step."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    images_seen: int
+    training_seconds: float
+    final: bool
+    metrics: Sequence[Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A PNG in the run folder: a grid of ``rows`` x ``columns`` tiles of ``tile_height`` x ``tile_width`` pixels."""
+
+    kind: ClassVar[str] = "picture"
+    step: int
+    role: str
+    """``samples`` (over training), ``final`` (the last, large grid), ``neighbours`` (row 1: samples, row 2: the nearest
+    training image of each), ``interpolation`` (each row a walk between two latents), ``real`` (training images)."""
+    file: str
+    """Path relative to the run folder, with forward slashes."""
+    rows: int
+    columns: int
+    tile_height: int
+    tile_width: int
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """All singular values of each discriminator weight matrix as the layer uses it, largest first, by layer name."""
+
+    kind: ClassVar[str] = "spectra"
+    step: int
+    layers: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a process ended."""
+
+    kind: ClassVar[str] = "ending"
+    step: int
+    reason: str
+    """``steps`` or ``minutes`` (the budget that was reached), ``interrupted``."""
+    images_seen: int
+    training_seconds: float
+    """Time in discriminator and generator updates, over all sessions."""
+    total_seconds: float
+    """Time since the process began, everything included."""
+    peak_memory_bytes: int
+
+
+Record: TypeAlias = Session | Scalars | Evaluation | Picture | Spectra | Ending
+
+_KINDS: dict[str, type[Record]] = {cls.kind: cls for cls in (Session, Scalars, Evaluation, Picture, Spectra, Ending)}
+
+
+class RecordFile:
+    """Appends records to a JSON-lines file; each line reaches the operating system before the call returns.
+
+    Args:
+        path: the file, made if absent.
+        keep_until_step: records of a later step are dropped first, so that a run resumed from an older checkpoint
+            does not tell the same steps twice.
+    """
+
+    def __init__(self, path: Path, *, keep_until_step: int | None = None) -> None:
+        self.path = path
+        if path.exists():
+            records = list(read_records(path))
+            kept = [r for r in records if keep_until_step is None or r.step <= keep_until_step]
+            # Also drops a last line cut short by a kill, which would otherwise corrupt the next record.
+            replace_text(path, "".join(map(_to_line, kept)))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        """Write one record."""
+        self._stream.write(_to_line(record))
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a file in order; a last line cut short by a kill and kinds of newer versions are skipped."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            kind = _KINDS.get(fields.pop("kind", ""))
+            if kind is not None:
+                yield _from_fields(kind, fields)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, also after a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _to_line(record: Record) -> str:
+    fields = {"kind": record.kind, **dataclasses.asdict(record)}
+    return json.dumps(_finite(fields), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, and null reads back as NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _from_fields(cls: type[Record], fields: dict[str, Any]) -> Record:
+    known = {field.name for field in dataclasses.fields(cls)}
+    fields = {name: value for name, value in fields.items() if name in known}
+    if cls is Scalars:
+        fields["values"] = {k: math.nan if v is None else v for k, v in fields["values"].items()}
+    if cls is Evaluation:
+        fields["metrics"] = tuple(_metric(metric) for metric in fields["metrics"])
+    return cls(**fields)
+
+
+def _metric(fields: dict[str, Any]) -> Metric:
+    value = math.nan if fields["value"] is None else fields["value"]
+    return Metric(**{**fields, "value": value, "provenance": Provenance(**fields["provenance"])})
