@@ -1,0 +1,66 @@
+# `make demo` and `make test` each work alone on a fresh clone with Python 3.11 or newer and pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More options for pytest, for example: make test ARGS="--device cuda -k sigma"
+ARGS ?=
+WORKERS ?= 2
+MINUTES ?= 2.5
+OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+# Through the constraints whatever is installed: they pin torch, and with it the choice of a CPU build where one is found.
+# No byte code: compiling all of torch takes longer than what the first import of the needed part costs.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+RECIPE_INPUTS := pyproject.toml constraints.txt
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs benchmark clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and write a report.
+	$(BIN)/spectralnorm train --out $(OUT) --minutes $(MINUTES)
+	@echo
+	@echo "Open the report: $(abspath $(OUT))/report.html"
+
+test: lint  ## Lint, types, import contracts, tests and doctests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
+	$(BIN)/python -m mkdocs build --strict
+
+benchmark: $(VENV)/dev.stamp  ## Compare with other implementations on this machine.
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove the environment and everything built; run folders stay.
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make environments: install its venv package (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Each stamp is younger than what it was made from, so an unchanged environment is left alone.
+$(VENV)/gan.stamp: $(VENV)/pyvenv.cfg $(RECIPE_INPUTS)
+	$(INSTALL) -e ".[gan]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/pyvenv.cfg $(RECIPE_INPUTS)
+	$(INSTALL) -e ".[gan,dev]"
+	@touch $@ $(VENV)/gan.stamp
+
+$(VENV)/docs.stamp: $(VENV)/pyvenv.cfg $(RECIPE_INPUTS)
+	$(INSTALL) -e ".[gan,docs]"
+	@touch $@
