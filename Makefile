@@ -27,7 +27,7 @@ demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and w
 	@echo "Open the report: $(abspath $(OUT))/report.html"
 
 test: lint  ## Lint, types, import contracts, tests and doctests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
