@@ -1,0 +1,58 @@
+"""README and docs say what is true today: their Python runs, their links lead somewhere, every public name is told."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"(?P<exempt><!-- not run: \S.*? -->\s*)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\((?!https?://|#)([^)#\s]+)")
+DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+PUBLIC_MODULES = ("spectralnorm", "spectralnorm.gan", "spectralnorm.records", "spectralnorm.errors")
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _blocks(page: Path) -> list[tuple[int, str]]:
+    """Line number and code of each Python block that is meant to run."""
+    text = page.read_text(encoding="utf-8")
+    found = (match for match in FENCE.finditer(text) if not match["exempt"])
+    return [(text.count("\n", 0, match.start("code")), match["code"]) for match in found]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page)], ids=_name)
+def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for line, code in _blocks(page):
+        # The blank lines before it make a traceback point into the page.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_relative_links_lead_to_files(page: Path):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("module_name", PUBLIC_MODULES)
+def test_every_public_name_stands_in_the_reference(module_name: str):
+    shown = {target for page in ROOT.glob("docs/reference/*.md") for target in DIRECTIVE.findall(page.read_text())}
+    if module_name in shown:  # the whole module, all of __all__
+        return
+    public = importlib.import_module(module_name).__all__
+    missing = [name for name in public if f"{module_name}.{name}" not in shown and not name.startswith("__")]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module_name", PUBLIC_MODULES)
+def test_every_public_object_explains_itself(module_name: str):
+    module = importlib.import_module(module_name)
+    objects = {name: getattr(module, name) for name in module.__all__}
+    silent = [name for name, value in objects.items() if callable(value) and not getattr(value, "__doc__", None)]
+    assert silent == []
