@@ -27,13 +27,13 @@ demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and w
 	@echo "Open the report: $(abspath $(OUT))/report.html"
 
 test: lint  ## Lint, types, import contracts, tests and doctests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
 	$(BIN)/python -m mkdocs build --strict

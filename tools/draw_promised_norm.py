@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from spectralnorm import spectral_norm
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "assets" / "promised-norm.svg"
 
-Normalize = Callable[[nn.Module], nn.Module]
+# Any: a normalized layer's attributes are its class's, which neither function's type tells.
+Normalize = Callable[[nn.Module], Any]
 
 
 def norm_of(weight: Tensor) -> float:
@@ -29,7 +31,7 @@ def norm_of(weight: Tensor) -> float:
     return torch.linalg.matrix_norm(weight.double(), 2).item() if weight.isfinite().all() else math.nan
 
 
-def norm_in_eval(layer: nn.Module) -> float:
+def norm_in_eval(layer: Any) -> float:
     """The norm of the weight that ``layer`` computes with in eval mode."""
     with torch.no_grad():
         return norm_of(layer.eval().weight)

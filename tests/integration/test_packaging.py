@@ -23,9 +23,6 @@ pytest.importorskip("build", reason="building the wheel needs the development to
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "spectralnorm"
 
-# One worker builds and installs the wheel once for all of them.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 EXTRAS = ("PIL", "jinja2", "matplotlib", "numpy", "rich", "safetensors", "tensorboard", "torchmetrics", "tyro")
 
 
