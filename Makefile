@@ -36,7 +36,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 benchmark: $(VENV)/dev.stamp  ## Compare with other implementations on this machine.
 	$(BIN)/python -m benchmarks

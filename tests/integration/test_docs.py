@@ -11,6 +11,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"(?P<exempt><!-- not run: \S.*? -->\s*)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?://|#)([^)#\s]+)")
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+COMMAND = re.compile(r"^\$ (?:\.venv/bin/)?spectralnorm (?P<name>[a-z]+)(?P<rest>.*?)(?:\s#.*)?$", re.MULTILINE)
 PUBLIC_MODULES = ("spectralnorm", "spectralnorm.gan", "spectralnorm.records", "spectralnorm.errors")
 
 
@@ -32,6 +33,29 @@ def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkey
     for line, code in _blocks(page):
         # The blank lines before it make a traceback point into the page.
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def _told_options() -> dict[str, set[str]]:
+    """The options that the pages use, by subcommand."""
+    told: dict[str, set[str]] = {}
+    for page in PAGES:
+        for match in COMMAND.finditer(page.read_text(encoding="utf-8")):
+            told.setdefault(match["name"], set()).update(re.findall(r"(?<!\S)--[a-z-]+", match["rest"]))
+    return told
+
+
+@pytest.mark.parametrize(("command", "options"), sorted(_told_options().items()), ids=lambda value: str(value)[:12])
+def test_commands_of_the_pages_have_the_options_told(
+    command: str, options: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from spectralnorm.cli import main
+
+    monkeypatch.setattr("sys.argv", ["spectralnorm", command, "--help"])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code in (None, 0)
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert options <= known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
