@@ -1,0 +1,5 @@
+"""``python -m spectralnorm.cli``."""
+
+from spectralnorm.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""Options from the command line into dataclasses, with one line for a slip."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from spectralnorm.errors import UserError
+
+__all__ = ["parse"]
+
+T = TypeVar("T")
+_BOX = "╭─╮│╰╯"
+
+
+def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Fill a dataclass of options.
+
+    Args:
+        options: a dataclass; its fields become flags, its docstrings help.
+        words: the command line after the command.
+        prog: the command, for its help page.
+        default: values of the flags that are not given.
+
+    Raises:
+        UserError: a flag is unknown (the nearest known ones are named), or its value cannot be read.
+    """
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    output = io.StringIO()
+    try:
+        # tyro explains a slip in a box of many lines on standard error; ours is one line.
+        with contextlib.redirect_stderr(output):
+            parsed, unknown = tyro.cli(options, args=list(words), prog=prog, return_unknown_args=True, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_first_sentence(output.getvalue())}; see {prog} --help.") from None
+    if unknown:
+        raise UserError(_unknown(unknown[0], options, prog))
+    return parsed
+
+
+def _unknown(word: str, options: type, prog: str) -> str:
+    if not word.startswith("-"):
+        return f"Unexpected argument '{word}'; see {prog} --help."
+    flag = word.partition("=")[0]
+    known = sorted(_flags(options))
+    near = difflib.get_close_matches(flag, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
+    return f"Unknown option '{flag}'; {advice}"
+
+
+def _flags(options: type) -> list[str]:
+    flags = []
+    for name, hint in get_type_hints(options).items():
+        if dataclasses.is_dataclass(hint):
+            flags += _flags(hint)
+        elif name in {field.name for field in dataclasses.fields(options)}:
+            flags.append("--" + name.replace("_", "-"))
+    return flags
+
+
+def _first_sentence(box: str) -> str:
+    """The first paragraph of tyro's box, on one line, without its frame."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(_BOX + " ")
+        if not text:
+            break
+        lines.append(text)
+    return " ".join(lines).rstrip(".") or "The options cannot be read"

@@ -1,0 +1,53 @@
+"""What a config names, made real: its images and its device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.data import ImageSet, from_tensors, load_images
+
+__all__ = ["GIVEN_DATA", "prepare_data", "resolve_device"]
+
+GIVEN_DATA = "given-from-python"
+"""What ``config.data`` says when the images were passed as objects: no path leads back to them."""
+
+
+def prepare_data(config: Config, data: Any = None) -> ImageSet:
+    """The images a config asks for, or what was given instead, at the config's size and channels.
+
+    Raises:
+        UserError: they cannot be read or used.
+    """
+    size = {"image_size": config.image_size, "channels": config.channels}
+    if isinstance(data, ImageSet):
+        return data
+    if data is None or isinstance(data, str | os.PathLike):
+        path = config.data if data is None else data
+        if path == GIVEN_DATA:
+            raise UserError("This run was trained on images given from Python; give them again as data=.")
+        return load_images(path, **size)
+    if isinstance(data, torch.Tensor):
+        return from_tensors(data, **size)
+    items = [data[index] for index in range(len(data))]
+    if items and isinstance(items[0], tuple | list):
+        images, labels = zip(*items, strict=True)
+        return from_tensors(torch.stack(images), torch.tensor([int(label) for label in labels]), **size)
+    return from_tensors(torch.stack(items), **size)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but torch finds no CUDA GPU here; use --device cpu or auto.")
+    return torch.device(name)

@@ -1,0 +1,265 @@
+"""What watches the training loop: averaging, step sizes, records, samples, metrics, checkpoints.
+
+Each observer is called after every step and decides by itself when to act. What takes time without training anything is
+done while the clock stands still.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.checkpoint import save_checkpoint
+from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.pictures import image_grid, save_png
+from spectralnorm.gan.sampling import TrainedGenerator
+from spectralnorm.gan.trainer import Trainer
+from spectralnorm.metrics import FeatureExtractor
+from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
+from spectralnorm.transform import monitor
+
+__all__ = [
+    "Averaging",
+    "Checkpoints",
+    "Evaluations",
+    "Milestones",
+    "RecordLog",
+    "SampleGrids",
+    "ScalarLog",
+    "StepSizeDecay",
+]
+
+_GRID_SIDE = 8
+
+
+class Averaging:
+    """Moves the averaged generator after every step."""
+
+    def __call__(self, trainer: Trainer) -> None:
+        batch_size = trainer.config.batch_size * trainer.config.num_discriminator_steps
+        trainer.average.update(batch_size=batch_size, images_seen=trainer.images_seen)
+
+
+class StepSizeDecay:
+    """Lets both step sizes fall linearly to zero over the last part of the budget."""
+
+    def __call__(self, trainer: Trainer) -> None:
+        config = trainer.config
+        remaining = (1 - trainer.progress) / (1 - config.lr_decay_from) if config.lr_decay_from < 1 else 1.0
+        _set_step_size(trainer.generator_optimizer, config.generator_lr * min(1.0, remaining))
+        _set_step_size(trainer.discriminator_optimizer, config.discriminator_lr * min(1.0, remaining))
+
+
+class RecordLog:
+    """The records of a run: ``metrics.jsonl`` is the truth, TensorBoard a view of it."""
+
+    def __init__(self, file: RecordFile, board: SummaryWriter) -> None:
+        self._file = file
+        self._board = board
+
+    def append(self, record: Record) -> None:
+        self._file.append(record)
+        if isinstance(record, Scalars):
+            for name, value in record.values.items():
+                self._board.add_scalar(name, value, record.step)
+        if isinstance(record, Evaluation):
+            for metric in record.metrics:
+                self._board.add_scalar(f"metrics/{metric.name}", metric.value, record.step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class ScalarLog:
+    """Writes losses, logits, gradient norms, sigmas and speed every few steps, and stops a run that has diverged.
+
+    Args:
+        log: where to.
+        also: called with each record, such as a progress display.
+    """
+
+    def __init__(self, log: RecordLog, also: Callable[[Trainer, Scalars], None]) -> None:
+        self._log = log
+        self._also = also
+        self._last: tuple[int, float] | None = None
+
+    def __call__(self, trainer: Trainer) -> None:
+        if trainer.step % trainer.config.log_every and trainer.stop_reason is None:
+            return
+        values = trainer.means.pop()
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(_describe_divergence(trainer, values))
+        # The gradients are still those of the update just done: they are cleared at the start of the next.
+        values["gradient_norm/discriminator"] = _gradient_norm(trainer.discriminator)
+        values["gradient_norm/generator"] = _gradient_norm(trainer.generator)
+        values |= {f"sigma/{layer}": sigma for layer, sigma in monitor(trainer.discriminator).items()}
+        seconds = trainer.clock.seconds
+        if self._last is not None and seconds > self._last[1]:
+            values["images_per_second"] = (trainer.images_seen - self._last[0]) / (seconds - self._last[1])
+        self._last = (trainer.images_seen, seconds)
+        record = Scalars(
+            step=trainer.step, images_seen=trainer.images_seen, training_seconds=seconds, values=values
+        )  # fmt: skip
+        self._log.append(record)
+        self._also(trainer, record)
+
+
+class Milestones:
+    """Fires ``count`` times over the budget of a run; with ``power`` above 1, more often at its start."""
+
+    def __init__(self, count: int, *, power: float = 1.0, progress: float = 0.0) -> None:
+        self._count = count
+        self._power = power
+        self._passed = self._index(progress)
+
+    def reached(self, progress: float) -> bool:
+        index = self._index(progress)
+        reached, self._passed = index > self._passed, index
+        return reached
+
+    def _index(self, progress: float) -> int:
+        return math.floor(self._count * progress ** (1 / self._power) + 1e-9)
+
+
+class SampleGrids:
+    """Saves a grid of samples, always from the same latents, and a checkpoint with each."""
+
+    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer) -> None:
+        self._run = run
+        self._log = log
+        self._checkpoints = checkpoints
+        self._milestones = Milestones(trainer.config.num_sample_grids, power=1.5, progress=trainer.progress)
+        self._generator = TrainedGenerator(trainer.average.module, trainer.config)
+        if trainer.step == 0:
+            self.save(trainer)
+
+    def __call__(self, trainer: Trainer) -> None:
+        if self._milestones.reached(trainer.progress):
+            with trainer.clock.paused():
+                self.save(trainer)
+            self._checkpoints.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
+        file = f"samples/step-{trainer.step:09d}.png"
+        save_png(self._run / file, image_grid(images, columns=_GRID_SIDE))
+        height, width = images.shape[2:]
+        self._log.append(
+            Picture(
+                step=trainer.step,
+                role="samples",
+                file=file,
+                rows=_GRID_SIDE,
+                columns=_GRID_SIDE,
+                tile_height=height,
+                tile_width=width,
+            )
+        )
+
+
+class Evaluations:
+    """Measures generated images against held-out real ones, a few times over the run.
+
+    Args:
+        log: where to.
+        trainer: the run.
+        images: the data, with the held-out images to measure against.
+        extractors: what sees the images; the quick ones, since this happens during training.
+        num_samples: generated images each time.
+    """
+
+    def __init__(
+        self,
+        log: RecordLog,
+        *,
+        trainer: Trainer,
+        images: ImageSet,
+        extractors: Sequence[FeatureExtractor],
+        num_samples: int,
+    ) -> None:
+        self._log = log
+        self._generator = TrainedGenerator(trainer.average.module, trainer.config)
+        self._images = images
+        self._extractors = extractors
+        self._num_samples = num_samples
+        self._milestones = Milestones(trainer.config.num_evaluations, power=1.5, progress=trainer.progress)
+
+    def __call__(self, trainer: Trainer) -> None:
+        # The last milestone is the end of the run, where the full evaluation takes its place.
+        if self._milestones.reached(trainer.progress) and trainer.stop_reason is None:
+            with trainer.clock.paused():
+                metrics = measure(self._generator, self._images, extractors=self._extractors, num=self._num_samples)
+            self._log.append(
+                Evaluation(
+                    step=trainer.step,
+                    images_seen=trainer.images_seen,
+                    training_seconds=trainer.clock.seconds,
+                    final=False,
+                    metrics=metrics,
+                )
+            )
+
+
+class Checkpoints:
+    """Saves the state of the run at least once in so many minutes of wall time."""
+
+    def __init__(self, folder: Path, *, minutes: float) -> None:
+        self.folder = folder
+        self._seconds = 60 * minutes
+        self._saved_at = time.monotonic()
+
+    def __call__(self, trainer: Trainer) -> None:
+        if time.monotonic() - self._saved_at >= self._seconds:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now; a state with non-finite weights is refused, so that the last good checkpoint stays.
+
+        Raises:
+            UserError: a weight is not finite.
+            OSError: the disk is full.
+        """
+        with trainer.clock.paused():
+            bad = _first_non_finite(trainer)
+            if bad is not None:
+                raise UserError(_describe_divergence(trainer, {}))
+            tensors, numbers = trainer.state()
+            save_checkpoint(self.folder, tensors=tensors, numbers=numbers)
+        self._saved_at = time.monotonic()
+
+
+def _set_step_size(optimizer: torch.optim.Optimizer, step_size: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = step_size
+
+
+def _gradient_norm(module: nn.Module) -> float:
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _first_non_finite(trainer: Trainer) -> str | None:
+    for name, network in (("discriminator", trainer.discriminator), ("generator", trainer.generator)):
+        for layer, parameter in network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"{name} {layer}"
+    return None
+
+
+def _describe_divergence(trainer: Trainer, values: dict[str, float]) -> str:
+    losses = ", ".join(f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value))
+    bad = _first_non_finite(trainer)
+    where = f"first non-finite weight: {bad}" if bad else "all weights are still finite"
+    return (
+        f"Training diverged at step {trainer.step}: {losses or 'a weight is not finite'}; {where}; the last good checkpoint "
+        "is kept; train anew with a smaller --discriminator-lr or --generator-lr, or with --normalization spectral."
+    )

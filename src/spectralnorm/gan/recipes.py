@@ -1,0 +1,61 @@
+"""Named starting points: a recipe is a function that returns a `Config`; any setting can be overridden.
+
+>>> from spectralnorm.gan.recipes import RECIPES
+>>> RECIPES["sncnn-cifar10"](steps=1000).batch_size
+64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spectralnorm.gan.config import Config, choose
+
+__all__ = ["RECIPES", "make_config"]
+
+
+def fashion(**settings: Any) -> Config:
+    """Garments in minutes on a laptop: a small DCGAN on the built-in images."""
+    return _config("fashion", settings, {"minutes": 2.5})
+
+
+def sncnn_cifar10(**settings: Any) -> Config:
+    """The standard CNN at 32 px with the settings of Miyato et al. 2018 for CIFAR-10 (setting C of their Table 1)."""
+    defaults = {
+        "architecture": "sncnn",
+        "channels": 3,
+        "loss": "nonsaturating",
+        "generator_lr": 2e-4,
+        "discriminator_lr": 2e-4,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "num_discriminator_steps": 1,
+        "ema_half_life_kimg": 0.0,
+        "steps": 100_000,
+    }
+    return _config("sncnn-cifar10", settings, defaults)
+
+
+RECIPES: dict[str, Callable[..., Config]] = {"fashion": fashion, "sncnn-cifar10": sncnn_cifar10}
+"""Recipes by name."""
+
+
+def make_config(recipe: str = "fashion", **settings: Any) -> Config:
+    """The config of a recipe, with some of its settings replaced.
+
+    Args:
+        recipe: a name in `RECIPES`.
+        settings: any field of `Config`. Giving one of ``steps`` and ``minutes`` replaces the recipe's budget.
+
+    Raises:
+        UserError: the recipe is unknown, or a setting is out of its range.
+    """
+    choose("recipe", recipe, RECIPES)
+    return RECIPES[recipe](**settings)
+
+
+def _config(name: str, settings: dict[str, Any], defaults: dict[str, Any]) -> Config:
+    if {"steps", "minutes"} & settings.keys():
+        defaults = {key: value for key, value in defaults.items() if key not in ("steps", "minutes")}
+    return Config(**{"recipe": name, **defaults, **settings})

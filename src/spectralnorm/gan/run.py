@@ -1,0 +1,312 @@
+"""One call that trains: claims the folder, resumes, watches the loop, and leaves a complete run folder behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import platform
+import resource
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.checkpoint import latest_checkpoint
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.evaluation import extractors_for
+from spectralnorm.gan.final import finish
+from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
+from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.observers import (
+    Averaging,
+    Checkpoints,
+    Evaluations,
+    RecordLog,
+    SampleGrids,
+    ScalarLog,
+    StepSizeDecay,
+)
+from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, claim, default_folder, locked
+from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, build_generator, save_generator
+from spectralnorm.gan.trainer import Observer, Trainer
+from spectralnorm.metrics import FeatureExtractor
+from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
+
+__all__ = ["Display", "Run", "train"]
+
+_QUICK_SAMPLES = 2000
+_MIN_STEPS_FOR_METRICS = 100
+"""A shorter run is a trial: its metrics would take longer than it did."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a call of `train` ended."""
+
+    folder: Path
+    step: int
+    reason: str
+    """``steps`` or ``minutes`` (the budget that is spent), ``interrupted``, ``already finished``."""
+
+
+class Display:
+    """Shows a run to a person; this one shows nothing. A method is called when there is something new to show."""
+
+    def data(self, images: ImageSet) -> None:
+        """The images have been read and checked."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """Training begins, or goes on at ``trainer.step``."""
+
+    def log(self, trainer: Trainer, record: Scalars) -> None:
+        """New numbers."""
+
+    def phase(self, text: str) -> None:
+        """Training is over, and something else takes a while."""
+
+
+def train(
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    generator: nn.Module | None = None,
+    discriminator: nn.Module | None = None,
+    data: Any = None,
+    observers: Sequence[Observer] = (),
+    display: Display | None = None,
+) -> Run:
+    """Train a GAN, or go on with a run in the same folder from its last checkpoint.
+
+    Args:
+        config: the settings; see `spectralnorm.gan.recipes.make_config`.
+        out: the run folder; None: ``runs/<recipe>``, or ``runs/<name of the data>`` for images of one's own.
+        generator: one's own, latents ``(batch, config.latent_dim)`` to images in [-1, 1]; None: the architecture's.
+        discriminator: one's own, images to logits ``(batch,)``; ``config.normalization`` is applied to it; None: the
+            architecture's.
+        data: images in place of ``config.data``: an `ImageSet`, a path, a uint8 or float tensor ``(num, channels,
+            height, width)``, or a map-style dataset of images or (image, label) pairs.
+        observers: called after every step, in this order, after the built-in ones.
+        display: shows the run to a person while it goes on; None: silent.
+
+    Returns:
+        The run folder and how the training ended. Ctrl-C or SIGTERM end it after the current step, with a checkpoint.
+
+    Raises:
+        UserError: something in the settings, the data or the folder makes training impossible, training diverged, or
+            the disk is full; the message says what to do.
+    """
+    began = time.monotonic()
+    display = Display() if display is None else display
+    device = resolve_device(config.device)
+    images = prepare_data(config, data)
+    if data is not None:
+        config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
+    folder = default_folder(config) if out is None else Path(out)
+    display.data(images)
+    if config.batch_size > len(images.images):
+        raise UserError(
+            f"batch_size must be at most the number of training images ({len(images.images)}), got {config.batch_size}."
+        )
+    claim(folder, config)
+    with locked(folder), _full_disk_told(folder):
+        trainer = _build(config, images, device, generator, discriminator)
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+        if checkpoint is not None:
+            trainer.load_state(checkpoint.tensors, checkpoint.numbers)
+            _check_data(folder / DATA_FILE, images)
+        if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
+            return Run(folder, trainer.step, "already finished")
+        replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
+        file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if checkpoint is not None else -1)
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step)
+        log = RecordLog(file, board)
+        try:
+            log.append(_session(trainer))
+            display.begin(trainer)
+            extractors = extractors_for(images, device=device)
+            checkpoints = Checkpoints(folder / CHECKPOINTS, minutes=config.checkpoint_minutes)
+            watchers: list[Observer] = [
+                Averaging(),
+                StepSizeDecay(),
+                ScalarLog(log, display.log),
+                SampleGrids(folder, log, checkpoints, trainer=trainer),
+                *_evaluations(trainer, images, extractors, log),
+                checkpoints,
+                *observers,
+            ]
+            with _interruptible(trainer):
+                trainer.run(watchers)
+            checkpoints.save(trainer)
+            trained = TrainedGenerator(
+                trainer.average.module,
+                config,
+                step=trainer.step,
+                images_seen=trainer.images_seen,
+                training_seconds=trainer.clock.seconds,
+            )
+            save_generator(folder / GENERATOR_FILE, trained)
+            reason = trainer.stop_reason or "interrupted"
+            if reason != "interrupted":
+                display.phase("Drawing and measuring the final samples")
+                measure = trainer.step >= _MIN_STEPS_FOR_METRICS
+                finish(folder, log, trainer, trained, images, extractors if measure else [])
+            log.append(
+                Ending(
+                    step=trainer.step,
+                    reason=reason,
+                    images_seen=trainer.images_seen,
+                    training_seconds=trainer.clock.seconds,
+                    total_seconds=time.monotonic() - began,
+                    peak_memory_bytes=_peak_memory(device),
+                )
+            )
+        finally:
+            log.close()
+    return Run(folder, trainer.step, reason)
+
+
+def _build(
+    config: Config,
+    images: ImageSet,
+    device: torch.device,
+    generator: nn.Module | None,
+    discriminator: nn.Module | None,
+) -> Trainer:
+    # The caller's global random state is left as it was; the run's own is part of its checkpoints.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if generator is None:
+            generator = build_generator(config)
+        if discriminator is None:
+            discriminator = ARCHITECTURES[config.architecture].discriminator(
+                image_size=config.image_size, channels=config.channels, width=config.discriminator_width
+            )
+        NORMALIZATIONS[config.normalization](discriminator)
+    return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)
+
+
+def _evaluations(
+    trainer: Trainer, images: ImageSet, extractors: Sequence[FeatureExtractor], log: RecordLog
+) -> list[Observer]:
+    if trainer.config.steps is not None and trainer.config.steps < _MIN_STEPS_FOR_METRICS:
+        return []
+    evaluations = Evaluations(
+        log,
+        trainer=trainer,
+        images=images,
+        extractors=extractors[:1],
+        num_samples=min(_QUICK_SAMPLES, trainer.config.num_evaluation_samples),
+    )
+    return [evaluations]
+
+
+def _is_complete(folder: Path, step: int) -> bool:
+    """Whether the run was not only trained but also finished: measured and drawn."""
+    records = folder / RECORDS_FILE
+    return records.exists() and any(
+        isinstance(record, Ending) and record.step == step and record.reason != "interrupted"
+        for record in read_records(records)
+    )
+
+
+def _check_data(data_file: Path, images: ImageSet) -> None:
+    """A run goes on only with the images it began with."""
+    try:
+        before = json.loads(data_file.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return
+    if before != images.fingerprint:
+        raise UserError(
+            f"The images of {images.name} are not those that {data_file.parent} was trained on; restore them, or choose "
+            "another --out."
+        )
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        trainer.stop_reason = "interrupted"
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: signals are its business
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+        kept = (
+            f"the checkpoint of step {checkpoint.numbers['step']} is intact"
+            if checkpoint
+            else "there is no checkpoint yet"
+        )
+        raise UserError(
+            f"The disk that holds {folder} is full; {kept}; free some space and run the same command to go on."
+        ) from error
+
+
+def _session(trainer: Trainer) -> Session:
+    hardware = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "device": str(trainer.device),
+    }
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        models = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
+        hardware["cpu"] = models[0].partition(":")[2].strip() if models else hardware["cpu"]
+    if trainer.device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(trainer.device)
+    hardware["threads"] = str(torch.get_num_threads())
+    return Session(
+        step=trainer.step,
+        started_at=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions={
+            "spectralnorm": version("spectralnorm"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(terse=True),
+        },
+        hardware=hardware,
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak resident memory of the process, or of the GPU, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

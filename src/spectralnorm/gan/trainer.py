@@ -1,0 +1,228 @@
+"""The training loop: Algorithm 1 of Miyato et al. 2018, and nothing else on the page.
+
+Logging, averaging, samples, metrics and checkpoints observe the loop (`spectralnorm.gan.observers`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectralnorm.gan.augment import compose
+from spectralnorm.gan.config import Config, augmentation_names
+from spectralnorm.gan.data import Batches
+from spectralnorm.gan.ema import GeneratorAverage
+from spectralnorm.gan.losses import LOSSES
+
+__all__ = ["Clock", "Observer", "RunningMeans", "Trainer"]
+
+
+class Observer(Protocol):
+    """Something that watches a run. It is called after every step, and may read anything of the trainer."""
+
+    def __call__(self, trainer: Trainer) -> None: ...
+
+
+class Trainer:
+    """Two networks, their optimizers and the state of the run.
+
+    Args:
+        config: the settings.
+        generator: latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1].
+        discriminator: images to logits ``(batch,)``, already normalized as the config asks.
+        images: training images, uint8, ``(num, channels, size, size)``.
+        device: where the networks and their data live.
+    """
+
+    def __init__(
+        self, config: Config, *, generator: nn.Module, discriminator: nn.Module, images: Tensor, device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        # Convolutions are faster in channels-last order on CPU and on tensor cores.
+        self.generator = generator.to(device, memory_format=torch.channels_last).train()
+        self.discriminator = discriminator.to(device, memory_format=torch.channels_last).train()
+        betas = (config.beta1, config.beta2)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), config.generator_lr, betas)
+        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), config.discriminator_lr, betas)
+        self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
+        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, device=device)
+        self.random = torch.Generator(device).manual_seed(config.seed)
+        self.loss = LOSSES[config.loss]
+        self.augment = compose(augmentation_names(config.augmentation))
+
+        self.step = 0
+        self.images_seen = 0
+        self.clock = Clock(device)
+        self.means = RunningMeans()
+        self.stop_reason: str | None = None
+
+    def run(self, observers: Sequence[Observer]) -> None:
+        """Train until the budget is spent or an observer sets `stop_reason`."""
+        self.stop_reason = self.spent_budget()
+        self.clock.start()
+        while self.stop_reason is None:
+            for _ in range(self.config.num_discriminator_steps):
+                self.update_discriminator(next(self.batches))
+            self.update_generator()
+            self.step += 1
+            self.stop_reason = self.spent_budget()
+            for observer in observers:
+                observer(self)
+        self.clock.stop()
+
+    def update_discriminator(self, real_images: Tensor) -> None:
+        """One step of the discriminator on a batch of real images and as many generated ones."""
+        with torch.no_grad():
+            fake_images = self.generator(self.latents(len(real_images)))
+        real_logits = self.discriminator(self.augment(real_images, self.random))
+        fake_logits = self.discriminator(self.augment(fake_images, self.random))
+        loss = self.loss.discriminator(real_logits, fake_logits)
+        self.discriminator_optimizer.zero_grad()
+        loss.backward()
+        self.discriminator_optimizer.step()
+        self.images_seen += len(real_images)
+        self.means.add("loss/discriminator", loss)
+        self.means.add("logits/real", real_logits.mean())
+        self.means.add("logits/fake", fake_logits.mean())
+
+    def update_generator(self) -> None:
+        """One step of the generator against the discriminator as it is."""
+        # The discriminator's own gradients are not wanted here, and cost a third of its backward pass.
+        self.discriminator.requires_grad_(False)
+        fake_images = self.generator(self.latents(self.config.batch_size))
+        loss = self.loss.generator(self.discriminator(self.augment(fake_images, self.random)))
+        self.generator_optimizer.zero_grad()
+        loss.backward()
+        self.generator_optimizer.step()
+        self.discriminator.requires_grad_(True)
+        self.means.add("loss/generator", loss)
+
+    def latents(self, num: int) -> Tensor:
+        """Draw z ~ N(0, I), shape ``(num, latent_dim)``."""
+        return torch.randn(num, self.config.latent_dim, generator=self.random, device=self.device)
+
+    def spent_budget(self) -> str | None:
+        """``"steps"`` or ``"minutes"`` once that budget is spent, else None."""
+        if self.config.steps is not None and self.step >= self.config.steps:
+            return "steps"
+        if self.config.minutes is not None and self.clock.seconds >= 60 * self.config.minutes:
+            return "minutes"
+        return None
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, from 0 to 1."""
+        by_steps = self.step / self.config.steps if self.config.steps is not None else 0.0
+        by_time = self.clock.seconds / (60 * self.config.minutes) if self.config.minutes is not None else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on exactly from here: tensors by name, and the numbers JSON can hold."""
+        tensors = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
+        for name, optimizer in self._optimizers():
+            for index, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        tensors["random.run"] = self.random.get_state()
+        tensors["random.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        numbers = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "training_seconds": self.clock.seconds,
+            "batches": self.batches.state_dict(),
+        }
+        return tensors, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.generator.load_state_dict(_under("generator.", tensors))
+        self.discriminator.load_state_dict(_under("discriminator.", tensors))
+        self.average.module.load_state_dict(_under("average.", tensors))
+        for name, optimizer in self._optimizers():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in _under(f"{name}.", tensors).items():
+                index, slot = key.split(".", 1)
+                state.setdefault(int(index), {})[slot] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.random.set_state(tensors["random.run"])
+        torch.set_rng_state(tensors["random.torch"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.step = numbers["step"]
+        self.images_seen = numbers["images_seen"]
+        self.clock.seconds = numbers["training_seconds"]
+        self.batches.load_state_dict(numbers["batches"])
+
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [
+            ("generator_optimizer", self.generator_optimizer),
+            ("discriminator_optimizer", self.discriminator_optimizer),
+        ]
+
+
+class Clock:
+    """Measures training time: runs while the networks are trained, stands still in `paused`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._elapsed = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, in seconds."""
+        return self._elapsed + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._elapsed = value
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still, once the work already handed to the device is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._elapsed, self._since = self.seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work that is not training: metrics, samples, checkpoints."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+
+class RunningMeans:
+    """Means of scalars over the steps since they were last read, kept on the device so that the loop never waits."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """The means by name; starts anew. Waits for the device."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
