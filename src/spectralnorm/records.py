@@ -49,8 +49,8 @@ class Session:
 class Scalars:
     """Numbers logged at one step.
 
-    Names: ``loss/discriminator``, ``loss/generator``, ``logits/real``, ``logits/fake``, ``gradient_norm/discriminator``,
-    ``gradient_norm/generator``, ``sigma/<layer>`` (largest singular value of the raw weight), ``images_per_second``.
+    Names: ``loss/discriminator``, ``loss/generator``, ``logits/real``, ``logits/fake``,
+    ``gradient_norm/discriminator``, ``gradient_norm/generator``, ``sigma/<layer>`` (largest singular value of the raw weight), ``images_per_second``.
     """
 
     kind: ClassVar[str] = "scalars"

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a damaged file; safetensors, never pickles.
 
-A checkpoint is one file. It is written under a temporary name, flushed to the disk and renamed, so its final name never
-stands on half a file; its header carries a SHA-256 of every tensor, checked when it is read; the previous one is deleted
-only after the next is safely there.
+A checkpoint is one file. It is written under a temporary name, flushed to the disk and renamed, so its final name
+never stands on half a file; its header carries a SHA-256 of all tensors, checked when it is read; the previous one is
+deleted only after the next is safely there.
 """
 
 from __future__ import annotations

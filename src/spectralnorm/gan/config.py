@@ -41,7 +41,7 @@ class Config:
     channels: int = _setting(1)
     """1 for gray, 3 for colour."""
     augmentation: str = _setting("none")
-    """What the discriminator sees, real and fake alike: none, or a comma-separated list of shift, cutout, flip, color."""
+    """Of what the discriminator sees, real and fake: none, or a comma-separated list of shift, cutout, flip, color."""
 
     # Networks.
     architecture: str = _setting("dcgan")

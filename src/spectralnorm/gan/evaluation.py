@@ -15,7 +15,7 @@ __all__ = ["extractors_for", "measure"]
 
 
 def extractors_for(images: ImageSet, *, device: torch.device) -> list[FeatureExtractor]:
-    """What can judge these images, the quickest first: the classifier knows garments only, SqueezeNet sees any image."""
+    """What can judge these images, quickest first: the classifier knows garments only, SqueezeNet sees any image."""
     names = ["classifier", "squeezenet"] if images.name == "fashion-mnist" else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
 

@@ -260,6 +260,6 @@ def _describe_divergence(trainer: Trainer, values: dict[str, float]) -> str:
     bad = _first_non_finite(trainer)
     where = f"first non-finite weight: {bad}" if bad else "all weights are still finite"
     return (
-        f"Training diverged at step {trainer.step}: {losses or 'a weight is not finite'}; {where}; the last good checkpoint "
-        "is kept; train anew with a smaller --discriminator-lr or --generator-lr, or with --normalization spectral."
+        f"Training diverged at step {trainer.step}: {losses or 'a weight is not finite'}; {where}; the last good "
+        "checkpoint is kept; train anew with a smaller --discriminator-lr or --generator-lr, or with --normalization spectral."
     )

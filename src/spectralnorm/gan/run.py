@@ -232,8 +232,8 @@ def _check_data(data_file: Path, images: ImageSet) -> None:
         return
     if before != images.fingerprint:
         raise UserError(
-            f"The images of {images.name} are not those that {data_file.parent} was trained on; restore them, or choose "
-            "another --out."
+            f"The images of {images.name} are not those that {data_file.parent} was trained on; restore them, or "
+            "choose another --out."
         )
 
 

@@ -6,6 +6,8 @@ discriminator. Other sizes start from ``size / 2^n`` pixels between 4 and 6.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 __all__ = ["DCGANDiscriminator", "DCGANGenerator"]
@@ -30,7 +32,7 @@ class DCGANGenerator(nn.Module):
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         ]
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(narrow),
