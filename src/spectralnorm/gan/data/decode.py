@@ -1,0 +1,120 @@
+"""One image from whatever a file or an array holds to uint8 pixels of the size and channels that training uses.
+
+The rules, in order: EXIF orientation is applied; transparency is composited on white; 16-bit gray is scaled to 8 bits;
+everything else goes through Pillow's conversion (colour to gray by ITU-R 601 luma, CMYK, palettes); the largest centred
+square is cut out and resized with Pillow's Lanczos filter, whose support grows when it shrinks, so it antialiases.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["Decoded", "UnreadableError", "decode_file", "fit", "quiet_pillow"]
+
+# What users' folders hold. EPS and other formats that start an outside program when read are left out on purpose.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+
+
+class UnreadableError(Exception):
+    """A file that should be an image is not; the message is the reason, for the list shown to the user."""
+
+
+class Decoded(NamedTuple):
+    """An image ready for training, and what it was."""
+
+    pixels: np.ndarray
+    """uint8 (channels, image_size, image_size)."""
+    size: str
+    """Width x height before, for example ``640x480``."""
+    mode: str
+    """Pillow's name of the pixel format before, for example ``RGB``."""
+
+
+def decode_file(file: str | Path | IO[bytes], *, image_size: int, channels: int) -> Decoded:
+    """Decode an image file.
+
+    Raises:
+        UnreadableError: the file is damaged, not an image, or so large that it could be a decompression bomb
+            (over twice ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 megapixels).
+    """
+    try:
+        with Image.open(file, formats=_readable_formats()) as image:
+            # Multi-picture JPEGs of phones and animations: the first picture is the one that viewers show.
+            size, mode = f"{image.width}x{image.height}", image.mode
+            # A JPEG decoder can shrink while it decodes, several times faster. Twice the final size leaves the
+            # quality to the Lanczos filter below.
+            image.draft(None, (2 * image_size, 2 * image_size))
+            upright = ImageOps.exif_transpose(image)
+            return Decoded(fit(upright, image_size=image_size, channels=channels), size, mode)
+    except UnreadableError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableError("not an image in a format that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableError("too many pixels: it could be a decompression bomb") from error
+    except MemoryError as error:
+        raise UnreadableError("needs more memory than there is") from error
+    # Decoders meet arbitrary bytes here and raise almost anything: OSError, SyntaxError, struct.error, IndexError...
+    except Exception as error:
+        lines = str(error).splitlines()
+        raise UnreadableError(lines[0][:200] if lines else type(error).__name__) from error
+
+
+def fit(image: Image.Image, *, image_size: int, channels: int) -> np.ndarray:
+    """Convert, cut out the centred square and resize.
+
+    Returns:
+        uint8 (channels, image_size, image_size).
+    """
+    image = _flatten(image, "L" if channels == 1 else "RGB")
+    side = min(image.size)
+    if image.size != (image_size, image_size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        # A gap of 3 lets Pillow average whole pixels first, far faster for large pictures and not told apart by eye.
+        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
+    """To 8-bit gray (``L``) or ``RGB`` without transparency."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Gray of 16 bits (0 to 65535) or of floats in [0, 1] to uint8."""
+    low, high = float(pixels.min()), float(pixels.max())
+    top = 1.0 if pixels.dtype.kind == "f" else 65535.0
+    if not (low >= 0 and high <= top):
+        raise UnreadableError(f"pixel values from {low:g} to {high:g} where 0 to {top:g} is expected")
+    return np.rint(pixels * (255.0 / top)).astype(np.uint8)
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's warnings about odd metadata off the terminal: what matters is reported as unreadable."""
+    with warnings.catch_warnings():
+        # Between Pillow's warning and its error lie real photographs of 90 to 179 megapixels.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
