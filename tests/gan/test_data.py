@@ -1,7 +1,11 @@
 """The built-in images, the split, the summary and the cache."""
 
+import hashlib
 import json
+import os
 import shutil
+import time
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -72,9 +76,6 @@ def test_the_built_in_set_has_ten_thousand_balanced_images_on_either_side(built_
 
 
 def test_the_built_in_atlas_holds_the_pixels_it_was_built_from():
-    import hashlib
-    from importlib import resources
-
     folder = resources.files("spectralnorm") / "assets" / "fashion_mnist"
     description = json.loads((folder / "atlas.json").read_text())
     for name in ("training", "held_out"):
@@ -307,6 +308,14 @@ def test_a_failed_load_leaves_nothing_in_the_cache(tmp_path, cache_folder):
     with pytest.raises(UserError):
         load(tmp_path)
     assert list(cache_folder.iterdir()) == []
+
+
+def test_what_a_killed_process_left_a_day_ago_is_removed(photos, cache_folder):
+    for name, age_seconds in (("unfinished-old", 2 * 24 * 3600), ("unfinished-now", 0)):
+        (cache_folder / name).mkdir(parents=True)
+        os.utime(cache_folder / name, (time.time() - age_seconds,) * 2)
+    load(photos)
+    assert [folder.name for folder in cache_folder.glob("unfinished-*")] == ["unfinished-now"]
 
 
 def test_a_large_set_is_mapped_from_disk_and_safe_to_write_to(photos, cache_folder, monkeypatch):

@@ -150,6 +150,21 @@ def test_names_may_have_capitals_other_scripts_and_line_breaks(tmp_path):
     assert load(tmp_path).summary.num_images == 4
 
 
+def test_names_that_are_not_unicode_can_be_written_to_json(tmp_path):
+    folder = tmp_path / os.fsdecode(b"odd \xff")
+    try:
+        write_images(folder / os.fsdecode(b"cat \xfe"), 20)
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    write_images(folder / "dog\n", 20, seed=1)
+    (folder / "dog\n" / os.fsdecode(b"\xfd.png")).write_bytes(b"")
+    images = load(folder)
+    json.dumps(images.summary.to_json(), ensure_ascii=False).encode("utf-8")
+    assert images.name == "odd \\udcff"
+    assert images.class_names == ("cat \\udcfe", "dog\\n")
+    assert load(folder).summary == images.summary
+
+
 def test_the_common_formats_are_read(tmp_path):
     arrays = iter(noise(9, 16, 16))
     for format, extension in (("PNG", "png"), ("JPEG", "jpg"), ("BMP", "bmp"), ("TIFF", "tif"), ("PPM", "ppm"),

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ MEMORY_MAP_BYTES = 2**29
 
 # Part of every key: raise it when the same files would be prepared differently.
 _FORMAT = 1
+_UNFINISHED = "unfinished-"
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,14 @@ def workspace(num_bytes: int) -> Path | None:
     try:
         parent = cache_folder()
         parent.mkdir(parents=True, exist_ok=True)
+        # What killed processes left behind.
+        for abandoned in parent.glob(f"{_UNFINISHED}*"):
+            if abandoned.stat().st_mtime < time.time() - 24 * 3600:
+                shutil.rmtree(abandoned, ignore_errors=True)
         # Two copies: in the order of the files, and in the final one.
         if shutil.disk_usage(parent).free < 2.1 * num_bytes + 2**26:
             return None
-        return Path(tempfile.mkdtemp(prefix="unfinished-", dir=parent))
+        return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
     except OSError:
         return None
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data.decode import Decoded, UnreadableError, decode_file
+from spectralnorm.gan.data.summary import printable
 
 __all__ = ["IMAGE_EXTENSIONS", "FileSource", "open_folder", "open_zip"]
 
@@ -86,7 +87,7 @@ class FileSource:
             # Numbers in their own order, names in theirs.
             ordered = sorted(present, key=lambda value: (isinstance(value, str), value))
             index = {value: position for position, value in enumerate(ordered)}
-            self.class_names = tuple(map(str, ordered))
+            self.class_names = tuple(printable(str(value)) for value in ordered)
             self.labels = np.array([-1 if value is None else index[value] for value in classes], dtype=np.int64)
 
     def __len__(self) -> int:

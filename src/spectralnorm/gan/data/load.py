@@ -14,6 +14,7 @@ from spectralnorm.gan.data.arrays import ArraySource, is_idx_images, open_idx, o
 from spectralnorm.gan.data.files import IMAGE_EXTENSIONS, open_folder, open_zip
 from spectralnorm.gan.data.image_set import ImageSet
 from spectralnorm.gan.data.prepare import Progress, Source, image_set_of, prepare
+from spectralnorm.gan.data.summary import printable
 
 __all__ = ["from_tensors", "load_images"]
 
@@ -46,7 +47,7 @@ def load_images(
         )
     path = Path(path).expanduser()
     source = _open(path)
-    name = path.resolve().name or str(path)
+    name, source_text = printable(path.resolve().name or str(path)), printable(str(path))
     num_bytes = len(source) * channels * image_size**2
     key = None
     if source.costs_decoding(image_size, channels) or num_bytes > cache.MEMORY_MAP_BYTES:
@@ -54,11 +55,11 @@ def load_images(
         stored = cache.find(key)
         if stored is not None:
             # The same data may be reached by another way of writing its path.
-            return image_set_of(stored, name=name, source_text=str(path))
+            return image_set_of(stored, name=name, source_text=source_text)
     return prepare(
         source,
         name=name,
-        source_text=str(path),
+        source_text=source_text,
         image_size=image_size,
         channels=channels,
         key=key,

@@ -16,7 +16,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.data import cache
 from spectralnorm.gan.data.decode import Decoded, UnreadableError, quiet_pillow
 from spectralnorm.gan.data.image_set import LEAST_HELD_OUT, ImageSet, Split, digest, fingerprint, split
-from spectralnorm.gan.data.summary import DataSummary, Unreadable
+from spectralnorm.gan.data.summary import DataSummary, Unreadable, printable
 
 __all__ = ["Progress", "Source", "image_set_of", "prepare"]
 
@@ -175,7 +175,7 @@ def _read_all(source: Source, pixels: np.ndarray, progress: Progress | None) -> 
                 progress(block.stop, len(source))
     positions = np.array([isinstance(result, _Fact) for result in results]).nonzero()[0]
     unreadable = tuple(
-        Unreadable(file=_printable(source.file_name(index)), reason=_printable(str(result)))
+        Unreadable(file=printable(source.file_name(index)), reason=printable(str(result)))
         for index, result in enumerate(results)
         if isinstance(result, UnreadableError)
     )
@@ -229,12 +229,6 @@ def _describe_resize(sizes: Mapping[str, int], padding: str | None, image_size: 
     if set(sizes) == {f"{image_size}x{image_size}"}:
         return f"none, already {image_size} x {image_size}"
     return f"centre-cropped, Lanczos-antialiased to {image_size}"
-
-
-def _printable(text: str) -> str:
-    """Text that fits on one line and into UTF-8; names of files may hold anything."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def image_set_of(stored: cache.Stored, *, name: str, source_text: str) -> ImageSet:

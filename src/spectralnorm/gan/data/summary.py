@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DataSummary", "Unreadable"]
+__all__ = ["DataSummary", "Unreadable", "printable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,12 @@ class DataSummary:
         rows = self.rows()
         width = max(len(heading) for heading, _ in rows)
         return "\n".join(f"{heading:<{width}}  {text}" for heading, text in rows)
+
+
+def printable(text: str) -> str:
+    """Text that fits on one line and into UTF-8, since the name of a file may hold any bytes."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _counts(counts: Mapping[str, int], *, limit: int) -> str:
