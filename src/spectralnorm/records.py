@@ -50,7 +50,8 @@ class Scalars:
     """Numbers logged at one step.
 
     Names: ``loss/discriminator``, ``loss/generator``, ``logits/real``, ``logits/fake``,
-    ``gradient_norm/discriminator``, ``gradient_norm/generator``, ``sigma/<layer>`` (largest singular value of the raw weight), ``images_per_second``.
+    ``gradient_norm/discriminator``, ``gradient_norm/generator``, ``images_per_second``, and ``sigma/<layer>``, the
+    largest singular value of the raw weight.
     """
 
     kind: ClassVar[str] = "scalars"

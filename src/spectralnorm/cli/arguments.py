@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -16,7 +17,6 @@ from spectralnorm.errors import UserError
 __all__ = ["parse"]
 
 T = TypeVar("T")
-_BOX = "╭─╮│╰╯"
 
 
 def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | None = None) -> T:
@@ -40,7 +40,7 @@ def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{_first_sentence(output.getvalue())}; see {prog} --help.") from None
+        raise UserError(f"{_one_sentence(output.getvalue())}; see {prog} --help.") from None
     if unknown:
         raise UserError(_unknown(unknown[0], options, prog))
     return parsed
@@ -66,12 +66,20 @@ def _flags(options: type) -> list[str]:
     return flags
 
 
-def _first_sentence(box: str) -> str:
-    """The first paragraph of tyro's box, on one line, without its frame."""
+def _one_sentence(box: str) -> str:
+    """What tyro says in its box, on one line, without its frame and without its own vocabulary."""
     lines = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(_BOX + " ")
-        if not text:
+    for line in box.splitlines():
+        text = line.strip(" │|")
+        if re.fullmatch(r"[╭+─-]+ .* [─-]+[╮+]|[╭╰+─-]+[╮╯+]?", text):  # the frame, and its title
+            if lines:
+                break
+        elif text:
+            lines.append(text)
+        elif lines:
             break
-        lines.append(text)
-    return " ".join(lines).rstrip(".") or "The options cannot be read"
+    sentence = " ".join(lines).rstrip(".") or "The options cannot be read"
+    if sentence.startswith("Error parsing config: "):  # one of our own checks, in our own words
+        return sentence.removeprefix("Error parsing config: ")
+    value = re.match(r"Error parsing (\S+): .*\['(.*)'\]", sentence)
+    return f"{value[1]} cannot be '{value[2]}'" if value else sentence

@@ -69,7 +69,7 @@ def _options(words: list[str]) -> TrainOptions:
 def _value_of(flag: str, words: list[str]) -> str | None:
     for position, word in enumerate(words):
         if word == flag:
-            if position + 1 == len(words):
+            if position + 1 == len(words) or words[position + 1].startswith("--"):
                 choices = f"; choose one of {', '.join(RECIPES)}" if flag == "--recipe" else ""
                 raise UserError(f"{flag} needs a value{choices}.")
             return words[position + 1]

@@ -7,9 +7,11 @@ deleted only after the next is safely there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +98,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
-    message = str(error)
-    # The library wraps the system's error as text: "... Os { code: 28, ... }".
-    code = message.partition("code: ")[2].partition(",")[0]
-    return OSError(int(code) if code.isdigit() else 5, message, str(path))
+    # The library gives the system's error as text only: "... No space left on device (os error 28)".
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error), str(path))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ done while the clock stands still.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -229,8 +230,7 @@ class Checkpoints:
             OSError: the disk is full.
         """
         with trainer.clock.paused():
-            bad = _first_non_finite(trainer)
-            if bad is not None:
+            if _non_finite_weights(trainer):
                 raise UserError(_describe_divergence(trainer, {}))
             tensors, numbers = trainer.state()
             save_checkpoint(self.folder, tensors=tensors, numbers=numbers)
@@ -247,19 +247,21 @@ def _gradient_norm(module: nn.Module) -> float:
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def _first_non_finite(trainer: Trainer) -> str | None:
-    for name, network in (("discriminator", trainer.discriminator), ("generator", trainer.generator)):
-        for layer, parameter in network.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"{name} {layer}"
-    return None
+def _non_finite_weights(trainer: Trainer) -> list[str]:
+    """The first non-finite weight of each network that has one."""
+    named = []
+    for role, network in (("discriminator", trainer.discriminator), ("generator", trainer.generator)):
+        bad = (name for name, parameter in network.named_parameters() if not torch.isfinite(parameter).all())
+        named += [f"{role} {name}" for name in itertools.islice(bad, 1)]
+    return named
 
 
 def _describe_divergence(trainer: Trainer, values: dict[str, float]) -> str:
     losses = ", ".join(f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value))
-    bad = _first_non_finite(trainer)
-    where = f"first non-finite weight: {bad}" if bad else "all weights are still finite"
+    weights = _non_finite_weights(trainer)
+    where = f"first non-finite weights: {', '.join(weights)}" if weights else "all weights are still finite"
     return (
         f"Training diverged at step {trainer.step}: {losses or 'a weight is not finite'}; {where}; the last good "
-        "checkpoint is kept; train anew with a smaller --discriminator-lr or --generator-lr, or with --normalization spectral."
+        "checkpoint is kept; train anew with a smaller --discriminator-lr or --generator-lr, or with "
+        "--normalization spectral."
     )

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import spectralnorm
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
@@ -41,7 +41,7 @@ from spectralnorm.gan.observers import (
     ScalarLog,
     StepSizeDecay,
 )
-from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, claim, default_folder, locked
+from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claim, default_folder, locked
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, build_generator, save_generator
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
@@ -113,16 +113,18 @@ def train(
     began = time.monotonic()
     display = Display() if display is None else display
     device = resolve_device(config.device)
-    images = prepare_data(config, data)
     if data is not None:
         config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
     folder = default_folder(config) if out is None else Path(out)
+    check(folder, config)
+    images = prepare_data(config, data)
     display.data(images)
     if config.batch_size > len(images.images):
         raise UserError(
             f"batch_size must be at most the number of training images ({len(images.images)}), got {config.batch_size}."
         )
-    claim(folder, config)
+    with _full_disk_told(folder):
+        claim(folder, config)
     with locked(folder), _full_disk_told(folder):
         trainer = _build(config, images, device, generator, discriminator)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
@@ -295,7 +297,7 @@ def _session(trainer: Trainer) -> Session:
         started_at=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         versions={
-            "spectralnorm": version("spectralnorm"),
+            "spectralnorm": spectralnorm.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(terse=True),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
 from spectralnorm.records import replace_text
 
-__all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "claim", "default_folder", "locked"]
+__all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "check", "claim", "default_folder", "locked"]
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -27,24 +27,21 @@ def default_folder(config: Config) -> Path:
     return Path("runs") / (own or config.recipe)
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Make a folder this run's own, or check that it already is.
+def check(folder: Path, config: Config) -> None:
+    """Check that a run may begin, or go on, in a folder; changes nothing.
 
     Args:
-        folder: made if absent; empty, or the folder of a run with the same settings.
-        config: what is to be trained; written to ``config.json``.
+        folder: absent, empty, or the folder of a run with the same settings.
+        config: what is to be trained.
 
     Raises:
-        UserError: the folder cannot be written, belongs to something else, or holds a run with other settings.
+        UserError: the folder cannot be read, belongs to something else, or holds a run with other settings.
     """
+    config_file = folder / CONFIG_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        config_file = folder / CONFIG_FILE
-        contents = {path.name for path in folder.iterdir()} - {_LOCK_FILE}
+        contents = {path.name for path in folder.iterdir()} - {_LOCK_FILE} if folder.exists() else set()
     except OSError as error:
-        raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
+        raise UserError(f"Cannot use {folder} as a run folder ({error.strerror}); choose another --out.") from error
     if contents and not config_file.exists():
         raise UserError(f"{folder} is not empty and is not a run folder; choose another --out.")
     if config_file.exists():
@@ -54,7 +51,21 @@ def claim(folder: Path, config: Config) -> None:
                 f"{folder} holds a run with other settings ({'; '.join(lines)}); repeat its settings to resume it, "
                 "or choose another --out."
             )
-    replace_text(config_file, config_to_json(config))
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Make a checked folder this run's own: it holds ``config.json`` from now on.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / CONFIG_FILE, config_to_json(config))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
 
 
 @contextmanager

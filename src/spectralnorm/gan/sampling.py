@@ -36,11 +36,12 @@ class TrainedGenerator(nn.Module):
         self, network: nn.Module, config: Config, *, step: int = 0, images_seen: int = 0, training_seconds: float = 0.0
     ) -> None:
         super().__init__()
-        self.network = network.eval()
+        self.network = network
         self.config = config
         self.step = step
         self.images_seen = images_seen
         self.training_seconds = training_seconds
+        self.eval()
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.network(latents)

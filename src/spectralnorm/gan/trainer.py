@@ -64,14 +64,14 @@ class Trainer:
 
     def run(self, observers: Sequence[Observer]) -> None:
         """Train until the budget is spent or an observer sets `stop_reason`."""
-        self.stop_reason = self.spent_budget()
+        self.stop_reason = self.stop_reason or self.spent_budget()
         self.clock.start()
         while self.stop_reason is None:
             for _ in range(self.config.num_discriminator_steps):
                 self.update_discriminator(next(self.batches))
             self.update_generator()
             self.step += 1
-            self.stop_reason = self.spent_budget()
+            self.stop_reason = self.stop_reason or self.spent_budget()
             for observer in observers:
                 observer(self)
         self.clock.stop()

@@ -1,0 +1,186 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spectralnorm.cli import main
+from spectralnorm.gan.sampling import load, save_generator
+from spectralnorm.records import Evaluation, read_records
+
+TINY = "--batch-size 4 --generator-width 2 --discriminator-width 2 --latent-dim 8 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--out", str(folder), "--steps", "4", *TINY]) == 0
+    return folder
+
+
+def test_training_ends_with_a_report(run: Path):
+    assert (run / "report.html").read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+
+
+def test_the_same_command_again_says_it_is_finished(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--out", str(run), "--steps", "4", *TINY]) == 0
+    assert "already finished (step 4)" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_whole_config_and_touches_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dry-run", "--recipe", "sncnn-cifar10", "--steps", "7", "--loss=hinge"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["recipe"], config["steps"], config["loss"]) == ("sncnn-cifar10", 7, "hinge")
+    assert config["minutes"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_of_samples_is_one_picture(run: Path, tmp_path: Path):
+    assert main(["sample", str(run), "--num", "6", "--columns", "3", "--out", str(tmp_path / "grid.png")]) == 0
+    assert Image.open(tmp_path / "grid.png").size == (96, 64)
+
+
+def test_single_samples_are_single_files_and_nothing_else(run: Path, tmp_path: Path):
+    assert main(["sample", str(run), "--num", "11", "--format", "png", "--out", str(tmp_path / "images")]) == 0
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == [f"{index:02d}.png" for index in range(11)]
+    assert Image.open(tmp_path / "images" / names[0]).size == (32, 32)
+
+
+def test_a_seed_names_its_picture(run: Path, tmp_path: Path):
+    # After four steps all images are still one flat gray; larger weights tell the latents apart.
+    generator = load(run)
+    for parameter in generator.parameters():
+        parameter *= 10
+    save_generator(tmp_path / "generator.safetensors", generator)
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert (
+            main(["sample", str(tmp_path), "--num", "4", "--seed", seed, "--out", str(tmp_path / f"{name}.png")]) == 0
+        )
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_walks_have_one_row_each(run: Path, tmp_path: Path):
+    assert main(["sample", str(run), "--interpolate", "--num", "2", "--out", str(tmp_path / "walks.png")]) == 0
+    assert Image.open(tmp_path / "walks.png").size == (12 * 32, 2 * 32)
+
+
+def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(run), "--num", "100"]) == 0
+    printed = capsys.readouterr().out
+    (record,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
+    assert record.step == 4
+    for metric in record.metrics:
+        assert metric.name in printed
+
+
+def test_report_rebuilds_the_page(run: Path, capsys: pytest.CaptureFixture[str]):
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").exists()
+    assert "report.html" in capsys.readouterr().out
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.txt").write_text("not an image")
+    (tmp_path / "one").mkdir()
+    picture = Image.effect_noise((40, 40), 60)
+    picture.save(tmp_path / "one" / "only.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cut.png").write_bytes((tmp_path / "one" / "only.png").read_bytes()[:200])
+    (tmp_path / "not-a-run").mkdir()
+    (tmp_path / "not-a-run" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("a file")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train --data {}/nowhere", "nowhere"),
+        ("train --data {}/empty", "empty"),
+        ("train --data {}/texts", "texts"),
+        ("train --data {}/one", "one"),
+        ("train --data {}/broken", "cut.png"),
+        ("train --recipe fashoin", "choose one of fashion"),
+        ("train --recipe", "--recipe needs a value; choose one of fashion"),
+        ("train --loss hing", "choose one of hinge, nonsaturating"),
+        ("train --normalization batch", "choose one of spectral, none"),
+        ("train --stepz 5", "Unknown option '--stepz'; did you mean --steps?"),
+        ("train --qqqqqq 5", "choose one of --"),
+        ("train --steps abc", "--steps cannot be 'abc'"),
+        ("train --steps -5", "steps must be a number at least 1, got -5"),
+        ("train --steps 0", "steps must be a number at least 1, got 0"),
+        ("train --minutes nan", "minutes must be a number above 0, got nan"),
+        ("train --generator-lr nan", "generator_lr must be a number above 0, got nan"),
+        ("train --discriminator-lr -1", "discriminator_lr must be a number above 0, got -1.0"),
+        ("train --batch-size 100000", "batch_size must be at most the number of training images"),
+        ("train --batch-size", "--batch-size"),
+        ("train extra", "Unexpected argument 'extra'"),
+        ("train --out {}/not-a-run", "not a run folder"),
+        ("train --out {}/file", "choose another --out"),
+        ("train --out /proc/nothing-can-be-made-here", "choose another --out"),
+        ("trian", "Unknown command 'trian'; choose one of train, sample, evaluate, report"),
+        ("sample {}/nowhere", "does not exist"),
+        ("sample {}/empty", "has no trained generator yet"),
+        ("sample", "PATH"),
+        ("sample {}/empty --format jpeg", "choose one of grid, png"),
+        ("sample {}/empty --num 0", "num must be at least 1, got 0"),
+        ("evaluate {}/nowhere", "does not exist"),
+        ("evaluate {}/empty --num 5", "num must be at least 100"),
+        ("report {}/nowhere", "nowhere"),
+    ],
+)
+def test_a_slip_is_one_clear_line_and_status_two(
+    command: str,
+    says: str,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(files / "empty")
+    words = [word.format(files) for word in command.split()]
+    if words[0] == "train" and not {"--steps", "--minutes"} & set(words):
+        words += ["--steps", "4"]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"error: [^\n]+\n", captured.err)
+    assert says in captured.err
+    assert "Traceback" not in captured.out
+
+
+def test_cuda_where_there_is_none_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["train", "--device", "cuda", "--steps", "4"]) == 2
+    assert capsys.readouterr().err.startswith("error: device 'cuda' was asked for")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_shows_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("train", "sample", "evaluate", "report"))
+
+
+def test_the_help_of_train_explains_every_option(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--data", "--steps", "--minutes", "--out", "--dry-run", "--loss"))
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"spectralnorm \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)

@@ -1,0 +1,82 @@
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectralnorm.gan import checkpoint
+from spectralnorm.gan.checkpoint import latest_checkpoint, save_checkpoint
+
+
+def _tensors(value: float) -> dict[str, torch.Tensor]:
+    return {
+        "weight": torch.full((4, 3), value).t(),
+        "step": torch.tensor(value),
+        "half": torch.full((2,), value, dtype=torch.bfloat16),
+        "random": torch.arange(5, dtype=torch.uint8),
+    }
+
+
+def test_a_checkpoint_reads_back_exactly(tmp_path: Path):
+    save_checkpoint(tmp_path, tensors=_tensors(0.1), numbers={"step": 7, "batches": {"epoch": 2}})
+    loaded = latest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.numbers == {"step": 7, "batches": {"epoch": 2}}
+    assert loaded.tensors.keys() == _tensors(0).keys()
+    for name, tensor in _tensors(0.1).items():
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+
+
+def test_the_newest_is_read_and_two_are_kept(tmp_path: Path):
+    for step in (5, 900, 1000, 20_000):
+        save_checkpoint(tmp_path, tensors=_tensors(step), numbers={"step": step})
+    loaded = latest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.numbers["step"] == 20_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000001000.safetensors",
+        "step-000020000.safetensors",
+    ]
+
+
+def test_an_empty_or_missing_folder_holds_no_checkpoint(tmp_path: Path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str):
+    save_checkpoint(tmp_path, tensors=_tensors(1), numbers={"step": 1})
+    newest = save_checkpoint(tmp_path, tensors=_tensors(2), numbers={"step": 2})
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[-20] ^= 1
+    newest.write_bytes({"truncated": content[:-9], "flipped": content, "empty": b""}[damage])
+    loaded = latest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.numbers["step"] == 1
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_checkpoint(tmp_path, tensors=_tensors(1), numbers={"step": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, tensors=_tensors(2), numbers={"step": 2})
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.safetensors"]
+    loaded = latest_checkpoint(tmp_path)
+    assert loaded is not None
+    assert torch.equal(loaded.tensors["weight"], _tensors(1)["weight"])
+
+
+def test_a_really_full_disk_leaves_the_earlier_checkpoint(tiny_disk: Path):
+    save_checkpoint(tiny_disk, tensors=_tensors(1), numbers={"step": 1})
+    with pytest.raises(OSError, match="No space left") as error:
+        save_checkpoint(tiny_disk, tensors={"weight": torch.zeros(10**6)}, numbers={"step": 2})
+    assert error.value.errno == errno.ENOSPC
+    assert [path.name for path in tiny_disk.iterdir()] == ["step-000000001.safetensors"]

@@ -1,0 +1,79 @@
+import dataclasses
+import json
+
+import pytest
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
+from spectralnorm.gan.recipes import RECIPES, make_config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_survives_json(recipe: str):
+    config = make_config(recipe)
+    assert config.recipe == recipe
+    assert config_from_json(config_to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
+        ({"architecture": "resnet"}, "Unknown architecture 'resnet'; choose one of dcgan, sncnn, sndcgan"),
+        ({"normalization": "batch"}, "choose one of spectral, none"),
+        ({"device": "tpu"}, "choose one of auto, cpu, cuda"),
+        ({"augmentation": "shift,swirl"}, "Unknown augmentation 'swirl'"),
+        ({"image_size": 40}, "choose one of 32, 48, 64"),
+        ({"channels": 4}, "choose one of 1, 3"),
+        ({"batch_size": -1}, "batch_size must be a number at least 2, got -1"),
+        ({"generator_lr": float("nan")}, "generator_lr must be a number above 0, got nan"),
+        ({"generator_lr": 0.0}, "generator_lr must be a number above 0"),
+        ({"beta1": 1.0}, "beta1 must be a number at least 0 and below 1, got 1.0"),
+        ({"lr_decay_from": 1.5}, "at least 0 and at most 1"),
+        ({"minutes": float("inf")}, "minutes must be a number above 0, got inf"),
+        ({"steps": 0}, "steps must be a number at least 1, got 0"),
+        ({"seed": -3}, "seed must be a number at least 0"),
+        ({"latent_dim": 0}, "latent_dim"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_sentence(settings: dict, message: str):
+    with pytest.raises(UserError) as error:
+        make_config(**settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(UserError, match="steps and minutes are both missing"):
+        Config()
+
+
+def test_an_unknown_recipe_lists_the_choices():
+    with pytest.raises(UserError, match="Unknown recipe 'fashoin'; choose one of fashion"):
+        make_config("fashoin")
+
+
+def test_a_given_budget_replaces_that_of_the_recipe():
+    assert make_config("fashion", steps=20).minutes is None
+    assert make_config("fashion", minutes=1.0).steps is None
+    both = make_config("fashion", steps=20, minutes=1.0)
+    assert (both.steps, both.minutes) == (20, 1.0)
+
+
+def test_only_settings_that_change_the_training_differ():
+    config = make_config(steps=10)
+    longer = dataclasses.replace(config, steps=20, device="cpu", log_every=3)
+    assert differing_lines(config, longer) == []
+    other = dataclasses.replace(config, batch_size=32, loss="nonsaturating" if config.loss == "hinge" else "hinge")
+    assert [line.partition(":")[0] for line in differing_lines(config, other)] == ["loss", "batch_size"]
+
+
+def test_settings_of_a_newer_version_are_named():
+    fields = json.loads(config_to_json(make_config()))
+    with pytest.raises(UserError, match="warp"):
+        config_from_json(json.dumps({**fields, "warp": 9}))
+
+
+def test_a_damaged_config_is_told():
+    with pytest.raises(UserError, match="not valid JSON"):
+        config_from_json('{"loss": ')

@@ -1,0 +1,297 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan import load, make_config, train
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.trainer import Trainer
+from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
+
+TINY = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8, "log_every": 2}
+
+
+def _config(steps: int = 6, **settings) -> Config:
+    settings = {"data": None, "device": "cpu", "num_sample_grids": 2, **TINY, **settings}
+    return make_config("fashion", steps=steps, **settings)
+
+
+def _images(num: int = 40) -> torch.Tensor:
+    return torch.randint(256, (num, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _train(folder: Path, config: Config | None = None, **settings):
+    return train(_config() if config is None else config, out=folder, data=_images(), **settings)
+
+
+def _generator(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "generator.safetensors")
+
+
+def test_a_run_leaves_a_complete_folder(tmp_path: Path):
+    run = _train(tmp_path / "run")
+    assert (run.step, run.reason) == (6, "steps")
+    names = {path.name for path in run.folder.iterdir()} - {".lock"}
+    assert names == {
+        "config.json",
+        "data.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "generator.safetensors",
+        "tensorboard",
+    }
+    records = list(read_records(run.folder / "metrics.jsonl"))
+    assert [type(record) for record in records if isinstance(record, Session | Ending)] == [Session, Ending]
+    assert {record.role for record in records if isinstance(record, Picture)} == {
+        "samples",
+        "final",
+        "real",
+        "neighbours",
+        "interpolation",
+    }
+    for record in records:
+        if isinstance(record, Picture):
+            assert (run.folder / record.file).stat().st_size > 0
+
+
+def test_every_scalar_is_recorded_and_finite(tmp_path: Path):
+    run = _train(tmp_path)
+    scalars = [record for record in read_records(run.folder / "metrics.jsonl") if isinstance(record, Scalars)]
+    assert [record.step for record in scalars] == [2, 4, 6]
+    expected = {
+        "loss/discriminator",
+        "loss/generator",
+        "logits/real",
+        "logits/fake",
+        "gradient_norm/discriminator",
+        "gradient_norm/generator",
+        "images_per_second",
+    }
+    for record in scalars:
+        sigmas = {name for name in record.values if name.startswith("sigma/")}
+        assert len(sigmas) == 4
+        assert expected <= record.values.keys() | {"images_per_second"}
+        assert all(abs(value) < float("inf") for value in record.values.values())
+
+
+def test_the_spectra_are_those_of_the_weights_in_use(tmp_path: Path):
+    run = _train(tmp_path)
+    (spectra,) = [record for record in read_records(run.folder / "metrics.jsonl") if isinstance(record, Spectra)]
+    assert len(spectra.layers) == 4
+    for values in spectra.layers.values():
+        assert values == sorted(values, reverse=True)
+        assert values[0] == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_same_command_again_says_it_is_finished(tmp_path: Path):
+    _train(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert _train(tmp_path).reason == "already finished"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_larger_budget_goes_on_exactly_where_the_run_ended(tmp_path: Path):
+    config = _config(lr_decay_from=1.0)
+    _train(tmp_path / "parts", config)
+    run = _train(tmp_path / "parts", dataclasses.replace(config, steps=12))
+    assert run.step == 12
+    _train(tmp_path / "whole", dataclasses.replace(config, steps=12))
+    whole = _generator(tmp_path / "whole")
+    for name, tensor in _generator(tmp_path / "parts").items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_changed_setting_is_refused_with_the_differing_lines(tmp_path: Path):
+    _train(tmp_path)
+    with pytest.raises(UserError, match=r"batch_size: 4 -> 8; seed: 0 -> 1\)"):
+        _train(tmp_path, _config(batch_size=8, seed=1))
+
+
+def test_changed_images_are_refused(tmp_path: Path):
+    _train(tmp_path)
+    with pytest.raises(UserError, match="not those"):
+        train(_config(steps=9), out=tmp_path, data=_images(50))
+
+
+def test_a_folder_that_is_not_a_run_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder"):
+        _train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="choose another --out"):
+        _train(tmp_path / "run")
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"at most the number of training images \(\d+\), got 64"):
+        _train(tmp_path, _config(batch_size=64))
+
+
+def test_cuda_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here; use --device cpu"):
+        _train(tmp_path, _config(device="cuda"))
+
+
+def test_the_global_random_state_is_left_alone_by_construction(tmp_path: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _train(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_ones_own_networks_and_dataset_are_trained(tmp_path: Path):
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return _images()[index], index % 3
+
+    generator = nn.Sequential(nn.Linear(8, 32 * 32), nn.Tanh(), nn.Unflatten(1, (1, 32, 32)))
+    discriminator = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 1), nn.Flatten(0))
+    before = generator[0].weight.detach().clone()
+    run = train(_config(), out=tmp_path, generator=generator, discriminator=discriminator, data=Pairs())
+    assert not torch.equal(generator[0].weight, before)
+    assert nn.utils.parametrize.is_parametrized(discriminator[1], "weight")
+    fresh = nn.Sequential(nn.Linear(8, 32 * 32), nn.Tanh(), nn.Unflatten(1, (1, 32, 32)))
+    samples = load(run.folder, generator=fresh).sample(5, seed=1)
+    assert samples.shape == (5, 1, 32, 32)
+    assert samples.dtype == torch.uint8
+    with pytest.raises(UserError, match="generator="):
+        load(run.folder)
+
+
+def test_metrics_are_measured_when_the_run_is_long_enough(tmp_path: Path):
+    run = _train(tmp_path, _config(steps=100, num_evaluation_samples=100, num_evaluations=1))
+    evaluations = [r for r in read_records(run.folder / "metrics.jsonl") if isinstance(r, Evaluation)]
+    assert [record.final for record in evaluations] == [True]
+    assert {metric.name for metric in evaluations[0].metrics} == {"FD-SqueezeNet", "KID-SqueezeNet"}
+    assert all(metric.provenance.num_fake == 100 for metric in evaluations[0].metrics)
+
+
+def test_divergence_ends_the_run_and_names_the_layer(tmp_path: Path):
+    def poison(trainer: Trainer) -> None:
+        if trainer.step == 3:
+            with torch.no_grad():
+                next(trainer.generator.parameters()).fill_(float("nan"))
+
+    with pytest.raises(
+        UserError, match=r"diverged at step 4: .*first non-finite weights: .*generator layers\.0\.weight"
+    ):
+        _train(tmp_path, observers=[poison])
+
+
+def test_a_state_with_a_nan_is_never_checkpointed(tmp_path: Path):
+    def poison(trainer: Trainer) -> None:
+        if trainer.step == 5:
+            with torch.no_grad():
+                trainer.discriminator.layers[0].bias.fill_(float("nan"))
+
+    with pytest.raises(UserError, match="diverged"):
+        _train(tmp_path, observers=[poison])
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values() if tensor.is_floating_point())
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence_and_a_good_checkpoint(tiny_disk: Path):
+    config = _config(steps=10_000, checkpoint_minutes=1e-6, generator_width=4)
+    with pytest.raises(UserError, match=r"is full; .*; free some space and run the same command"):
+        _train(tiny_disk / "run", config)
+    from spectralnorm.gan.checkpoint import latest_checkpoint
+
+    loaded = latest_checkpoint(tiny_disk / "run" / "checkpoints")
+    assert loaded is None or loaded.numbers["step"] >= 0
+    assert not list((tiny_disk / "run" / "checkpoints").glob(".*.tmp"))
+
+
+def _command(folder: Path, *options: str) -> list[str]:
+    tiny = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = ["train", "--out", str(folder), "--device", "cpu", *tiny, *options]
+    return [sys.executable, "-c", f"from spectralnorm.cli import main; raise SystemExit(main({words!r}))"]
+
+
+def _wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step-*.safetensors")):
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path):
+    options = ["--steps", "90", "--checkpoint-minutes", "0.0001", "--num-sample-grids", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(_command(tmp_path / "whole", *options), check=True, capture_output=True, env=environment)
+
+    process = subprocess.Popen(
+        _command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    _wait_for_checkpoint(tmp_path / "killed", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "generator.safetensors").exists(), "the run was over before it was killed"
+    for path in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors"):
+        assert load_file(path)
+
+    again = subprocess.run(
+        _command(tmp_path / "killed", *options), check=True, capture_output=True, text=True, env=environment
+    )
+    assert "Going on from the checkpoint of step" in again.stdout
+    whole = _generator(tmp_path / "whole")
+    for name, tensor in _generator(tmp_path / "killed").items():
+        assert torch.equal(tensor, whole[name]), name
+    records = list(read_records(tmp_path / "killed" / "metrics.jsonl"))
+    steps = [record.step for record in records if isinstance(record, Scalars)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 90
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
+    process = subprocess.Popen(
+        _command(tmp_path / "run", "--steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_checkpoint(tmp_path / "run", process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == ""
+    assert "Run the same command to go on" in output
+    endings = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if isinstance(r, Ending)]
+    assert [ending.reason for ending in endings] == ["interrupted"]
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert newest.name == f"step-{endings[0].step:09d}.safetensors"
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path):
+    def second(trainer: Trainer) -> None:
+        if trainer.step == 1:
+            with pytest.raises(UserError, match="Another process is training"):
+                _train(tmp_path)
+
+    assert _train(tmp_path, observers=[second]).step == 6
+
+
+def test_the_config_file_is_plain_json_with_every_setting(tmp_path: Path):
+    _train(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.keys() == {field.name for field in dataclasses.fields(Config)}
+    assert fields["batch_size"] == 4

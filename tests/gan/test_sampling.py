@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan import load, make_config
+from spectralnorm.gan.pictures import encode_png, image_grid, save_png
+from spectralnorm.gan.sampling import TrainedGenerator, build_generator, save_generator
+
+
+@pytest.fixture
+def generator() -> TrainedGenerator:
+    config = make_config("fashion", steps=1, architecture="dcgan", generator_width=4, latent_dim=8)
+    return TrainedGenerator(build_generator(config), config, step=3, images_seen=192, training_seconds=1.5)
+
+
+def test_samples_are_bytes_of_the_asked_number(generator: TrainedGenerator):
+    samples = generator.sample(5, seed=0)
+    assert samples.shape == (5, 1, 32, 32)
+    assert samples.dtype == torch.uint8
+
+
+def test_a_seed_names_its_images(generator: TrainedGenerator):
+    assert torch.equal(generator.sample(4, seed=7), generator.sample(4, seed=7))
+    assert not torch.equal(generator.sample(4, seed=7), generator.sample(4, seed=8))
+
+
+def test_sampling_leaves_the_global_random_state_alone(generator: TrainedGenerator):
+    before = torch.get_rng_state()
+    generator.sample(4, seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_image_does_not_depend_on_its_batch(generator: TrainedGenerator):
+    many, one = generator.sample(300, seed=1), generator.render(generator.latents(300, seed=1)[299:])
+    assert (many[299:].int() - one.int()).abs().max() <= 1
+
+
+def test_a_walk_begins_and_ends_at_its_latents(generator: TrainedGenerator):
+    walks = generator.interpolate(rows=2, columns=5, seed=3).unflatten(0, (2, 5))
+    ends = generator.render(generator.latents(4, seed=3))
+    assert (walks[:, 0].int() - ends[:2].int()).abs().max() <= 1
+    assert (walks[:, -1].int() - ends[2:].int()).abs().max() <= 1
+    assert not torch.equal(walks[:, 1], walks[:, 2])
+
+
+@pytest.mark.parametrize(("num", "seed"), [(0, 0), (-3, 0), (1, -1), (1, 2**63)])
+def test_a_senseless_request_is_refused(generator: TrainedGenerator, num: int, seed: int):
+    with pytest.raises(UserError, match=r"at least 1|seed must be"):
+        generator.sample(num, seed=seed)
+
+
+def test_a_saved_generator_is_the_same_network(generator: TrainedGenerator, tmp_path: Path):
+    save_generator(tmp_path / "generator.safetensors", generator)
+    for place in (tmp_path, tmp_path / "generator.safetensors"):
+        loaded = load(place)
+        assert loaded.config == generator.config
+        assert (loaded.step, loaded.images_seen, loaded.training_seconds) == (3, 192, 1.5)
+        assert not loaded.training
+        assert torch.equal(loaded.sample(3, seed=2), generator.sample(3, seed=2))
+
+
+def test_missing_and_foreign_files_are_told(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no trained generator yet"):
+        load(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load(tmp_path / "weights.safetensors")
+
+
+def test_a_grid_tiles_row_after_row():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 4)
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (3, 4, 12)
+    assert grid[0, ::2, ::4].tolist() == [[0, 1, 2], [3, 4, 0]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_reads_back_exactly(channels: int, tmp_path: Path):
+    from PIL import Image
+
+    image = torch.randint(256, (channels, 6, 9), dtype=torch.uint8)
+    save_png(tmp_path / "new" / "image.png", image)
+    picture = Image.open(tmp_path / "new" / "image.png")
+    assert picture.mode == {1: "L", 3: "RGB"}[channels]
+    assert list(picture.tobytes()) == image.permute(1, 2, 0).flatten().tolist()
+    assert encode_png(image) == (tmp_path / "new" / "image.png").read_bytes()

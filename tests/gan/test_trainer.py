@@ -1,0 +1,154 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.observers import Averaging, Milestones, StepSizeDecay
+from spectralnorm.gan.trainer import Clock, RunningMeans, Trainer
+from spectralnorm.transform import add_spectral_norm
+
+CONFIG = Config(steps=6, batch_size=4, latent_dim=5, num_discriminator_steps=2, augmentation="shift,flip", device="cpu")
+
+
+def _trainer(device: torch.device, config: Config = CONFIG) -> Trainer:
+    torch.manual_seed(config.seed)
+    generator = nn.Sequential(nn.Linear(5, 64), nn.BatchNorm1d(64), nn.Unflatten(1, (1, 8, 8)), nn.Tanh())
+    discriminator = nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, 1), nn.LeakyReLU(0.1), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)
+    )
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    return Trainer(
+        config,
+        generator=generator,
+        discriminator=add_spectral_norm(discriminator),
+        images=images,
+        device=device,
+    )
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors, _ = trainer.state()
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_a_run_takes_as_many_steps_as_it_is_given(device: torch.device):
+    trainer = _trainer(device)
+    seen = []
+    trainer.run([lambda trainer: seen.append(trainer.step)])
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert trainer.stop_reason == "steps"
+    assert trainer.images_seen == 6 * 2 * 4
+
+
+def test_a_minutes_budget_ends_the_run(device: torch.device):
+    trainer = _trainer(device, dataclasses.replace(CONFIG, steps=None, minutes=1e-9))
+    trainer.clock.seconds = 1.0
+    trainer.run([])
+    assert trainer.stop_reason == "minutes"
+    assert trainer.step == 0
+
+
+def test_an_observer_can_end_the_run(device: torch.device):
+    trainer = _trainer(device)
+
+    def stop(trainer: Trainer) -> None:
+        trainer.stop_reason = "interrupted"
+
+    trainer.run([stop])
+    assert trainer.step == 1
+
+
+def test_each_update_changes_its_own_network_only(device: torch.device):
+    trainer = _trainer(device)
+    before = _weights(trainer)
+    trainer.update_discriminator(next(trainer.batches))
+    after = _weights(trainer)
+    trainable = dict(trainer.generator.named_parameters())
+    assert all(torch.equal(before[f"generator.{name}"], after[f"generator.{name}"]) for name in trainable)
+    assert not torch.equal(
+        before["discriminator.0.parametrizations.weight.original"],
+        after["discriminator.0.parametrizations.weight.original"],
+    )
+    trainer.update_generator()
+    last = _weights(trainer)
+    assert not torch.equal(after["generator.0.weight"], last["generator.0.weight"])
+    for name in dict(trainer.discriminator.named_parameters()):
+        assert torch.equal(after[f"discriminator.{name}"], last[f"discriminator.{name}"])
+    assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(device: torch.device):
+    observers = [Averaging(), StepSizeDecay()]
+    config = dataclasses.replace(CONFIG, lr_decay_from=0.5)
+    whole = _trainer(device, config)
+    whole.run(observers)
+
+    first = _trainer(device, config)
+
+    def stop_after_three(trainer: Trainer) -> None:
+        trainer.stop_reason = "interrupted" if trainer.step == 3 else None
+
+    first.run([*observers, stop_after_three])
+    tensors, numbers = first.state()
+    tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    second = _trainer(device, config)
+    second.load_state(tensors, numbers)
+    torch.rand(7)  # what happens between two processes must not matter
+    second.random.manual_seed(99)
+    second.load_state(tensors, numbers)
+    second.run(observers)
+
+    expected = _weights(whole)
+    for name, tensor in _weights(second).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_step_sizes_fall_linearly_to_zero_over_the_last_part(device: torch.device):
+    config = dataclasses.replace(CONFIG, steps=10, lr_decay_from=0.5, generator_lr=0.4, discriminator_lr=0.2)
+    trainer = _trainer(device, config)
+    sizes = []
+    for trainer.step in range(11):
+        StepSizeDecay()(trainer)
+        sizes.append(trainer.generator_optimizer.param_groups[0]["lr"])
+        assert trainer.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(sizes[-1] / 2)
+    assert sizes == pytest.approx([0.4] * 6 + [0.32, 0.24, 0.16, 0.08, 0.0])
+
+
+def test_running_means_are_over_the_steps_since_last_read():
+    means = RunningMeans()
+    for value in (1.0, 2.0, 6.0):
+        means.add("loss", torch.tensor(value, requires_grad=True))
+    assert means.pop() == {"loss": 3.0}
+    means.add("loss", torch.tensor(5.0))
+    assert means.pop() == {"loss": 5.0}
+
+
+def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr("spectralnorm.gan.trainer.time.perf_counter", lambda: now)
+    clock = Clock(torch.device("cpu"))
+    clock.start()
+    now = 3.0
+    with clock.paused():
+        now = 100.0
+    now = 102.0
+    assert clock.seconds == 5.0
+    clock.stop()
+    now = 200.0
+    assert clock.seconds == 5.0
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_milestones_are_all_reached_and_the_last_is_the_end(power: float):
+    milestones = Milestones(6, power=power)
+    reached = [step for step in range(1, 601) if milestones.reached(step / 600)]
+    assert len(reached) == 6
+    assert reached[-1] == 600
+    assert reached[0] == (100 if power == 1 else 41)
+
+
+def test_milestones_passed_before_a_resume_do_not_come_again():
+    milestones = Milestones(4, progress=0.6)
+    assert [step for step in range(60, 101) if milestones.reached(step / 100)] == [75, 100]
