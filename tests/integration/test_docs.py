@@ -12,7 +12,14 @@ FENCE = re.compile(r"(?P<exempt><!-- not run: \S.*? -->\s*)?^```python\n(?P<code
 LINK = re.compile(r"!?\[[^\]]*\]\((?!https?://|#)([^)#\s]+)")
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 COMMAND = re.compile(r"^\$ (?:\.venv/bin/)?spectralnorm (?P<name>[a-z]+)(?P<rest>.*?)(?:\s#.*)?$", re.MULTILINE)
-PUBLIC_MODULES = ("spectralnorm", "spectralnorm.gan", "spectralnorm.records", "spectralnorm.errors")
+PUBLIC_MODULES = (
+    "spectralnorm",
+    "spectralnorm.gan",
+    "spectralnorm.metrics",
+    "spectralnorm.records",
+    "spectralnorm.report",
+    "spectralnorm.errors",
+)
 
 
 def _name(page: Path) -> str:
