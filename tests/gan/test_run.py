@@ -148,7 +148,7 @@ def test_cuda_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest
         _train(tmp_path, _config(device="cuda"))
 
 
-def test_the_global_random_state_is_left_alone_by_construction(tmp_path: Path):
+def test_the_global_random_state_is_left_alone(tmp_path: Path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

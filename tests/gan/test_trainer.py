@@ -63,7 +63,8 @@ def test_an_observer_can_end_the_run(device: torch.device):
 def test_each_update_changes_its_own_network_only(device: torch.device):
     trainer = _trainer(device)
     before = _weights(trainer)
-    trainer.update_discriminator(next(trainer.batches))
+    fake_images = trainer.generator(trainer.latents(4))
+    trainer.update_discriminator(next(trainer.batches), fake_images.detach())
     after = _weights(trainer)
     trainable = dict(trainer.generator.named_parameters())
     assert all(torch.equal(before[f"generator.{name}"], after[f"generator.{name}"]) for name in trainable)
@@ -71,7 +72,7 @@ def test_each_update_changes_its_own_network_only(device: torch.device):
         before["discriminator.0.parametrizations.weight.original"],
         after["discriminator.0.parametrizations.weight.original"],
     )
-    trainer.update_generator()
+    trainer.update_generator(fake_images)
     last = _weights(trainer)
     assert not torch.equal(after["generator.0.weight"], last["generator.0.weight"])
     for name in dict(trainer.discriminator.named_parameters()):

@@ -68,16 +68,18 @@ def _flags(options: type) -> list[str]:
 
 def _one_sentence(box: str) -> str:
     """What tyro says in its box, on one line, without its frame and without its own vocabulary."""
-    lines = []
+    lines: list[str] = []
+    in_body = False
     for line in box.splitlines():
         text = line.strip(" │|")
-        if re.fullmatch(r"[╭+─-]+ .* [─-]+[╮+]|[╭╰+─-]+[╮╯+]?", text):  # the frame, and its title
-            if lines:
-                break
+        is_rule = re.search("[─-]{3}", text) is not None
+        if in_body and lines and (is_rule or not text):
+            break
+        if is_rule:  # what stood above the first one was the title
+            in_body = True
+            lines.clear()
         elif text:
             lines.append(text)
-        elif lines:
-            break
     sentence = " ".join(lines).rstrip(".") or "The options cannot be read"
     if sentence.startswith("Error parsing config: "):  # one of our own checks, in our own words
         return sentence.removeprefix("Error parsing config: ")

@@ -125,12 +125,15 @@ def train(
         )
     with _full_disk_told(folder):
         claim(folder, config)
-    with locked(folder), _full_disk_told(folder):
+    # The caller's global random state is left as it was; inside, it is the run's own and part of its checkpoints.
+    with locked(folder), _full_disk_told(folder), torch.random.fork_rng():
+        extractors = extractors_for(images, device=device)
+        torch.manual_seed(config.seed)
         trainer = _build(config, images, device, generator, discriminator)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is not None:
-            trainer.load_state(checkpoint.tensors, checkpoint.numbers)
             _check_data(folder / DATA_FILE, images)
+            trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
             return Run(folder, trainer.step, "already finished")
         replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
@@ -140,7 +143,6 @@ def train(
         try:
             log.append(_session(trainer))
             display.begin(trainer)
-            extractors = extractors_for(images, device=device)
             checkpoints = Checkpoints(folder / CHECKPOINTS, minutes=config.checkpoint_minutes)
             watchers: list[Observer] = [
                 Averaging(),
@@ -189,16 +191,13 @@ def _build(
     generator: nn.Module | None,
     discriminator: nn.Module | None,
 ) -> Trainer:
-    # The caller's global random state is left as it was; the run's own is part of its checkpoints.
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        if generator is None:
-            generator = build_generator(config)
-        if discriminator is None:
-            discriminator = ARCHITECTURES[config.architecture].discriminator(
-                image_size=config.image_size, channels=config.channels, width=config.discriminator_width
-            )
-        NORMALIZATIONS[config.normalization](discriminator)
+    if generator is None:
+        generator = build_generator(config)
+    if discriminator is None:
+        discriminator = ARCHITECTURES[config.architecture].discriminator(
+            image_size=config.image_size, channels=config.channels, width=config.discriminator_width
+        )
+    NORMALIZATIONS[config.normalization](discriminator)
     return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)
 
 

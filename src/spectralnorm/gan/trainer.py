@@ -68,18 +68,18 @@ class Trainer:
         self.clock.start()
         while self.stop_reason is None:
             for _ in range(self.config.num_discriminator_steps):
-                self.update_discriminator(next(self.batches))
-            self.update_generator()
+                fake_images = self.generator(self.latents(self.config.batch_size))
+                self.update_discriminator(next(self.batches), fake_images.detach())
+            # The images that the discriminator has just learned from serve the generator too: no need to make others.
+            self.update_generator(fake_images)
             self.step += 1
             self.stop_reason = self.stop_reason or self.spent_budget()
             for observer in observers:
                 observer(self)
         self.clock.stop()
 
-    def update_discriminator(self, real_images: Tensor) -> None:
-        """One step of the discriminator on a batch of real images and as many generated ones."""
-        with torch.no_grad():
-            fake_images = self.generator(self.latents(len(real_images)))
+    def update_discriminator(self, real_images: Tensor, fake_images: Tensor) -> None:
+        """One step of the discriminator on a batch of real images and one of generated images."""
         real_logits = self.discriminator(self.augment(real_images, self.random))
         fake_logits = self.discriminator(self.augment(fake_images, self.random))
         loss = self.loss.discriminator(real_logits, fake_logits)
@@ -91,11 +91,10 @@ class Trainer:
         self.means.add("logits/real", real_logits.mean())
         self.means.add("logits/fake", fake_logits.mean())
 
-    def update_generator(self) -> None:
-        """One step of the generator against the discriminator as it is."""
+    def update_generator(self, fake_images: Tensor) -> None:
+        """One step of the generator, whose graph the images carry, against the discriminator as it is."""
         # The discriminator's own gradients are not wanted here, and cost a third of its backward pass.
         self.discriminator.requires_grad_(False)
-        fake_images = self.generator(self.latents(self.config.batch_size))
         loss = self.loss.generator(self.discriminator(self.augment(fake_images, self.random)))
         self.generator_optimizer.zero_grad()
         loss.backward()
