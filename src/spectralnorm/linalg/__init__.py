@@ -1,0 +1,24 @@
+"""Pure tensor functions: no modules, no state."""
+
+from spectralnorm.linalg.matrix_view import MatrixView, view_of
+from spectralnorm.linalg.power_iteration import (
+    SingularTriplet,
+    TrackedTriplet,
+    compute_dtype,
+    power_iteration,
+    power_iteration_of_operator,
+    tracked_power_iteration,
+)
+from spectralnorm.linalg.refine import refine
+
+__all__ = [
+    "MatrixView",
+    "SingularTriplet",
+    "TrackedTriplet",
+    "compute_dtype",
+    "power_iteration",
+    "power_iteration_of_operator",
+    "refine",
+    "tracked_power_iteration",
+    "view_of",
+]

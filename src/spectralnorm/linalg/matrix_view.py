@@ -1,0 +1,145 @@
+"""A weight seen as a matrix, output dimension first.
+
+The spectral norm of Miyato et al. 2018 is that of the weight reshaped to a matrix with one row per output. Which
+dimension is the output, and whether the matrix is one or falls into blocks (a grouped convolution is block diagonal, so
+its norm is the largest of its blocks'), depends on the kind of layer and is settled here once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MatrixView", "view_of"]
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixView:
+    """How a weight is read as a matrix.
+
+    Attributes:
+        out_dim: the weight's dimension that counts outputs; the rows.
+        groups: number of diagonal blocks, which follow each other along the weight's dimension 0.
+    """
+
+    out_dim: int = 0
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The matrix, columns in torch's order; a view where the strides allow one.
+
+        Args:
+            weight: (out, in, *kernel), or with ``out_dim=1`` (in, out, *kernel); two or more dimensions.
+
+        Returns:
+            (out, in * kernel), or (groups, out / groups, in / groups * kernel) for ``groups > 1``.
+        """
+        return self._matrix(weight, self._column_dims(weight))
+
+    def memory_matrix(self, weight: Tensor) -> Tensor:
+        """As `matrix`, with the columns in the order in which they lie in memory.
+
+        For a weight in ``channels_last`` this is a view where `matrix` has to copy. Its right singular vectors are
+        those of `matrix` with their entries in another order; `whole_vectors` puts them back.
+        """
+        return self._matrix(weight, self._column_dims_in_memory(weight))
+
+    def whole_vectors(self, u: Tensor, v: Tensor, sigma: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors of `memory_matrix` as those of the whole weight, in torch's shapes and order.
+
+        For blocks they are the largest block's, zero elsewhere, so that ``u @ whole_matrix @ v`` is its norm.
+
+        Args:
+            u: (out,) or (groups, out / groups).
+            v: (in * kernel,) or (groups, in / groups * kernel), in the order of `memory_matrix`.
+            sigma: () or (groups,).
+            weight: the weight they belong to, for its shape and strides.
+
+        Returns:
+            u, v of `whole_shape`, and the scalar sigma.
+        """
+        columns, columns_in_memory = self._column_dims(weight), self._column_dims_in_memory(weight)
+        if columns != columns_in_memory:
+            shape = self._blocked(weight).shape
+            back = [columns_in_memory.index(dim) for dim in columns]
+            v = v.unflatten(-1, [shape[dim] for dim in columns_in_memory])
+            leading = v.ndim - len(columns)
+            v = v.permute(*range(leading), *(leading + dim for dim in back)).flatten(leading)
+        if self.groups == 1:
+            return u, v, sigma
+        # NaN would never be the largest by comparison with another NaN: argmax takes it as the largest, which is right,
+        # because a weight with a NaN in one block has no norm.
+        largest = sigma.argmax()
+        is_largest = (torch.arange(self.groups, device=sigma.device) == largest).to(u.dtype)
+        # The vector along whose dimension the blocks lie is filled up with zeros, the other one is the block's own.
+        if self.out_dim == 0:
+            return (u * is_largest[:, None]).flatten(), is_largest @ v, sigma.amax()
+        return is_largest @ u, (v * is_largest[:, None]).flatten(), sigma.amax()
+
+    def whole_matrix(self, weight: Tensor) -> Tensor:
+        """The matrix without blocks, as torch reads it: (out, everything else)."""
+        return MatrixView(self.out_dim).matrix(weight)
+
+    def whole_shape(self, weight: Tensor) -> tuple[int, int]:
+        """Rows and columns of `whole_matrix`."""
+        rows = weight.shape[self.out_dim]
+        return rows, math.prod(weight.shape) // rows if rows else 0
+
+    def outer_factors(self, u: Tensor, v: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``u`` and ``v`` of the whole weight, shaped so that their product broadcasts to u v^H as a weight."""
+        rest = [size for dim, size in enumerate(shape) if dim != self.out_dim]
+        row_shape = [1] * len(shape)
+        row_shape[self.out_dim] = -1
+        return u.reshape(row_shape), v.conj().reshape(rest).unsqueeze(self.out_dim)
+
+    def _blocked(self, weight: Tensor) -> Tensor:
+        return weight if self.groups == 1 else weight.unflatten(0, (self.groups, -1))
+
+    def _row_dim(self) -> int:
+        return self.out_dim if self.groups == 1 else self.out_dim + 1
+
+    def _column_dims(self, weight: Tensor) -> list[int]:
+        first = 0 if self.groups == 1 else 1
+        return [dim for dim in range(first, weight.ndim + first) if dim != self._row_dim()]
+
+    def _column_dims_in_memory(self, weight: Tensor) -> list[int]:
+        strides = self._blocked(weight).stride()
+        return sorted(self._column_dims(weight), key=lambda dim: -strides[dim])
+
+    def _matrix(self, weight: Tensor, column_dims: Sequence[int]) -> Tensor:
+        row = self._row_dim()
+        if self.groups == 1:
+            return weight.permute(row, *column_dims).reshape(weight.shape[row], -1)
+        blocks = self._blocked(weight)
+        return blocks.permute(0, row, *column_dims).reshape(self.groups, blocks.shape[row], -1)
+
+
+def view_of(module: nn.Module, weight: Tensor, dim: int | None = None) -> MatrixView:
+    """How ``module`` uses ``weight``: which dimension counts outputs, and in how many blocks.
+
+    Args:
+        module: the layer that owns the weight.
+        weight: one of its parameters.
+        dim: the output dimension; None: 1 for transposed convolutions, else 0 (torch's rule).
+
+    Raises:
+        IndexError: ``dim`` is not a dimension of the weight.
+    """
+    natural_dim = 1 if isinstance(module, _TRANSPOSED) and weight.ndim > 1 else 0
+    if dim is None:
+        dim = natural_dim
+    if not -weight.ndim <= dim < weight.ndim:
+        raise IndexError(
+            f"dim must lie in [{-weight.ndim}, {weight.ndim - 1}] for a {weight.ndim}-D weight, got {dim}."
+        )
+    out_dim = dim % weight.ndim
+    # Blocks are only meant where rows are outputs, and only of the kernel: a bias has none.
+    in_blocks = isinstance(module, _CONVOLUTIONS) and out_dim == natural_dim and weight.ndim > 2
+    return MatrixView(out_dim, module.groups if in_blocks else 1)

@@ -1,0 +1,100 @@
+"""The division by sigma, and its gradient in one piece.
+
+Written out, ``weight / (u @ weight @ v)`` costs autograd about twenty small operations per use. Here the value is
+computed once per change of the weight, and each use under grad is one node whose backward is the closed formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg import MatrixView, compute_dtype
+
+__all__ = ["NormalizedWeight", "scale_of"]
+
+
+def scale_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """What the weight is multiplied by, and whether that depends on sigma.
+
+    Args:
+        sigma: the weight's norm, a scalar.
+        coefficient: the norm that is wanted.
+        cap: leave a weight alone whose norm is below ``coefficient``.
+        eps: a norm up to here counts as zero: dividing by it would blow up the gradient of a zero weight by 1/eps. Such
+            a weight, and one that has no norm because it is not finite, is not divided.
+
+    Returns:
+        The factor, and 1.0 where it is ``coefficient / sigma`` and 0.0 where it is a constant.
+    """
+    divisible = sigma > (max(coefficient, eps) if cap else eps)  # false for NaN
+    constant = 1.0 if cap else coefficient
+    return torch.where(divisible, coefficient / sigma, constant), divisible.to(sigma.dtype)
+
+
+class NormalizedWeight(torch.autograd.Function):
+    """A kept value as a differentiable function of the weight it was computed from.
+
+    With W' = s(sigma) W, sigma = u^H W v and u, v held constant (Miyato et al. 2018, eq. 12),
+
+        dL/dW = s G - active <G, W'> / sigma u v^H,        G = dL/dW'.
+
+    Both outputs are saved, W' and sigma, not W: an old graph stays usable after the optimizer has changed W in place.
+    Being outputs they are themselves differentiable functions of W, so the second backward (a gradient penalty) goes
+    through this same node again and needs no formula of its own.
+    """
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        value: Tensor,
+        sigma: Tensor,
+        u: Tensor,
+        v: Tensor,
+        view: MatrixView,
+        coefficient: float,
+        cap: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Hand out ``value`` and ``sigma``, which share their memory with the kept ones."""
+        return value.detach(), sigma.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *_, u, v, view, coefficient, cap, eps = inputs
+        ctx.save_for_backward(*output, u, v)
+        ctx.view, ctx.scale_options = view, {"coefficient": coefficient, "cap": cap, "eps": eps}
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_value, grad_sigma = grads
+        value, sigma, u, v = ctx.saved_tensors
+        nothing = (None,) * 8
+        if grad_value is None and grad_sigma is None:
+            return None, *nothing
+        along_sigma = grad_sigma  # the coefficient of u v^H
+        grad = None
+        if grad_value is not None:
+            # Half types: the inner product has as many terms as the weight, and would lose all digits.
+            wide = grad_value.to(compute_dtype(grad_value.dtype))
+            scale, active = scale_of(sigma, **ctx.scale_options)
+            # 0 / 0 at a zero weight must not reach the gradient, so the divisor is replaced, not the quotient.
+            divisor = torch.where(active > 0, sigma, 1)
+            through_sigma = -active * _inner(wide, value.to(wide.dtype)) / divisor
+            along_sigma = through_sigma if along_sigma is None else along_sigma + through_sigma
+            grad = wide * scale
+        rows, columns = ctx.view.outer_factors(u, v, value.shape)
+        rows = rows * along_sigma
+        # addcmul_ takes any layout without a copy; the product it writes into is nobody else's.
+        grad = rows * columns if grad is None else grad.addcmul_(rows, columns)
+        return grad.to(value.dtype), *nothing
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Re <left, right> over all entries, without a temporary for weights that lie densely in memory."""
+    order = sorted(range(right.ndim), key=lambda dim: -right.stride(dim))
+    left, right = left.permute(order).reshape(-1), right.permute(order).reshape(-1)
+    return torch.vdot(left, right).real if left.is_complex() else torch.dot(left, right)

@@ -1,0 +1,147 @@
+"""Putting a `SpectralNorm` on a layer's weight, through torch's parametrization mechanism, and taking it off."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectralnorm.errors import UserError
+from spectralnorm.parametrizations import foreign
+from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.state_dict import accept_other_formats, forget_other_formats
+
+__all__ = ["is_normalized", "normalization_of", "register", "spectral_norm", "unregister"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def spectral_norm(
+    module: M,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    norm: str = "matrix",
+    mode: str = "normalize",
+    coefficient: float = 1.0,
+    strict: bool = False,
+    update: str = "step",
+) -> M:
+    """Normalize one weight of a layer by its spectral norm, at every use.
+
+    The raw weight stays the same parameter object, under ``module.parametrizations[name].original``; an optimizer that
+    holds it stays valid. The arguments are those of `SpectralNorm`.
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: the weight is normalized already, or an argument cannot be.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> layer = spectral_norm(nn.Conv2d(3, 16, 3))
+    >>> round(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item(), 4)
+    1.0
+    """
+    if is_normalized(module, name):
+        raise UserError(
+            f"The weight {name!r} of this {type(module).__name__} is spectrally normalized already; "
+            "add_spectral_norm takes over what torch's functions have normalized."
+        )
+    normalization = SpectralNorm(
+        module,
+        name,
+        n_power_iterations,
+        eps,
+        dim,
+        norm=norm,
+        mode=mode,
+        coefficient=coefficient,
+        strict=strict,
+        update=update,
+    )
+    register(module, name, normalization)
+    return module
+
+
+def normalization_of(module: nn.Module, name: str = "weight") -> SpectralNorm | None:
+    """The `SpectralNorm` on a weight; None if there is none."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    found = (part for part in module.parametrizations[name] if isinstance(part, SpectralNorm))  # type: ignore[index]
+    return next(found, None)
+
+
+def is_normalized(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a weight is spectrally normalized, by this package or by one of torch's two functions."""
+    found = normalization_of(module, name) or foreign.parametrization_of(module, name) or foreign.hook_of(module, name)
+    return found is not None
+
+
+def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
+    """Make ``normalization`` the parametrization of a weight, in the place of torch's if that is there."""
+    if foreign.hook_of(module, name) is not None:
+        foreign.undo_hook(module, name)
+    if foreign.parametrization_of(module, name) is None:
+        parametrize.register_parametrization(module, name, normalization)
+    else:
+        parts: Any = module.parametrizations[name]  # type: ignore[index]
+        index = next(i for i, part in enumerate(parts) if part is foreign.parametrization_of(module, name))
+        normalization.train(module.training)
+        parts[index] = normalization
+    _own_property(module, name)
+    accept_other_formats(module)
+
+
+def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
+    """Take the normalization off. The parameter stays the same object.
+
+    Args:
+        module: the layer.
+        name: its weight.
+        bake: write the normalized weight into the parameter; else it keeps the raw one.
+    """
+    parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
+    if not parametrize.is_parametrized(module):
+        forget_other_formats(module)
+
+
+def _own_property(module: nn.Module, name: str) -> None:
+    """Read and assign ``module.<name>`` our way. Torch has just made a class for this module alone.
+
+    Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
+    a later use that needs its gradient. We keep values ourselves, so that cache is left out.
+    """
+
+    def get(self: Any) -> Tensor:
+        return self.parametrizations[name]()
+
+    def set_raw(self: Any, value: Tensor) -> None:
+        # A copy: torch would make the parameter share its memory with the tensor that was assigned.
+        self.parametrizations[name].right_inverse(value.detach().clone())
+
+    owner: Any = type(module)
+    setattr(owner, name, property(get, set_raw))
+    owner.__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: int) -> Any:
+    """Pickle the layer as its own class and its state; torch's parametrized classes refuse to be pickled."""
+    return _restored, (parametrize.type_before_parametrizations(module), module.__dict__.copy())
+
+
+def _restored(layer_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = layer_class.__new__(layer_class)
+    parametrize._inject_new_class(module)
+    # The class must know the names before the state is there: torch refuses to inject a property over an attribute.
+    for name in state["_modules"]["parametrizations"]:
+        parametrize._inject_property(module, name)
+    module.__setstate__(state)
+    for name in state["_modules"]["parametrizations"]:
+        if normalization_of(module, name) is not None:
+            _own_property(module, name)
+    return module

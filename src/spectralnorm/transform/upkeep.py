@@ -1,0 +1,89 @@
+"""Walking over the normalized weights of a model, and what can be asked of all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectralnorm.parametrizations import SpectralNorm, normalization_of
+
+__all__ = ["invalidate", "monitor", "normalized_weights", "raw_weight", "update_"]
+
+
+def normalized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
+    """Every normalized weight of ``model``: the layer's name, the layer, the weight's name in it, its normalization.
+
+    The layer's name is its path in the model; a weight that is not called "weight" has its name appended.
+
+    >>> from spectralnorm import add_spectral_norm
+    >>> model = add_spectral_norm(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    >>> [name for name, *_ in normalized_weights(model)]
+    ['0', '2']
+    """
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for tensor_name in module.parametrizations:  # type: ignore[union-attr]
+            normalization = normalization_of(module, tensor_name)
+            if normalization is not None:
+                yield weight_label(path, tensor_name), module, tensor_name, normalization
+
+
+def weight_label(path: str, tensor_name: str) -> str:
+    """The layer's path, with the weight's name where it says more."""
+    return path if path and tensor_name == "weight" else f"{path}.{tensor_name}".removeprefix(".")
+
+
+def raw_weight(module: nn.Module, tensor_name: str) -> Tensor:
+    """The parameter behind a normalized weight."""
+    return module.parametrizations[tensor_name].original  # type: ignore[index, union-attr]
+
+
+def monitor(model: nn.Module) -> dict[str, float]:
+    """The norm of each raw weight, by which its layer divides; one wait for the device in all.
+
+    >>> from spectralnorm import add_spectral_norm
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
+    >>> monitor(add_spectral_norm(nn.Sequential(layer)))
+    {'0': 3.0}
+    """
+    found = {
+        name: normalization.sigma(raw_weight(module, tensor_name))
+        for name, module, tensor_name, normalization in normalized_weights(model)
+    }
+    if not found:
+        return {}
+    devices = {sigma.device for sigma in found.values()}
+    if len(devices) > 1:
+        return {name: float(sigma) for name, sigma in found.items()}
+    return dict(zip(found, torch.stack([sigma.double() for sigma in found.values()]).tolist(), strict=True))
+
+
+def invalidate(model: nn.Module) -> None:
+    """Tell that weights were changed in a way that cannot be seen: by a write through ``.data``.
+
+    >>> from spectralnorm import spectral_norm
+    >>> layer = spectral_norm(nn.Linear(2, 2))
+    >>> _ = layer.parametrizations.weight.original.data.mul_(5)
+    >>> invalidate(layer)
+    >>> layer.weight.norm(2).item() <= 2**0.5 + 1e-6
+    True
+    """
+    for *_, normalization in normalized_weights(model):
+        normalization.invalidate()
+
+
+def update_(model: nn.Module) -> None:
+    """Run ``n_power_iterations`` for every normalized weight now, whether or not it has changed.
+
+    The only way to advance weights normalized with ``update="manual"``.
+
+    >>> from spectralnorm import spectral_norm
+    >>> update_(spectral_norm(nn.Linear(2, 2), update="manual"))
+    """
+    for _, module, tensor_name, normalization in normalized_weights(model):
+        normalization.advance(raw_weight(module, tensor_name))
