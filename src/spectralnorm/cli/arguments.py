@@ -46,7 +46,7 @@ def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | Non
     return parsed
 
 
-def _unknown(word: str, options: type, prog: str) -> str:
+def _unknown(word: str, options: Any, prog: str) -> str:
     if not word.startswith("-"):
         return f"Unexpected argument '{word}'; see {prog} --help."
     flag = word.partition("=")[0]
@@ -56,7 +56,7 @@ def _unknown(word: str, options: type, prog: str) -> str:
     return f"Unknown option '{flag}'; {advice}"
 
 
-def _flags(options: type) -> list[str]:
+def _flags(options: Any) -> list[str]:
     flags = []
     for name, hint in get_type_hints(options).items():
         if dataclasses.is_dataclass(hint):

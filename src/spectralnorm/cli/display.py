@@ -56,7 +56,8 @@ class TerminalDisplay(Display):
         if self._console.is_terminal:
             columns = [SpinnerColumn(), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Numbers()]
             self._progress = Progress(*columns, console=self._console)
-            self._progress.add_task("", total=1.0, completed=trainer.progress, text="")
+            task = self._progress.add_task("", total=1.0, text="")
+            self._progress.update(task, completed=trainer.progress)
             self._progress.start()
 
     def log(self, trainer: Trainer, record: Scalars) -> None:

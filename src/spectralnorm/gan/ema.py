@@ -41,7 +41,9 @@ class GeneratorAverage:
         half_life = min(self.half_life_images, images_seen / 10)
         weight = 1 - 0.5 ** (batch_size / half_life) if half_life > 0 else 1.0
         floating = [(a, c) for a, c in self._pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [c for _, c in floating], weight)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [a for a, _ in floating], [c for _, c in floating], weight
+        )
         for average, current in self._pairs:
             if not average.is_floating_point():
                 average.copy_(current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,21 +24,22 @@ def prepare_data(config: Config, data: Any = None) -> ImageSet:
     Raises:
         UserError: they cannot be read or used.
     """
-    size = {"image_size": config.image_size, "channels": config.channels}
+    load = partial(load_images, image_size=config.image_size, channels=config.channels)
+    wrap = partial(from_tensors, image_size=config.image_size, channels=config.channels)
     if isinstance(data, ImageSet):
         return data
     if data is None or isinstance(data, str | os.PathLike):
-        path = config.data if data is None else data
+        path = config.data if data is None else os.fspath(data)
         if path == GIVEN_DATA:
             raise UserError("This run was trained on images given from Python; give them again as data=.")
-        return load_images(path, **size)
+        return load(path)
     if isinstance(data, torch.Tensor):
-        return from_tensors(data, **size)
+        return wrap(data)
     items = [data[index] for index in range(len(data))]
     if items and isinstance(items[0], tuple | list):
         images, labels = zip(*items, strict=True)
-        return from_tensors(torch.stack(images), torch.tensor([int(label) for label in labels]), **size)
-    return from_tensors(torch.stack(items), **size)
+        return wrap(torch.stack(images), torch.tensor([int(label) for label in labels]))
+    return wrap(torch.stack(items))
 
 
 def resolve_device(name: str) -> torch.device:

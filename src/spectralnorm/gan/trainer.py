@@ -44,9 +44,9 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = device
-        # Convolutions are faster in channels-last order on CPU and on tensor cores.
-        self.generator = generator.to(device, memory_format=torch.channels_last).train()
-        self.discriminator = discriminator.to(device, memory_format=torch.channels_last).train()
+        self.generator = _prepare(generator, device)
+        self.discriminator = _prepare(discriminator, device)
+        self._trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
         betas = (config.beta1, config.beta2)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), config.generator_lr, betas)
         self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), config.discriminator_lr, betas)
@@ -94,12 +94,14 @@ class Trainer:
     def update_generator(self, fake_images: Tensor) -> None:
         """One step of the generator, whose graph the images carry, against the discriminator as it is."""
         # The discriminator's own gradients are not wanted here, and cost a third of its backward pass.
-        self.discriminator.requires_grad_(False)
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
         loss = self.loss.generator(self.discriminator(self.augment(fake_images, self.random)))
         self.generator_optimizer.zero_grad()
         loss.backward()
         self.generator_optimizer.step()
-        self.discriminator.requires_grad_(True)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
         self.means.add("loss/generator", loss)
 
     def latents(self, num: int) -> Tensor:
@@ -221,6 +223,12 @@ class RunningMeans:
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+
+def _prepare(network: nn.Module, device: torch.device) -> nn.Module:
+    # Convolutions are faster in channels-last order, on CPUs and on tensor cores.
+    network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network.train()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
