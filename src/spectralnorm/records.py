@@ -180,16 +180,25 @@ class RecordFile:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file in order; a last line cut short by a kill and kinds of newer versions are skipped."""
-    with path.open(encoding="utf-8") as stream:
+    """Yield the records of a file in order.
+
+    Skipped are a line cut short by a kill or otherwise damaged, and kinds of newer versions; fields of newer versions
+    are left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    # A kill may cut a line in the middle of a character.
+    with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError:
+                kind = _KINDS.get(fields.pop("kind", ""))
+                record = None if kind is None else _from_fields(kind, fields)
+            except (ValueError, TypeError, KeyError, AttributeError):
                 continue
-            kind = _KINDS.get(fields.pop("kind", ""))
-            if kind is not None:
-                yield _from_fields(kind, fields)
+            if record is not None:
+                yield record
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -219,15 +228,27 @@ def _finite(value: Any) -> Any:
 
 
 def _from_fields(cls: type[Record], fields: dict[str, Any]) -> Record:
-    known = {field.name for field in dataclasses.fields(cls)}
-    fields = {name: value for name, value in fields.items() if name in known}
+    fields = _known(cls, fields)
     if cls is Scalars:
-        fields["values"] = {k: math.nan if v is None else v for k, v in fields["values"].items()}
+        fields["values"] = {name: _number(value) for name, value in fields["values"].items()}
     if cls is Evaluation:
-        fields["metrics"] = tuple(_metric(metric) for metric in fields["metrics"])
+        fields["metrics"] = tuple(map(_metric, fields["metrics"]))
+    if cls is Spectra:
+        fields["layers"] = {name: tuple(map(_number, values)) for name, values in fields["layers"].items()}
     return cls(**fields)
 
 
 def _metric(fields: dict[str, Any]) -> Metric:
-    value = math.nan if fields["value"] is None else fields["value"]
-    return Metric(**{**fields, "value": value, "provenance": Provenance(**fields["provenance"])})
+    fields = _known(Metric, fields)
+    fields["value"] = _number(fields["value"])
+    fields["details"] = {name: _number(value) for name, value in fields.get("details", {}).items()}
+    fields["provenance"] = Provenance(**_known(Provenance, fields["provenance"]))
+    return Metric(**fields)
+
+
+def _known(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
@@ -117,12 +118,16 @@ def evaluation(step: int, *, final: bool = False) -> Evaluation:
         resize="bilinear, antialiased, 32 -> 128",
     )  # fmt: skip
     shares = {name: 0.1 + 0.045 * math.sin(5 * index + 1) for index, name in enumerate(CLASSES)}
+    fade = math.exp(-5 * t)
     metrics = [
-        Metric(name="FD-Classifier", value=9 + 160 * math.exp(-5 * t) - 1.2 * final, floor=0.71, provenance=quick),
-        Metric(name="KID-Classifier", value=0.011 + 0.4 * math.exp(-5 * t), spread=0.0015, floor=0.0001, provenance=quick),
-        Metric(name="Class coverage", value=min(10, 3 + round(9 * t)), floor=10, better="higher", details=shares, provenance=quick),
-        Metric(name="Class entropy", value=2.27 - 1.3 * math.exp(-5 * t), floor=2.3026, better="higher", provenance=quick),
-        Metric(name="Confident share", value=0.78 - 0.6 * math.exp(-4 * t), floor=0.91, better="higher", provenance=quick),
+        Metric(name="FD-Classifier", value=9 + 160 * fade - 1.2 * final, floor=0.71, provenance=quick),
+        Metric(name="KID-Classifier", value=0.011 + 0.4 * fade, spread=0.0015, floor=0.0001, provenance=quick),
+        Metric(
+            name="Class coverage", value=min(10, 3 + round(9 * t)), floor=10, better="higher", details=shares,
+            provenance=quick,
+        ),
+        Metric(name="Class entropy", value=2.27 - 1.3 * fade, floor=2.3026, better="higher", provenance=quick),
+        Metric(name="Confident share", value=0.78 - 0.6 * fade, floor=0.91, better="higher", provenance=quick),
     ]  # fmt: skip
     if final:
         metrics += [
@@ -138,7 +143,8 @@ def spectra(step: int = LAST_STEP) -> Spectra:
     layers = {}
     for index, name in enumerate(LAYERS):
         count = 1 if index == len(LAYERS) - 1 else min(512, 16 * 2 ** (index // 2))
-        layers[name] = [math.exp(-(0.6 + 0.35 * index) * (rank / count) ** (0.7 + 0.05 * index)) for rank in range(count)]
+        rate, bend = 0.6 + 0.35 * index, 0.7 + 0.05 * index
+        layers[name] = [math.exp(-rate * (rank / count) ** bend) for rank in range(count)]
     return Spectra(step=step, layers=layers)
 
 
@@ -173,7 +179,9 @@ def save_grid(run: Path, role: str, step: int, rows: int, columns: int, *, detai
     grid = Image.new(mode, (columns * size, rows * size))
     for index in range(rows * columns):
         row, column = divmod(index, columns)
-        kind, variant = (column * 7, 17 * column + row) if role == "neighbours" else (index * 7 + index // 5, seed + index)
+        kind, variant = index * 7 + index // 5, seed + index
+        if role == "neighbours":
+            kind, variant = column * 7, 17 * column + row
         if role == "interpolation":
             kind, variant = row * 5, row
         look = detail if role != "interpolation" else 0.95 - 0.5 * math.sin(math.pi * column / (columns - 1))
@@ -184,7 +192,9 @@ def save_grid(run: Path, role: str, step: int, rows: int, columns: int, *, detai
                    caption=caption)  # fmt: skip
 
 
-def write_run(run: Path, records: Iterator[Record] | list[Record], config: dict | None = None, data: dict | None = None) -> Path:
+def write_run(
+    run: Path, records: Iterator[Record] | list[Record], config: dict | None = None, data: dict | None = None
+) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(config or CONFIG))
     (run / "data.json").write_text(json.dumps(data or DATA))
@@ -225,6 +235,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was interrupted once, resumed and finished, with everything in its folder."""
     run = tmp_path_factory.mktemp("runs") / "fashion"
     return write_run(run, full_records(run))
+
+
+@pytest.fixture
+def synthetic() -> SimpleNamespace:
+    """What makes single records and pictures, and the config and data they belong to."""
+    return SimpleNamespace(
+        config=CONFIG, data=DATA, layers=LAYERS, session=session, scalars=scalars, evaluation=evaluation,
+        spectra=spectra, save_grid=save_grid,
+    )  # fmt: skip
 
 
 @pytest.fixture

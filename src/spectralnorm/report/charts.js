@@ -16,9 +16,9 @@
     return node;
   };
 
-  // "a", "b", "c" are named colours; a number is a place on the ramp from 0 to 1.
+  // A word names a colour; a number is a place on the ramp from 0 to 1.
   const color = (name) => {
-    if (/^[a-z]$/.test(name)) return `var(--${name})`;
+    if (/^[a-z]+$/.test(name)) return `var(--${name})`;
     const place = Number(name) * 4, low = Math.min(3, Math.floor(place));
     return `color-mix(in oklab, var(--ramp-${low + 1}) ${Math.round(100 * (place - low))}%, var(--ramp-${low}))`;
   };
@@ -82,15 +82,15 @@
     return span > 0 ? before.value + ((step - before.step) / span) * (values[after] - before.value) : values[after];
   };
 
-  // Mean over a centred window that shrinks towards both ends, so that nothing lags.
+  // Mean over a centred window, cut off at both ends, so that nothing lags.
   const smooth = (values, percent) => {
     const reach = Math.round((values.length * percent) / 100);
     if (reach < 1) return values;
     return values.map((value, index) => {
       if (value === null) return null;
-      const near = Math.min(reach, index, values.length - 1 - index);
+      const first = Math.max(0, index - reach), last = Math.min(values.length - 1, index + reach);
       let sum = 0, count = 0;
-      for (let other = index - near; other <= index + near; other++) if (values[other] !== null) { sum += values[other]; count++; }
+      for (let other = first; other <= last; other++) if (values[other] !== null) { sum += values[other]; count++; }
       return sum / count;
     });
   };
@@ -125,6 +125,11 @@
           key.addEventListener("pointerleave", () => this.emphasize(null));
         });
       }
+      for (const rule of this.spec.rules ?? []) {
+        const key = element("span", { class: "rule-key" }, keys);
+        element("i", { style: `color:${color(rule.color)}` }, key);
+        key.append(`${rule.label}: ${number(rule.y)}`);
+      }
       const options = element("span", { class: "options" }, keys);
       const option = (text, title, pressed, act) => {
         const button = element("button", { type: "button", title, "aria-pressed": String(pressed) }, options, text);
@@ -155,7 +160,7 @@
     draw() {
       const width = Math.max(240, this.plot.clientWidth), tall = this.plot.closest(".wide") ? 400 : 270;
       const height = width < 480 ? 250 : tall;
-      const shown = this.visible(), rules = (this.spec.rules ?? []).filter((_, index) => !this.hidden.has(index));
+      const shown = this.visible(), rules = this.spec.rules ?? [];
       const xs = shown.flatMap((series) => [series.x[0], series.x[series.x.length - 1]]);
       const ys = shown.flatMap((series) => [...(series.low ?? series.y), ...(series.high ?? [])])
         .concat(shown.flatMap((series) => (series.error ?? []).flatMap((error, i) => (error === null || series.y[i] === null ? [] : [series.y[i] - error, series.y[i] + error]))))
@@ -203,7 +208,10 @@
         const mark = element("line", { class: "resumed", x1: x, x2: x, y1: margin.top, y2: height - margin.bottom }, svg);
         element("title", {}, mark, `resumed at step ${step}`);
       }
-      this.drawRules(svg, rules, py, margin, width);
+      for (const rule of rules) {
+        if (this.logY && rule.y <= 0) continue;
+        element("line", { class: "rule", stroke: color(rule.color), x1: margin.left, x2: width - margin.right, y1: py(rule.y), y2: py(rule.y) }, svg);
+      }
 
       const path = (xs, values) => {
         let text = "", pen = "M";
@@ -226,9 +234,10 @@
         }
         if (series.line !== series.y && !many) element("path", { class: "raw", stroke: series.paint, d: path(series.x, series.y) }, group);
         element("path", { class: "curve", stroke: series.paint, d: path(series.x, series.line) }, group);
-        if (this.spec.kind === "points") series.y.forEach((y, index) => {
+        // A lone value makes no line: it is shown as a dot.
+        if (this.spec.kind === "points" || series.y.length === 1) series.y.forEach((y, index) => {
           if (y === null || (this.logY && y <= 0)) return;
-          const error = series.error[index];
+          const error = series.error?.[index];
           if (error && (!this.logY || y > error)) element("line", { class: "error", stroke: series.paint, x1: px(series.x[index]), x2: px(series.x[index]), y1: py(y - error), y2: py(y + error) }, group);
           element("circle", { class: "dot", fill: series.paint, cx: px(series.x[index]), cy: py(y), r: 4.5 }, group);
         });
@@ -240,17 +249,6 @@
       svg.addEventListener("pointerleave", () => this.leave());
       svg.addEventListener("blur", () => this.leave());
       svg.addEventListener("keydown", (event) => this.key(event));
-    }
-
-    drawRules(svg, rules, py, margin, width) {
-      let lastY = -Infinity;
-      for (const rule of [...rules].sort((one, other) => other.y - one.y)) {
-        if (this.logY && rule.y <= 0) continue;
-        const y = py(rule.y);
-        const line = element("line", { class: "rule", stroke: color(rule.color), x1: margin.left, x2: width - margin.right, y1: y, y2: y }, svg);
-        element("title", {}, line, `${rule.label} (${rule.of}): ${number(rule.y)}`);
-        if (y - lastY > 16) { element("text", { x: width - margin.right, y: y > margin.top + 14 ? y - 5 : y + 14, "text-anchor": "end" }, svg, `${rule.label} ${number(rule.y)}`); lastY = y; }
-      }
     }
 
     describe(shown) {
@@ -314,7 +312,7 @@
       this.tip.hidden = false;
       const box = this.view.svg.getBoundingClientRect(), scale = box.width / width, at = px(x) * scale;
       const over = this.view.svg.getBoundingClientRect().top - this.plot.getBoundingClientRect().top;
-      const beside = at + 16 + this.tip.offsetWidth > this.plot.clientWidth ? at - 16 - this.tip.offsetWidth : at + 16;
+      const room = this.plot.clientWidth - at, beside = room > this.tip.offsetWidth + 16 || room > at ? at + 16 : at - 16 - this.tip.offsetWidth;
       const clamped = Math.max(0, Math.min(beside, this.plot.clientWidth - this.tip.offsetWidth));
       this.tip.style.transform = `translate(${clamped}px, ${over + margin.top * scale}px)`;
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,8 @@ from spectralnorm.report.text import count_text, number_text
 
 __all__ = ["Chart", "curve_charts", "metric_charts", "spectrum_chart"]
 
-_MAX_RANKS = 256
-"""Points of one spectrum; it falls monotonously, so evenly spread ranks lose nothing to see."""
-
-
+_FIRST_RANKS, _OTHER_RANKS = 64, 192
+"""Points of one spectrum: each of the first ranks, where a logarithmic axis has room, and the others evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ def spectrum_chart(spectra: Spectra | None, *, normalized: bool) -> Chart | None
         return None
     series = []
     for depth, (name, values) in enumerate(layers.items()):
-        ranks = thin(len(values), limit=_MAX_RANKS)
+        first = min(_FIRST_RANKS, len(values))
+        ranks = [*range(first), *(first + rank for rank in thin(len(values) - first, limit=_OTHER_RANKS))]
         series.append(
             {
                 "name": name,
@@ -142,7 +142,9 @@ def spectrum_chart(spectra: Spectra | None, *, normalized: bool) -> Chart | None
 
 def metric_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
     """A chart of each metric over training. Values of different provenance do not compare: each has its own series."""
-    names = dict.fromkeys(metric.name for evaluation in evaluations for metric in evaluation.metrics)
+    counts = Counter(metric.name for evaluation in evaluations for metric in evaluation.metrics)
+    # One value is no course: the table has it.
+    names = [name for name, count in counts.items() if count > 1]
     return [_metric_chart(index, name, evaluations) for index, name in enumerate(names)]
 
 
@@ -152,7 +154,7 @@ def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> C
         for metric in evaluation.metrics:
             if metric.name == name:
                 groups.setdefault(metric.provenance, []).append((evaluation, metric))
-    series, rules = [], []
+    series, floors = [], {}
     for provenance, points in groups.items():
         sample_text = f"{count_text(provenance.num_fake)} samples"
         series.append(
@@ -170,7 +172,9 @@ def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> C
         )
         floor = points[-1][1].floor
         if floor is not None and math.isfinite(floor):
-            rules.append({"y": _compact(floor), "label": "real data", "color": series[-1]["color"], "of": sample_text})
+            floors[_compact(floor)] = {"label": f"real data, {sample_text}", "color": series[-1]["color"]}
+    if len(floors) == 1:
+        floors = {floor: {"label": "real data", "color": "soft"} for floor in floors}
     better = next(iter(groups.values()))[0][1].better
     rows = [
         (count_text(evaluation.step), _with_spread(metric), number_text(metric.floor), count_text(p.num_fake))
@@ -181,7 +185,7 @@ def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> C
         id=f"metric-{index}",
         title=name,
         about=f"{better.capitalize()} is better.",
-        spec={"kind": "points", "series": series, "rules": rules},
+        spec={"kind": "points", "series": series, "rules": [{"y": floor, **rule} for floor, rule in floors.items()]},
         headings=("step", "value", "real data", "samples"),
         rows=rows,
     )

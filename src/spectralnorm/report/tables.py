@@ -137,7 +137,9 @@ def time_rows(contents: Contents) -> list[Row]:
     endings = [sitting.ending for sitting in contents.sittings if sitting.ending is not None]
     rows = [("training time", duration_text(contents.training_seconds))]
     if endings:
-        rows.append(("time in all, with data, metrics and samples", duration_text(sum(e.total_seconds for e in endings))))
+        rows.append(
+            ("time in all, with data, metrics and samples", duration_text(sum(e.total_seconds for e in endings)))
+        )
     if len(endings) < len(contents.sittings):
         rows[-1] = (rows[-1][0], f"{rows[-1][1]}, and that of sessions without a recorded end")
     rows.append(("images seen", count_text(contents.images_seen)))

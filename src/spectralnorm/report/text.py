@@ -49,11 +49,10 @@ def duration_text(seconds: float) -> str:
         return "unknown"
     if seconds < 60:
         return f"{number_text(seconds, 3)} s"
-    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= length:
-            whole, rest = divmod(int(seconds), length)
-            return f"{whole} {unit} {rest // part} {smaller}" if rest // part else f"{whole} {unit}"
-    raise AssertionError("a minute or more is at least one minute")
+    units = (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+    unit, length, smaller, part = next(entry for entry in units if seconds >= entry[1])
+    whole, rest = divmod(int(seconds), length)
+    return f"{whole} {unit} {rest // part} {smaller}" if rest // part else f"{whole} {unit}"
 
 
 def bytes_text(num_bytes: float) -> str:
