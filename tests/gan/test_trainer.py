@@ -153,3 +153,20 @@ def test_milestones_are_all_reached_and_the_last_is_the_end(power: float):
 def test_milestones_passed_before_a_resume_do_not_come_again():
     milestones = Milestones(4, progress=0.6)
     assert [step for step in range(60, 101) if milestones.reached(step / 100)] == [75, 100]
+
+
+def test_batch_normalization_in_the_discriminator_never_sees_real_and_fake_together(device: torch.device):
+    torch.manual_seed(0)
+    seen = []
+    discriminator = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 1), nn.Flatten(0))
+    discriminator[1].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    generator = nn.Sequential(nn.Linear(5, 64), nn.Unflatten(1, (1, 8, 8)))
+    images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    Trainer(
+        dataclasses.replace(CONFIG, steps=1, num_discriminator_steps=1),
+        generator=generator,
+        discriminator=discriminator,
+        images=images,
+        device=device,
+    ).run([])
+    assert seen == [4, 4, 4]

@@ -11,6 +11,7 @@ from typing import Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.augment import AUGMENTATIONS
+from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
 
@@ -52,6 +53,8 @@ class Config:
     """Channels of the discriminator's first feature map; later ones double, up to 8x."""
     latent_dim: int = _setting(128)
     """Dimensions of the latent z ~ N(0, I)."""
+    initialization: str = _setting("published")
+    """Of the weights of both networks: published (the architecture's own) or orthogonal."""
     normalization: str = _setting("spectral")
     """Of the discriminator's weights: spectral or none."""
 
@@ -99,6 +102,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("architecture", self.architecture, ARCHITECTURES)
+        choose("initialization", self.initialization, INITIALIZATIONS)
         choose("normalization", self.normalization, NORMALIZATIONS)
         choose("loss", self.loss, LOSSES)
         choose("device", self.device, ("auto", "cpu", "cuda"))

@@ -14,7 +14,7 @@ class GeneratorAverage:
     """Exponential moving average of a generator, buffers included, in eval mode and without gradients.
 
     The half-life is counted in images, not steps, so it means the same at every batch size, and it grows from the
-    start of the run (a tenth of the images seen so far, as in Karras et al. 2020), so the first, random weights are
+    start of the run (a twentieth of the images seen so far, as in Karras et al. 2020), so the first, random weights are
     forgotten at once.
 
     Args:
@@ -38,7 +38,7 @@ class GeneratorAverage:
             batch_size: images since the last update.
             images_seen: images since the start of the run.
         """
-        half_life = min(self.half_life_images, images_seen / 10)
+        half_life = min(self.half_life_images, images_seen / 20)
         weight = 1 - 0.5 ** (batch_size / half_life) if half_life > 0 else 1.0
         floating = [(a, c) for a, c in self._pairs if a.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]

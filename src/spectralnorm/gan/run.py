@@ -30,6 +30,7 @@ from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet
 from spectralnorm.gan.evaluation import extractors_for
 from spectralnorm.gan.final import finish
+from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
 from spectralnorm.gan.observers import (
@@ -191,12 +192,15 @@ def _build(
     generator: nn.Module | None,
     discriminator: nn.Module | None,
 ) -> Trainer:
+    initialize = INITIALIZATIONS[config.initialization]
     if generator is None:
         generator = build_generator(config)
+        initialize(generator)
     if discriminator is None:
         discriminator = ARCHITECTURES[config.architecture].discriminator(
             image_size=config.image_size, channels=config.channels, width=config.discriminator_width
         )
+        initialize(discriminator)
     NORMALIZATIONS[config.normalization](discriminator)
     return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)
 

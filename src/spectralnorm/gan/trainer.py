@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectralnorm.gan.augment import compose
 from spectralnorm.gan.config import Config, augmentation_names
@@ -47,12 +49,15 @@ class Trainer:
         self.generator = _prepare(generator, device)
         self.discriminator = _prepare(discriminator, device)
         self._trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
-        betas = (config.beta1, config.beta2)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), config.generator_lr, betas)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), config.discriminator_lr, betas)
+        adam = partial(torch.optim.Adam, betas=(config.beta1, config.beta2), fused=True)
+        self.generator_optimizer = adam(self.generator.parameters(), lr=config.generator_lr)
+        self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=config.discriminator_lr)
         self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
         self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, device=device)
         self.random = torch.Generator(device).manual_seed(config.seed)
+        # One pass over both batches is faster than two, but batch normalization must not see real and fake together.
+        mixes_images = any(isinstance(module, _BatchNorm) for module in discriminator.modules())
+        self._judge = self._judge_apart if mixes_images else self._judge_together
         self.loss = LOSSES[config.loss]
         self.augment = compose(augmentation_names(config.augmentation))
 
@@ -80,8 +85,7 @@ class Trainer:
 
     def update_discriminator(self, real_images: Tensor, fake_images: Tensor) -> None:
         """One step of the discriminator on a batch of real images and one of generated images."""
-        real_logits = self.discriminator(self.augment(real_images, self.random))
-        fake_logits = self.discriminator(self.augment(fake_images, self.random))
+        real_logits, fake_logits = self._judge(real_images, fake_images)
         loss = self.loss.discriminator(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         loss.backward()
@@ -103,6 +107,13 @@ class Trainer:
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self.means.add("loss/generator", loss)
+
+    def _judge_together(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
+        images = torch.cat([real_images, fake_images])
+        return self.discriminator(self.augment(images, self.random)).split([len(real_images), len(fake_images)])
+
+    def _judge_apart(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
+        return [self.discriminator(self.augment(images, self.random)) for images in (real_images, fake_images)]
 
     def latents(self, num: int) -> Tensor:
         """Draw z ~ N(0, I), shape ``(num, latent_dim)``."""
