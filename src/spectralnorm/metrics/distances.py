@@ -9,8 +9,12 @@ from spectralnorm.errors import UserError
 
 __all__ = ["frechet_distance", "kernel_distance"]
 
-MAX_SUBSET_SIZE = 1000
-"""Images in one subset of the kernel distance, as in Bińkowski et al. 2018."""
+MAX_SUBSET_SIZE = 500
+"""Images in one subset of the kernel distance.
+
+The estimate is unbiased at any size, and a hundred subsets of 500 draw each of 5,000 images ten times: larger ones
+take longer without making the mean more certain. Their standard deviation does fall with the size.
+"""
 
 
 def frechet_distance(real_features: Tensor, fake_features: Tensor) -> float:
@@ -87,7 +91,7 @@ def kernel_distance(
 
 
 def default_subset_size(num_real: int, num_fake: int) -> int:
-    """Half of the smaller set, so that subsets differ from one another, and at most 1,000."""
+    """Half of the smaller set, so that subsets differ from one another, and at most 500."""
     return max(2, min(MAX_SUBSET_SIZE, num_real // 2, num_fake // 2))
 
 

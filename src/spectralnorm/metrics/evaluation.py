@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
+from spectralnorm.metrics.cache import hash_of, remember
 from spectralnorm.metrics.classes import class_statistics
 from spectralnorm.metrics.distances import default_subset_size, frechet_distance, kernel_distance
 from spectralnorm.metrics.extractors import FeatureExtractor, Features
-from spectralnorm.metrics.feature_cache import cached_features
 from spectralnorm.records import Metric, Provenance
 
 __all__ = ["evaluate"]
@@ -60,52 +60,53 @@ def evaluate(
             "Generated and real images must have the same channels, height and width, "
             f"got {tuple(fake.shape[1:])} and {tuple(real.shape[1:])}."
         )
-    sizes = _sizes(len(fake), len(real))
     metrics: list[Metric] = []
     for extractor in extractors:
-        seen = _Seen(extractor(fake), *_parted(cached_features(extractor, real), sizes))
-        height, width = fake.shape[2:]
+        known = _see_real(extractor, real, num_fake=len(fake))
+        seen = extractor(fake)
+        channels, height, width = fake.shape[1:]
         provenance = Provenance(
             extractor=extractor.name,
             weights_sha256=extractor.weights_sha256,
-            num_real=sizes.reference,
+            num_real=len(known.reference.features),
             num_fake=len(fake),
             split=split,
-            resize=extractor.resize_description(height, width, channels=fake.shape[1]),
+            resize=extractor.resize_description(height, width, channels=channels),
         )
-        metrics += _distances(seen, provenance, seed=seed)
-        if seen.fake.logits is not None:
-            metrics += _class_metrics(seen, provenance, class_names)
+        metrics += _distance_metrics(seen, known, provenance, seed=seed)
+        if seen.logits is not None:
+            metrics += _class_metrics(seen.logits, known, provenance, class_names)
     return tuple(metrics)
 
 
-class _Sizes(NamedTuple):
-    """How many real images have which part; ``stand_ins`` is 0 if there are too few to be parted."""
+class _Real(NamedTuple):
+    """Features of the real images, in two parts."""
 
-    stand_ins: int
-    reference: int
-
-
-class _Seen(NamedTuple):
-    fake: Features
+    key: str
+    """Names the images, the extractor and how they are parted."""
     reference: Features
     stand_ins: Features | None
+    """None if there are too few images to be parted."""
 
 
-def _sizes(num_fake: int, num_real: int) -> _Sizes:
-    stand_ins = min(num_fake, num_real // 2)
-    if stand_ins < 2:
-        stand_ins = 0
-    return _Sizes(stand_ins, num_real - stand_ins)
+class _Floors(NamedTuple):
+    frechet: float | None
+    kernel: float | None
 
 
-def _parted(real: Features, sizes: _Sizes) -> tuple[Features, Features | None]:
-    """The reference and the stand-ins, or all and None."""
-    if not sizes.stand_ins:
-        return real, None
+def _see_real(extractor: FeatureExtractor, real: Tensor, *, num_fake: int) -> _Real:
+    _, channels, height, width = real.shape
+    resize = extractor.resize_description(height, width, channels=channels)
+    key = hash_of(extractor.name, extractor.weights_sha256, resize, images=real)
+    seen = remember(key, lambda: {name: part for name, part in extractor(real)._asdict().items() if part is not None})
+    features = Features(seen["features"], seen.get("logits"))
+    num_stand_ins = min(num_fake, len(real) // 2)
+    if num_stand_ins < 2:
+        return _Real(key, features, None)
     # One fixed order for every evaluation, so that all of them compare with the same reference.
-    order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(0))
-    return _rows(real, order[sizes.stand_ins :]), _rows(real, order[: sizes.stand_ins])
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    reference, stand_ins = _rows(features, order[num_stand_ins:]), _rows(features, order[:num_stand_ins])
+    return _Real(hash_of(key, num_stand_ins), reference, stand_ins)
 
 
 def _rows(features: Features, indices: Tensor) -> Features:
@@ -113,53 +114,55 @@ def _rows(features: Features, indices: Tensor) -> Features:
     return Features(features.features[indices], None if logits is None else logits[indices])
 
 
-def _distances(seen: _Seen, provenance: Provenance, *, seed: int) -> list[Metric]:
-    fake, reference = seen.fake.features, seen.reference.features
-    stand_ins = None if seen.stand_ins is None else seen.stand_ins.features
-    # The same for the floor, so that its subsets are no larger.
-    num_stand_ins = len(fake) if stand_ins is None else len(stand_ins)
-    subset_size = default_subset_size(len(reference), min(len(fake), num_stand_ins))
-    kernel_value, kernel_spread = kernel_distance(reference, fake, subset_size=subset_size, seed=seed)
-    frechet_floor = kernel_floor = None
-    if stand_ins is not None:
-        frechet_floor = frechet_distance(reference, stand_ins)
-        kernel_floor, _ = kernel_distance(reference, stand_ins, subset_size=subset_size, seed=seed)
+def _distance_metrics(fake: Features, real: _Real, provenance: Provenance, *, seed: int) -> list[Metric]:
+    # One size for value and floor: their subsets differ by chance alone.
+    num_compared = len(fake.features) if real.stand_ins is None else len(real.stand_ins.features)
+    subset_size = default_subset_size(len(real.reference.features), min(len(fake.features), num_compared))
+    kernel, spread = kernel_distance(real.reference.features, fake.features, subset_size=subset_size, seed=seed)
+    frechet = frechet_distance(real.reference.features, fake.features)
+    floors = _floors(real, subset_size=subset_size, seed=seed)
     return [
-        Metric(
-            name=f"FD-{provenance.extractor}",
-            value=frechet_distance(reference, fake),
-            floor=frechet_floor,
-            provenance=provenance,
-        ),
+        Metric(name=f"FD-{provenance.extractor}", value=frechet, floor=floors.frechet, provenance=provenance),
         Metric(
             name=f"KID-{provenance.extractor}",
-            value=kernel_value,
-            spread=kernel_spread,
-            floor=kernel_floor,
-            details={"subset_size": subset_size},
+            value=kernel,
+            spread=spread,
+            floor=floors.kernel,
+            details={"subset size": subset_size},
             provenance=provenance,
         ),
     ]
 
 
-def _class_metrics(seen: _Seen, provenance: Provenance, class_names: Sequence[str]) -> list[Metric]:
-    assert seen.fake.logits is not None
-    found = class_statistics(seen.fake.logits)
+def _floors(real: _Real, *, subset_size: int, seed: int) -> _Floors:
+    if real.stand_ins is None:
+        return _Floors(None, None)
+    reference, stand_ins = real.reference.features, real.stand_ins.features
+
+    def compute() -> dict[str, Tensor]:
+        kernel, _ = kernel_distance(reference, stand_ins, subset_size=subset_size, seed=seed)
+        floors = _Floors(frechet_distance(reference, stand_ins), kernel)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in floors._asdict().items()}
+
+    found = remember(hash_of(real.key, subset_size, seed), compute)
+    return _Floors(**{name: float(value) for name, value in found.items()})
+
+
+def _class_metrics(logits: Tensor, real: _Real, provenance: Provenance, class_names: Sequence[str]) -> list[Metric]:
+    found = class_statistics(logits)
     names = tuple(class_names) or tuple(map(str, range(len(found.shares))))
     if len(names) != len(found.shares):
         raise UserError(f"{provenance.extractor} knows {len(found.shares)} classes, but {len(names)} names were given.")
     floor = None
-    if seen.stand_ins is not None and seen.stand_ins.logits is not None:
-        floor = class_statistics(seen.stand_ins.logits)
-    shares = dict(zip(names, found.shares, strict=True))
-    most = {"most_possible": math.log(len(names))}
+    if real.stand_ins is not None and real.stand_ins.logits is not None:
+        floor = class_statistics(real.stand_ins.logits)
     return [
         Metric(
             name="Class coverage",
             value=found.coverage,
             floor=None if floor is None else floor.coverage,
             better="higher",
-            details=shares,
+            details=dict(zip(names, found.shares, strict=True)),
             provenance=provenance,
         ),
         Metric(
@@ -167,7 +170,7 @@ def _class_metrics(seen: _Seen, provenance: Provenance, class_names: Sequence[st
             value=found.entropy,
             floor=None if floor is None else floor.entropy,
             better="higher",
-            details=most,
+            details={"if all were equally frequent": math.log(len(names))},
             provenance=provenance,
         ),
         Metric(

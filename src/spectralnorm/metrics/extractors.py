@@ -6,8 +6,9 @@ Both networks come with the package, so nothing is downloaded. A network of one'
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -116,9 +117,7 @@ class NetworkExtractor:
         _check(images)
         features: list[Tensor] = []
         logits: list[Tensor] = []
-        # Full float32 also where a run allows less: TF32 and autocast would move the features by about 1e-3.
-        precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with precise, torch.autocast(self.device.type, enabled=False):
+        with _full_precision(self.device):
             for batch in images.split(self._batch_size):
                 output, scores = self._network(self._prepared(batch))
                 features.append(output.cpu())
@@ -200,6 +199,23 @@ def _load_weights(network: nn.Module, folder: str, file: str) -> str:
     if missing or unexpected:
         raise RuntimeError(f"{file} does not fit its network: {missing} missing, {unexpected} not expected.")
     return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Convolve in float32 also where a run allows less: TF32 and autocast would move the features by about 1e-3."""
+    # torch 2.9 replaced the old switch, and refuses to read it once the new one has been used.
+    new = getattr(torch.backends.cudnn, "conv", None)
+    owner, switch, full = (
+        (torch.backends.cudnn, "allow_tf32", False) if new is None else (new, "fp32_precision", "ieee")
+    )
+    before = getattr(owner, switch)
+    setattr(owner, switch, full)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(owner, switch, before)
 
 
 def _check(images: Tensor) -> None:
