@@ -41,7 +41,7 @@ def build_report(run: Path) -> Path:
     """
     run = Path(run)
     contents = read_run(run)
-    page = _environment().get_template("template.html.j2").render(_view(contents, collect(contents)))
+    page = _environment().get_template("template.html.j2").render(_view(contents, collect(contents))).lstrip()
     report = run / _REPORT_FILE
     try:
         replace_text(report, page)
@@ -121,13 +121,14 @@ def _summary(contents: Contents) -> str:
     normalization = _NORMALIZATIONS.get(config["normalization"], config["normalization"])
     networks = f"Recipe {config['recipe']}: a {config['architecture']} generator and discriminator with {normalization}"
     loss = f" and the {config['loss']} loss" if config.get("loss") else ""
-    size, channels = config.get("image_size"), {1: "gray", 3: "colour"}.get(config.get("channels", 0), "")
-    images = f"{count_text(data['num_training'])} {channels}".strip() if data.get("num_training") else channels
+    size, num_training = config.get("image_size"), data.get("num_training")
+    channels = "gray " if config.get("channels") == 1 else "colour " if config.get("channels") == 3 else ""
+    images = f"{count_text(num_training)} " if isinstance(num_training, int) else ""
     pixels = f" of {size} × {size} pixels" if size else ""
     hardware = contents.sittings[-1].session.hardware if contents.sittings else {}
     device = hardware.get("gpu") or hardware.get("cpu")
     on = f" on {device}" if device else ""
-    return f"{networks}{loss}, trained on {images} images{pixels}{on}."
+    return f"{networks}{loss}, trained on {images}{channels}images{pixels}{on}."
 
 
 def _facts(contents: Contents, evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
