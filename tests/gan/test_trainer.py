@@ -138,6 +138,9 @@ def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch):
     assert clock.seconds == 5.0
     clock.stop()
     now = 200.0
+    with clock.paused():
+        now = 250.0
+    now = 300.0
     assert clock.seconds == 5.0
 
 

@@ -90,6 +90,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise _as_os_error(error, temporary) from error
+        temporary.chmod(0o644)  # the library makes files that only their owner can read
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -16,8 +16,28 @@ __all__ = ["RECIPES", "make_config"]
 
 
 def fashion(**settings: Any) -> Config:
-    """Garments in minutes on a laptop: a small DCGAN on the built-in images."""
-    return _config("fashion", settings, {"minutes": 2.5})
+    """Garments in minutes on a laptop: a small DCGAN on the built-in images, tuned for two CPU cores.
+
+    What made it better than the usual settings at equal time, most important first: small batches and a large step
+    size (many more updates a second), orthogonal weights at the start, averaged weights, a short memory in Adam.
+    """
+    defaults = {
+        "architecture": "dcgan",
+        "generator_width": 24,
+        "discriminator_width": 24,
+        "latent_dim": 100,
+        "initialization": "orthogonal",
+        "loss": "nonsaturating",
+        "batch_size": 16,
+        "generator_lr": 2e-3,
+        "discriminator_lr": 2e-3,
+        "beta1": 0.5,
+        "beta2": 0.99,
+        "lr_decay_from": 0.5,
+        "ema_half_life_kimg": 5.0,
+        "minutes": 2.5,
+    }
+    return _config("fashion", settings, defaults)
 
 
 def sncnn_cifar10(**settings: Any) -> Config:

@@ -210,11 +210,13 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """For work that is not training: metrics, samples, checkpoints."""
+        was_running = self._since is not None
         self.stop()
         try:
             yield
         finally:
-            self.start()
+            if was_running:
+                self.start()
 
 
 class RunningMeans:
