@@ -9,7 +9,8 @@ weight that the layer computes with by a singular value decomposition.
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spectralnorm import spectral_norm
 
@@ -37,20 +39,33 @@ def norm_in_eval(layer: Any) -> float:
         return norm_of(layer.eval().weight)
 
 
-def while_adam_trains(normalize: Normalize) -> float:
+def trained_by_adam(normalize: Normalize, *, lr: float) -> float:
     """The largest norm that a forward in training mode uses, over 100 steps of a regression."""
+    return max(norm for norm, _ in _regression(normalize, lr=lr))
+
+
+def averaged_copy(normalize: Normalize) -> float:
+    """The moving average of the weights over 100 such steps, as ``AveragedModel`` keeps it, used for inference."""
+    average: Any = None
+    for _, layer in _regression(normalize, lr=1e-2):
+        average = average or AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        average.update_parameters(layer)
+    return norm_in_eval(average.module)
+
+
+def _regression(normalize: Normalize, *, lr: float) -> Iterator[tuple[float, nn.Module]]:
+    """Yield, after each of 100 steps, the norm that its forward used and the layer."""
     layer, teacher = normalize(nn.Linear(128, 128)), nn.Linear(128, 128)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, betas=(0.0, 0.9))
-    norms = []
+    optimizer = torch.optim.Adam(layer.parameters(), lr=lr, betas=(0.0, 0.9))
     for _ in range(100):
         inputs = torch.randn(64, 128)
         with parametrize.cached():  # the measurement sees the very weight of the forward
             outputs = layer(inputs)
-            norms.append(norm_of(layer.weight.detach()))
+            norm = norm_of(layer.weight.detach())
         optimizer.zero_grad()
         (outputs - teacher(inputs).detach()).square().mean().backward()
         optimizer.step()
-    return max(norms)
+        yield norm, layer
 
 
 def weights_loaded_then_eval(normalize: Normalize) -> float:
@@ -86,7 +101,9 @@ def after_one_nan(normalize: Normalize) -> float:
 
 
 SITUATIONS: dict[str, Callable[[Normalize], float]] = {
-    "while Adam trains it": while_adam_trains,
+    "trained by Adam, lr 0.001": partial(trained_by_adam, lr=1e-3),
+    "trained by Adam, lr 0.01": partial(trained_by_adam, lr=1e-2),
+    "averaged copy (EMA)": averaged_copy,
     "weights loaded, then eval": weights_loaded_then_eval,
     "another direction grew": another_direction_grew,
     "after one NaN step, undone": after_one_nan,
@@ -96,12 +113,13 @@ SITUATIONS: dict[str, Callable[[Normalize], float]] = {
 def measure() -> list[tuple[str, float, float]]:
     """For each situation its name and the true norm, a median over seeds, with torch's function and with this one."""
     return [
-        (name, _median(situation, torch_spectral_norm), _median(situation, spectral_norm))
+        (name, median_norm(situation, torch_spectral_norm), median_norm(situation, spectral_norm))
         for name, situation in SITUATIONS.items()
     ]
 
 
-def _median(situation: Callable[[Normalize], float], normalize: Normalize) -> float:
+def median_norm(situation: Callable[[Normalize], float], normalize: Normalize) -> float:
+    """The norm that a situation leaves, the median over seeds; NaN if any is."""
     norms = []
     for seed in range(11):
         torch.manual_seed(seed)
@@ -109,14 +127,17 @@ def _median(situation: Callable[[Normalize], float], normalize: Normalize) -> fl
     return math.nan if any(map(math.isnan, norms)) else statistics.median(norms)
 
 
-# The drawing: one row per situation, a logarithmic axis, the promise as a vertical line.
-WIDTH, LEFT, RIGHT, TOP, ROW = 760, 240, 60, 64, 40
-AXIS = (0.9, 50.0)
+# The drawing: one row per situation, a logarithmic axis, the promise as a vertical line, the numbers at the right.
+WIDTH, LEFT, RIGHT, TOP, ROW = 760, 210, 210, 48, 38
+THEIRS, OURS = WIDTH - 130, WIDTH - 10
+AXIS = (0.9, 30.0)
 STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #24292f }
-  .small { font-size: 12px; fill: #57606a } .value { font-weight: 600 }
-  .grid { stroke: #d0d7de } .promise { stroke: #57606a; stroke-width: 2; stroke-dasharray: 4 3 }
-  .gap { stroke: #d1242f; opacity: .35; stroke-width: 6 }
+  .small { font-size: 12px; fill: #57606a }
+  .value { font-weight: 600; text-anchor: end; font-variant-numeric: tabular-nums }
+  .grid { stroke: #d0d7de }
+  .promise { stroke: #57606a; stroke-width: 2; stroke-dasharray: 4 3 }
+  .gap { stroke: #d1242f; opacity: .3; stroke-width: 6 }
   .torch { fill: #d1242f } .ours { fill: #0969da }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .small { fill: #9198a1 } .grid { stroke: #3d444d } .promise { stroke: #9198a1 }
@@ -133,8 +154,8 @@ def position(norm: float) -> float:
 
 
 def show(norm: float) -> str:
-    """Three significant digits, or ``NaN``."""
-    return f"{norm:.3g}" if math.isfinite(norm) else "NaN"
+    """Two decimals, or ``NaN``."""
+    return f"{norm:.2f}" if math.isfinite(norm) else "NaN"
 
 
 def draw(rows: list[tuple[str, float, float]]) -> str:
@@ -146,30 +167,29 @@ def draw(rows: list[tuple[str, float, float]]) -> str:
         "<title>True norm of a layer whose norm should be 1</title>",
         f"<desc>{described}</desc>",
         f"<style>{STYLE}</style>",
-        f'<circle class="torch" cx="{LEFT + 8}" cy="20" r="6"/>',
-        f'<text x="{LEFT + 20}" y="25">torch’s spectral_norm</text>',
-        f'<circle class="ours" cx="{LEFT + 208}" cy="20" r="6"/>',
-        f'<text x="{LEFT + 220}" y="25">spectralnorm</text>',
     ]
-    for tick in (1, 2, 5, 10, 20, 50):
+    for tick in (1, 2, 5, 10, 20):
         x = position(tick)
         kind = "promise" if tick == 1 else "grid"
-        parts.append(f'<line class="{kind}" x1="{x:.1f}" y1="{TOP - 16}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(f'<line class="{kind}" x1="{x:.1f}" y1="{TOP - 10}" x2="{x:.1f}" y2="{bottom}"/>')
         parts.append(f'<text class="small" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick}</text>')
-    parts.append(f'<text class="small" x="{position(1):.1f}" y="{TOP - 22}" text-anchor="middle">promised</text>')
+    parts.append(f'<text class="small" x="{position(1):.1f}" y="{TOP - 18}" text-anchor="middle">promised</text>')
     caption = "true norm of the weight the layer computes with (log scale)"
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="small" x="{middle:.0f}" y="{bottom + 38}" text-anchor="middle">{caption}</text>')
+    for kind, x, heading in (("torch", THEIRS, "torch"), ("ours", OURS, "spectralnorm")):
+        parts.append(f'<text class="value {kind}" x="{x}" y="{TOP - 18}">{heading}</text>')
     for index, (name, theirs, ours) in enumerate(rows):
         y = TOP + ROW * (index + 0.5)
-        x, promised = position(theirs), position(ours)
         parts += [
             f'<text x="0" y="{y + 5:.0f}">{name}</text>',
-            f'<line class="gap" x1="{promised:.1f}" y1="{y:.0f}" x2="{x:.1f}" y2="{y:.0f}"/>',
-            f'<circle class="torch" cx="{x:.1f}" cy="{y:.0f}" r="7"/>',
-            f'<circle class="ours" cx="{promised:.1f}" cy="{y:.0f}" r="7"/>',
-            f'<text class="value" x="{x + 13:.1f}" y="{y + 5:.0f}">{show(theirs)}</text>',
+            f'<line class="gap" x1="{position(ours):.1f}" y1="{y:.0f}" x2="{position(theirs):.1f}" y2="{y:.0f}"/>',
         ]
+        for kind, norm, column in (("torch", theirs, THEIRS), ("ours", ours, OURS)):
+            parts += [
+                f'<circle class="{kind}" cx="{position(norm):.1f}" cy="{y:.0f}" r="7"/>',
+                f'<text class="value {kind}" x="{column}" y="{y + 5:.0f}">{show(norm)}</text>',
+            ]
     return "\n".join([*parts, "</svg>", ""])
 
 
