@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -119,6 +120,23 @@ def test_metrics_of_different_provenance_are_different_series(finished_html: str
         ("5,000 samples", 1),
     ]
     assert chart["rules"] == [{"y": 0.71, "label": "real data", "color": "soft"}]
+
+
+def test_details_of_a_metric_are_bars_only_where_they_are_shares_of_a_whole(
+    make_run: MakeRun, synthetic: SimpleNamespace
+) -> None:
+    evaluation = synthetic.evaluation(100)
+    metrics = [
+        dataclasses.replace(evaluation.metrics[0], details={"subset size": 500.0}),
+        dataclasses.replace(evaluation.metrics[1], details={"if both were equally frequent": math.log(2)}),
+        dataclasses.replace(evaluation.metrics[2], details={"cat": 0.75, "dog": 0.25}),
+    ]
+    html = build_report(make_run([dataclasses.replace(evaluation, metrics=metrics)])).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert html.count('<figure class="shares">') == 1
+    assert "cat 75.0% dog 25.0%" in text
+    assert "FD-Classifier subset size 500" in text
+    assert "KID-Classifier if both were equally frequent 0.6931" in text
 
 
 def test_settings_and_data_are_shown_in_full(finished_html: str, synthetic: SimpleNamespace) -> None:

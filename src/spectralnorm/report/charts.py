@@ -172,9 +172,10 @@ def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> C
         )
         floor = points[-1][1].floor
         if floor is not None and math.isfinite(floor):
-            floors[_compact(floor)] = {"label": f"real data, {sample_text}", "color": series[-1]["color"]}
+            floors[_compact(floor)] = series[-1]["color"]
     if len(floors) == 1:
-        floors = {floor: {"label": "real data", "color": "soft"} for floor in floors}
+        floors = dict.fromkeys(floors, "soft")
+    rules = [{"y": floor, "label": "real data", "color": color} for floor, color in floors.items()]
     better = next(iter(groups.values()))[0][1].better
     rows = [
         (count_text(evaluation.step), _with_spread(metric), number_text(metric.floor), count_text(p.num_fake))
@@ -185,7 +186,7 @@ def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> C
         id=f"metric-{index}",
         title=name,
         about=f"{better.capitalize()} is better.",
-        spec={"kind": "points", "series": series, "rules": [{"y": floor, **rule} for floor, rule in floors.items()]},
+        spec={"kind": "points", "series": series, "rules": rules},
         headings=("step", "value", "real data", "samples"),
         rows=rows,
     )

@@ -115,6 +115,7 @@ def metric_groups(evaluation: Evaluation | None) -> list[MetricGroup]:
                     "spread": number_text(metric.spread, 2) if metric.spread is not None else "",
                     "floor": number_text(metric.floor),
                     "better": metric.better,
+                    "details": "" if _are_shares(metric.details) else _details_text(metric.details),
                 }
                 for metric in metrics
             ],
@@ -124,12 +125,11 @@ def metric_groups(evaluation: Evaluation | None) -> list[MetricGroup]:
 
 
 def shares(metric: Metric) -> list[Share]:
-    """The parts of a metric as bars; none if they are no shares."""
-    parts = {name: value for name, value in metric.details.items() if value is not None and math.isfinite(value)}
-    if not parts or min(parts.values()) < 0 or max(parts.values()) > 1:
+    """The details of a metric as bars if they are shares of a whole; none otherwise."""
+    if not _are_shares(metric.details):
         return []
-    largest = max(parts.values()) or 1.0
-    return [Share(name, f"{value:.1%}", 100 * value / largest) for name, value in parts.items()]
+    largest = max(metric.details.values())
+    return [Share(name, f"{value:.1%}", 100 * value / largest) for name, value in metric.details.items()]
 
 
 def time_rows(contents: Contents) -> list[Row]:
@@ -177,6 +177,15 @@ def session_rows(contents: Contents) -> list[Sequence[str]]:
         )
         for number, sitting in enumerate(contents.sittings, start=1)
     ]
+
+
+def _are_shares(details: Mapping[str, float]) -> bool:
+    values = details.values()
+    return len(values) > 1 and min(values) >= 0 and math.isclose(sum(values), 1, abs_tol=0.02)
+
+
+def _details_text(details: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {number_text(value)}" for name, value in details.items())
 
 
 def _trained_at(data: Mapping[str, Any]) -> str:
