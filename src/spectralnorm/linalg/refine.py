@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.power_iteration import TrackedTriplet
+from spectralnorm.linalg.power_iteration import NUM_TRACKED, TrackedTriplet
 
 __all__ = ["refine"]
 
@@ -20,7 +20,7 @@ _CHECK_EVERY = 5
 
 
 def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e-12) -> TrackedTriplet:
-    """The largest singular value to ``rtol`` relative, its vectors, and the runner-up.
+    """The largest singular value to ``rtol`` relative, its vectors, and the leading left vectors.
 
     Deterministic in its arguments. It waits for the device (it decides by values); for use after rare events.
 
@@ -46,53 +46,46 @@ def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e
     divisor = torch.where(usable, scale, 1)
     scaled = torch.where(usable, matrix / divisor, 0)
     if min(matrix.shape[-2:]) <= _EXACT_UP_TO:
-        u, frame, sigma = _by_gram(scaled)
-    elif not bool(usable):
-        u, frame, sigma = _some_vectors(scaled, start)
+        u, v, sigma, frame = _by_gram(scaled)
+    elif bool(usable):
+        u, v, sigma, frame = _by_lanczos(scaled, start, rtol)
     else:
-        u, frame, sigma = _by_lanczos(scaled, start, rtol)
+        u, v, sigma, frame = _of_zero(scaled)
     sigma = (sigma * divisor[..., 0, 0]).clamp_min(eps)
     finite = scale[..., 0, 0] < float("inf")
-    return TrackedTriplet(u, frame, torch.where(finite, sigma, float("nan")))
+    return TrackedTriplet(u, v, torch.where(finite, sigma, float("nan")), frame)
 
 
-def _some_vectors(matrix: Tensor, start: Tensor) -> TrackedTriplet:
+def _of_zero(matrix: Tensor) -> TrackedTriplet:
     """Unit vectors for a matrix that prefers none."""
     rows, columns = matrix.shape
-    u = torch.ones(rows, dtype=matrix.dtype, device=matrix.device) / rows**0.5
-    start = start.to(matrix)
-    basis, _ = torch.linalg.qr(torch.stack((start, start.roll(1)), dim=1))
-    return TrackedTriplet(u, basis[:, : min(2, columns)], u.real.new_zeros(()))
+    frame = torch.eye(min(NUM_TRACKED, rows, columns), rows, dtype=matrix.dtype, device=matrix.device)
+    v = torch.zeros_like(matrix[0])
+    v[0] = 1
+    return TrackedTriplet(frame[0], v, matrix.real.new_zeros(()), frame)
 
 
 def _by_gram(matrix: Tensor) -> TrackedTriplet:
-    """Exact, in float64 where the device has it: batch x short side must be small."""
+    """By the eigenvectors of the smaller Gram matrix, in float64 where the device has it."""
     wide = matrix.shape[-2] <= matrix.shape[-1]
     double = matrix if matrix.device.type == "mps" else matrix.to(torch.promote_types(matrix.dtype, torch.float64))
     tall = double.mH if wide else double
     _, vectors = torch.linalg.eigh(tall.mH @ tall)
-    # The two largest, largest first; a single column has no runner-up.
-    top = vectors[..., -2:].flip(-1)
-    if top.shape[-1] == 1:
-        top = torch.cat((top, torch.zeros_like(top)), dim=-1)
-    other = tall @ top
-    sigma = torch.linalg.vector_norm(other[..., 0], dim=-1)
-    other = torch.stack((_unit(other[..., 0]), _unit(_without(other[..., 1], other[..., 0]))), dim=-1)
-    left, right = (top, other) if wide else (other, top)
-    return TrackedTriplet(left[..., 0].to(matrix.dtype), right.to(matrix.dtype), sigma.to(matrix.real.dtype))
+    top = vectors[..., -NUM_TRACKED:].flip(-1)
+    image = tall @ top
+    sigma = torch.linalg.vector_norm(image[..., 0], dim=-1)
+    left, right = (top, image) if wide else (image, top)
+    frame = _unit_rows(left.mT)
+    u, v = frame[..., 0, :], _unit_rows(right.mT)[..., 0, :]
+    return TrackedTriplet(u.to(matrix.dtype), v.to(matrix.dtype), sigma.to(matrix.real.dtype), frame.to(matrix.dtype))
 
 
-def _unit(vector: Tensor) -> Tensor:
-    """Unit length; the first unit vector where there is no direction."""
-    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    first = torch.zeros_like(vector)
+def _unit_rows(rows: Tensor) -> Tensor:
+    """Rows of unit length; where there is no direction, the first unit vector."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    first = torch.zeros_like(rows)
     first[..., 0] = 1
-    return torch.where(length > 1e-30, vector / length.clamp_min(1e-30), first)
-
-
-def _without(vector: Tensor, direction: Tensor) -> Tensor:
-    unit = _unit(direction)
-    return vector - unit * (unit.conj() * vector).sum(-1, keepdim=True)
+    return torch.where(length > 1e-30, rows / length.clamp_min(1e-30), first)
 
 
 def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> TrackedTriplet:
@@ -114,7 +107,7 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> TrackedTriplet:
     size = beta = 0.0
     for step in range(steps):
         new = matrix @ rights[step]
-        new = new - lefts[:step].T @ (lefts[:step].conj() @ new)
+        new = _orthogonal_to(lefts[:step], new)
         alpha = float(torch.linalg.vector_norm(new))
         size = max(size, alpha)
         last = step
@@ -122,19 +115,30 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> TrackedTriplet:
             lefts[step] = new / alpha
         bidiagonal[step, step] = alpha
         new = matrix.mH @ lefts[step]
-        new = new - rights[: step + 1].T @ (rights[: step + 1].conj() @ new)
+        new = _orthogonal_to(rights[: step + 1], new)
         beta = float(torch.linalg.vector_norm(new))
         complete = alpha <= negligible * size or beta <= negligible * size or step + 1 == steps
         if complete or (step + 1) % _CHECK_EVERY == 0:
-            inner_left, values, inner_right = torch.linalg.svd(bidiagonal[: step + 1, : step + 1])
+            inner_left, values, _ = torch.linalg.svd(bidiagonal[: step + 1, : step + 1])
             residual = beta * float(inner_left[-1, 0].abs())
             if complete or residual <= residual_goal * float(values[0]):
                 break
         bidiagonal[step, step + 1] = beta
         rights[step + 1] = new / beta
-    inner_left, inner_right = inner_left.to(matrix), inner_right.to(matrix)
-    u = _unit(inner_left[:, 0] @ lefts[: last + 1])
-    v = matrix.mH @ u
-    runner_up = inner_right[1 if last else 0] @ rights[: last + 1]
-    frame = torch.stack((_unit(v), _unit(_without(runner_up, v))), dim=-1)
-    return TrackedTriplet(u, frame, torch.linalg.vector_norm(v))
+    leading = inner_left[:, : min(NUM_TRACKED, last + 1)].T.to(matrix)
+    frame = _unit_rows(leading @ lefts[: last + 1])
+    v = matrix.mH @ frame[0]
+    sigma = torch.linalg.vector_norm(v)
+    # A matrix of low rank ends the iteration early; the frame has its full number of rows all the same.
+    missing = min(NUM_TRACKED, rows, columns) - frame.shape[0]
+    frame = torch.cat((frame, frame.new_zeros(missing, rows)))
+    return TrackedTriplet(frame[0], v / sigma, sigma, frame)
+
+
+def _orthogonal_to(basis: Tensor, vector: Tensor) -> Tensor:
+    """``vector`` without its components along the orthonormal rows of ``basis``."""
+    # Twice is enough (Kahan, in Parlett 1980): once leaves rounding of the size of what was taken away, which for a
+    # matrix near to orthogonal is almost everything.
+    for _ in range(2):
+        vector = vector - basis.T @ (basis.conj() @ vector)
+    return vector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +16,29 @@ __all__ = ["Kept", "Verdict"]
 class Verdict:
     """Whether a norm could be computed, known to the host without making it wait.
 
-    On the CPU the answer is read at once. A GPU is still busy with what was queued: the answer travels behind it into
+    On the CPU the norm is read at once. A GPU is still busy with what was queued: the number travels behind it into
     pinned memory and is looked at when it is next needed, a training step later. Until it has come it counts as good.
     """
 
-    __slots__ = ("_answer", "_arrived")
+    __slots__ = ("_arrived", "_sigma", "eps")
 
-    def __init__(self, is_usable: Tensor) -> None:
+    def __init__(self, sigma: Tensor, eps: float) -> None:
+        self.eps = eps
         self._arrived: torch.cuda.Event | None = None
-        if is_usable.device.type == "cpu":
-            self._answer = is_usable
-        elif is_usable.device.type == "cuda":
-            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._answer.copy_(is_usable, non_blocking=True)
+        self._sigma: Tensor | None = None
+        if sigma.device.type == "cpu":
+            self._sigma = sigma
+        elif sigma.device.type == "cuda":
+            self._sigma = torch.empty((), dtype=sigma.dtype, pin_memory=True)
+            self._sigma.copy_(sigma, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(is_usable.device))
-        else:
-            self._answer = torch.tensor(True)
+            self._arrived.record(torch.cuda.current_stream(sigma.device))
 
     def is_bad(self) -> bool:
-        if self._arrived is not None and not self._arrived.query():
+        """Whether the norm is known to be zero or not finite."""
+        if self._sigma is None or (self._arrived is not None and not self._arrived.query()):
             return False
-        return not bool(self._answer)
+        return not self.eps < float(self._sigma) < math.inf
 
 
 @dataclass(slots=True)
@@ -52,9 +54,10 @@ class Kept:
         sigma: the weight's norm, a scalar.
         u: whole left vector in torch's shape.
         v: whole right vector in torch's shape and order.
-        left: left vectors of the blocks, as computed.
-        frame: right vectors of the blocks and their runners-up, as computed.
-        in_buffers: whether the buffers hold u and v.
+        frame: directions around the left vectors of the blocks, to go on from.
+        probe: what the frame is stirred with, rolled by ``age``.
+        age: refreshes by power iteration since the frame was computed anew.
+        is_in_buffers: whether the buffers hold u and v.
         verdict: whether there was a norm at all.
     """
 
@@ -66,9 +69,10 @@ class Kept:
     sigma: Tensor
     u: Tensor
     v: Tensor
-    left: Tensor
     frame: Tensor
-    in_buffers: bool
+    probe: Tensor
+    age: int
+    is_in_buffers: bool
     verdict: Verdict
 
     def is_current(self, weight: Tensor) -> bool:
@@ -97,6 +101,20 @@ class Kept:
             and not self.verdict.is_bad()
         )
 
+    def write_vectors(self, u: Tensor, v: Tensor) -> None:
+        """Write the vectors into ``u`` and ``v``, once; not those of a weight that has no norm."""
+        self.is_in_buffers = True
+        if self.verdict.is_bad():
+            return
+        with torch.no_grad():
+            if self.sigma.device.type == "cpu":
+                u.copy_(self.u)
+                v.copy_(self.v)
+            else:  # whether there is a norm may not be known yet
+                usable = (self.sigma > self.verdict.eps) & (self.sigma < math.inf)
+                u.copy_(torch.where(usable, self.u, u))
+                v.copy_(torch.where(usable, self.v, v))
+
     def for_copy(self, weight: Tensor) -> Kept:
         """The same for a copy of the weight, sharing nothing that can be written to."""
         clock = watch(weight)
@@ -110,8 +128,9 @@ class Kept:
             sigma=self.sigma,
             u=self.u,
             v=self.v,
-            left=self.left,
             frame=self.frame,
-            in_buffers=self.in_buffers,
+            probe=self.probe,
+            age=self.age,
+            is_in_buffers=self.is_in_buffers,
             verdict=self.verdict,
         )

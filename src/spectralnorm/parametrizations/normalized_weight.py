@@ -46,8 +46,12 @@ class NormalizedWeight(torch.autograd.Function):
     through this same node again and needs no formula of its own.
     """
 
+    # The context comes in as an argument, not through `setup_context`: torch binds the arguments of that style by
+    # `inspect` at every call, which takes longer than everything else here. Transforms of `torch.func`, which would
+    # need the other style, never come here.
     @staticmethod
     def forward(
+        ctx: Any,
         weight: Tensor,
         value: Tensor,
         sigma: Tensor,
@@ -59,14 +63,11 @@ class NormalizedWeight(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Hand out ``value`` and ``sigma``, which share their memory with the kept ones."""
-        return value.detach(), sigma.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *_, u, v, view, coefficient, cap, eps = inputs
-        ctx.save_for_backward(*output, u, v)
-        ctx.view, ctx.scale_options = view, {"coefficient": coefficient, "cap": cap, "eps": eps}
+        outputs = value.detach(), sigma.detach()
+        ctx.save_for_backward(*outputs, u, v)
+        ctx.view, ctx.coefficient, ctx.cap, ctx.eps = view, coefficient, cap, eps
         ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -80,7 +81,7 @@ class NormalizedWeight(torch.autograd.Function):
         if grad_value is not None:
             # Half types: the inner product has as many terms as the weight, and would lose all digits.
             wide = grad_value.to(compute_dtype(grad_value.dtype))
-            scale, active = scale_of(sigma, **ctx.scale_options)
+            scale, active = scale_of(sigma, ctx.coefficient, cap=ctx.cap, eps=ctx.eps)
             # 0 / 0 at a zero weight must not reach the gradient, so the divisor is replaced, not the quotient.
             divisor = torch.where(active > 0, sigma, 1)
             through_sigma = -active * _inner(wide, value.to(wide.dtype)) / divisor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import compute_dtype, power_iteration, refine, tracked_power_iteration, view_of
+from spectralnorm.linalg import compute_dtype, power_iteration, probe_rows, refine, tracked_power_iteration, view_of
 from spectralnorm.parametrizations.kept import Kept, Verdict
 from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, scale_of
-from spectralnorm.parametrizations.weight_clock import watch
+from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
@@ -96,7 +97,6 @@ class SpectralNorm(nn.Module):
         self._is_vector = weight.ndim < 2
         self._keeps = update == "step" and not self._is_vector
         self._kept: Kept | None = None
-        self._uses = 0
         self.train(module.training)
         if not self._is_vector:
             self._register_vectors(weight)
@@ -111,10 +111,9 @@ class SpectralNorm(nn.Module):
         with torch.no_grad():
             if self._keeps and type(weight) is nn.Parameter:
                 self._kept = self._computed(weight.detach(), watch(weight), None)
-                u, v = self._kept.u, self._kept.v
+                self._kept.write_vectors(u, v)
             else:
-                u, v, _ = self._iterated(weight.detach(), u, v, _COLD_ITERATIONS)
-            self._write(u, v)
+                self._write(*self.cold_vectors(weight.detach()))
 
     @property
     def coefficient(self) -> float:
@@ -165,9 +164,8 @@ class SpectralNorm(nn.Module):
             kept = self._current(weight)
         if not torch.is_grad_enabled():
             return kept.value.detach()
-        if not kept.in_buffers and self.training:
-            self._write(kept.u, kept.v)
-            kept.in_buffers = True
+        if not kept.is_in_buffers and self.training:
+            kept.write_vectors(self._u, self._v)
         if not weight.requires_grad:
             return kept.value.detach()
         value, _ = NormalizedWeight.apply(
@@ -203,7 +201,7 @@ class SpectralNorm(nn.Module):
             self._keeps
             and not torch.compiler.is_compiling()
             and type(weight) is nn.Parameter
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._are_functorch_transforms_active()
             and torch._C._get_tracing_state() is None
             and not weight.is_meta
             and not weight.is_inference()
@@ -213,8 +211,7 @@ class SpectralNorm(nn.Module):
 
     def _current(self, weight: Tensor) -> Kept:
         """The kept value, renewed if the weight has changed."""
-        # Tensors made in inference mode could not be saved for a later backward.
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast(weight):
+        with _plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.clock.weight is weight and kept.was_written_to():
                 weight.copy_(kept.value)
@@ -225,22 +222,22 @@ class SpectralNorm(nn.Module):
                 kept = self._kept = self._computed(weight.detach(), clock, warm)
         return kept
 
-    def _computed(self, weight: Tensor, clock: Any, warm: Kept | None) -> Kept:
-        """The value of ``weight``: by power iteration from ``warm`` vectors, or without them to full accuracy."""
+    def _computed(self, weight: Tensor, clock: WeightClock, warm: Kept | None) -> Kept:
+        """The value of ``weight``: by power iteration from the ``warm`` one's frame, or without it to full accuracy."""
         matrix = self.view.memory_matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
-        probe = self._probe(matrix)
-        if warm is not None and not matrix.is_complex():
-            # Another direction each time, without drawing random numbers on the hot path.
-            self._uses += 1
-            triplet = tracked_power_iteration(
-                matrix, warm.left, warm.frame, probe.roll(self._uses), self.n_power_iterations, eps=self.eps
-            )
+        if warm is None or matrix.is_complex():
+            start = seeded_direction(f"{self.name}.start", matrix.shape[-1], matrix)
+            found = refine(matrix, start, rtol=_REFINED_RTOL, eps=self.eps)
+            direction = seeded_direction(f"{self.name}.probe", matrix.shape[-2], matrix)
+            probe, age = probe_rows(direction, found.frame.shape[-2]), 0
         else:
-            self._uses = 0
-            triplet = refine(matrix, probe, rtol=_REFINED_RTOL, eps=self.eps)
-        left, frame, block_sigma = triplet
-        u, v, sigma = self.view.whole_vectors(left, frame[..., 0], block_sigma, weight)
+            # Rolled, the probe is another direction each time, without random numbers on the hot path.
+            probe, age = warm.probe, warm.age + 1
+            found = tracked_power_iteration(
+                matrix, warm.frame, probe.roll(age, dims=-1), self.n_power_iterations, eps=self.eps
+            )
+        u, v, sigma = self.view.whole_vectors(found.u, found.v, found.sigma, weight)
         value = self._scaled(weight, sigma)
         return Kept(
             clock=clock,
@@ -251,15 +248,12 @@ class SpectralNorm(nn.Module):
             sigma=sigma,
             u=u,
             v=v,
-            left=left,
-            frame=frame,
-            in_buffers=False,
-            verdict=Verdict((sigma > self.eps) & (sigma < math.inf)),
+            frame=found.frame,
+            probe=probe,
+            age=age,
+            is_in_buffers=False,
+            verdict=Verdict(sigma, self.eps),
         )
-
-    def _probe(self, matrix: Tensor) -> Tensor:
-        """A fixed random direction among the columns."""
-        return seeded_direction(f"{self.name}.probe", matrix.shape[-1], matrix)
 
     # Not keeping: free of branches on values, in torch's ordinary operations
 
@@ -268,7 +262,7 @@ class SpectralNorm(nn.Module):
         if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
             with torch.no_grad():
                 u, v, _ = self._iterated(weight.detach(), u, v, self.n_power_iterations)
-                if torch._C._functorch.peek_interpreter_stack() is None:  # a transform allows no writing outside of it
+                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
                     self._write(u, v)
         else:
             # The graph must not see a later write to the buffers.
@@ -291,8 +285,8 @@ class SpectralNorm(nn.Module):
         matrix = self.view.memory_matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
         groups, rows, columns = matrix.shape
-        left = self._probe(matrix.mT).expand(groups, rows)
-        right = self._probe(matrix).expand(groups, columns)
+        left = seeded_direction(f"{self.name}.left", rows, matrix).expand(groups, rows)
+        right = seeded_direction(f"{self.name}.right", columns, matrix).expand(groups, columns)
         found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
         return self.view.whole_vectors(*found, weight)
 
@@ -311,9 +305,10 @@ class SpectralNorm(nn.Module):
         if not self._can_keep(weight):
             u, v, _ = self._iterated(weight.detach(), self._u, self._v, self.n_power_iterations)
             return self._write(u, v)
-        kept = self._kept = self._computed(weight.detach(), self._current(weight).clock, self._current(weight))
-        self._write(kept.u, kept.v)
-        kept.in_buffers = True
+        current = self._current(weight)
+        with _plain_arithmetic(weight):
+            kept = self._kept = self._computed(weight.detach(), current.clock, current)
+        kept.write_vectors(self._u, self._v)
 
     # Shared
 
@@ -357,9 +352,17 @@ def seeded_direction(seed: str, size: int, like: Tensor) -> Tensor:
     return F.normalize(direction, dim=0).to(device=like.device, dtype=like.dtype)
 
 
-def _without_autocast(weight: Tensor) -> Any:
+@contextmanager
+def _plain_arithmetic(weight: Tensor) -> Iterator[None]:
+    """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
     kind = weight.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:
