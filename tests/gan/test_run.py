@@ -90,7 +90,7 @@ def test_the_spectra_are_those_of_the_weights_in_use(tmp_path: Path):
     (spectra,) = [record for record in read_records(run.folder / "metrics.jsonl") if isinstance(record, Spectra)]
     assert len(spectra.layers) == 4
     for values in spectra.layers.values():
-        assert values == sorted(values, reverse=True)
+        assert list(values) == sorted(values, reverse=True)
         assert values[0] == pytest.approx(1.0, abs=0.2)
 
 

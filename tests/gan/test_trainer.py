@@ -16,7 +16,13 @@ def _trainer(device: torch.device, config: Config = CONFIG) -> Trainer:
     torch.manual_seed(config.seed)
     generator = nn.Sequential(nn.Linear(5, 64), nn.BatchNorm1d(64), nn.Unflatten(1, (1, 8, 8)), nn.Tanh())
     discriminator = nn.Sequential(
-        nn.Conv2d(1, 4, 3, 2, 1), nn.LeakyReLU(0.1), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)
+        nn.Conv2d(1, 4, 3, 2, 1),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 4, 3, 1, 1),  # several channels in and out: channels-last order is another order
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.Linear(64, 1),
+        nn.Flatten(0),
     )
     images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     return Trainer(

@@ -64,9 +64,9 @@ def run(words: list[str]) -> int:
 
 
 def _table(metrics: tuple[Metric, ...]) -> Table:
-    table = Table(title="Generated against held-out real images", title_justify="left", box=None, padding=(0, 2))
-    for heading in ("metric", "value", "spread", "floor (real)", "better", "n fake", "n real", "extractor"):
-        table.add_column(heading)
+    table = Table(title="Generated against held-out real images", title_justify="left", box=None, padding=(0, 1))
+    for heading in ("metric", "value", "spread", "floor", "better", "fake", "real", "extractor"):
+        table.add_column(heading, no_wrap=True)
     for metric in metrics:
         source = metric.provenance
         table.add_row(
@@ -77,6 +77,6 @@ def _table(metrics: tuple[Metric, ...]) -> Table:
             metric.better,
             str(source.num_fake),
             str(source.num_real),
-            f"{source.extractor} {source.weights_sha256[:8]}",
+            source.extractor,
         )
     return table

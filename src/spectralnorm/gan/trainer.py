@@ -20,6 +20,7 @@ from spectralnorm.gan.config import Config, augmentation_names
 from spectralnorm.gan.data import Batches
 from spectralnorm.gan.ema import GeneratorAverage
 from spectralnorm.gan.losses import LOSSES
+from spectralnorm.transform import load_tracking_state, tracking_state
 
 __all__ = ["Clock", "Observer", "RunningMeans", "Trainer"]
 
@@ -138,6 +139,7 @@ class Trainer:
         """Everything needed to go on exactly from here: tensors by name, and the numbers JSON can hold."""
         tensors = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
+        tensors |= {f"tracking.{k}": v for k, v in tracking_state(self.discriminator).items()}
         tensors |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
         for name, optimizer in self._optimizers():
             for index, slots in optimizer.state_dict()["state"].items():
@@ -158,12 +160,14 @@ class Trainer:
         """Go back to what `state` returned."""
         self.generator.load_state_dict(_under("generator.", tensors))
         self.discriminator.load_state_dict(_under("discriminator.", tensors))
+        load_tracking_state(self.discriminator, _under("tracking.", tensors))
         self.average.module.load_state_dict(_under("average.", tensors))
         for name, optimizer in self._optimizers():
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in _under(f"{name}.", tensors).items():
                 index, slot = key.split(".", 1)
-                state.setdefault(int(index), {})[slot] = value
+                state.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.random.set_state(tensors["random.run"])
         torch.set_rng_state(tensors["random.torch"])
@@ -242,6 +246,11 @@ def _prepare(network: nn.Module, device: torch.device) -> nn.Module:
     # Convolutions are faster in channels-last order, on CPUs and on tensor cores.
     network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network.train()
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    # A checkpoint is contiguous; fused optimizers walk through a weight and its moments in the weight's own order.
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from spectralnorm.transform.apply import add_spectral_norm, remove_spectral_norm
 from spectralnorm.transform.table import Row, Summary, summary
+from spectralnorm.transform.tracking import load_tracking_state, tracking_state
 from spectralnorm.transform.upkeep import invalidate, monitor, normalized_weights, update_
 
 __all__ = [
@@ -9,9 +10,11 @@ __all__ = [
     "Summary",
     "add_spectral_norm",
     "invalidate",
+    "load_tracking_state",
     "monitor",
     "normalized_weights",
     "remove_spectral_norm",
     "summary",
+    "tracking_state",
     "update_",
 ]
