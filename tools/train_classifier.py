@@ -66,7 +66,7 @@ def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> GarmentClassifier:
     torch.manual_seed(seed)
-    classifier = GarmentClassifier().to(memory_format=torch.channels_last)
+    classifier = GarmentClassifier().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
     num_batches = len(images) // BATCH_SIZE
     for epoch in range(epochs):

@@ -89,7 +89,8 @@ class NetworkExtractor:
         self._image_size = image_size
         self._channels = channels
         self._batch_size = batch_size
-        self._network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        network = network.eval().requires_grad_(False).to(self.device)
+        self._network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.num_features} features, {self.weights_sha256[:8]})"
