@@ -13,11 +13,11 @@ from torch import Tensor
 
 from spectralnorm.linalg import MatrixView, compute_dtype
 
-__all__ = ["NormalizedWeight", "scale_of"]
+__all__ = ["NormalizedWeight", "divisor_of"]
 
 
-def scale_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """What the weight is multiplied by, and whether that depends on sigma.
+def divisor_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """What the weight is divided by, and whether that depends on sigma.
 
     Args:
         sigma: the weight's norm, a scalar.
@@ -27,19 +27,19 @@ def scale_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> tup
             a weight, and one that has no norm because it is not finite, is not divided.
 
     Returns:
-        The factor, and 1.0 where it is ``coefficient / sigma`` and 0.0 where it is a constant.
+        The divisor, and 1.0 where it is ``sigma / coefficient`` and 0.0 where it is a constant.
     """
     divisible = sigma > (max(coefficient, eps) if cap else eps)  # false for NaN
-    constant = 1.0 if cap else coefficient
-    return torch.where(divisible, coefficient / sigma, constant), divisible.to(sigma.dtype)
+    constant = 1.0 if cap else 1 / coefficient
+    return torch.where(divisible, sigma / coefficient, constant), divisible.to(sigma.dtype)
 
 
 class NormalizedWeight(torch.autograd.Function):
     """A kept value as a differentiable function of the weight it was computed from.
 
-    With W' = s(sigma) W, sigma = u^H W v and u, v held constant (Miyato et al. 2018, eq. 12),
+    With W' = W / d(sigma), sigma = u^H W v and u, v held constant (Miyato et al. 2018, eq. 12),
 
-        dL/dW = s G - active <G, W'> / sigma u v^H,        G = dL/dW'.
+        dL/dW = G / d - active <G, W'> / sigma u v^H,        G = dL/dW'.
 
     Both outputs are saved, W' and sigma, not W: an old graph stays usable after the optimizer has changed W in place.
     Being outputs they are themselves differentiable functions of W, so the second backward (a gradient penalty) goes
@@ -81,15 +81,14 @@ class NormalizedWeight(torch.autograd.Function):
         if grad_value is not None:
             # Half types: the inner product has as many terms as the weight, and would lose all digits.
             wide = grad_value.to(compute_dtype(grad_value.dtype))
-            scale, active = scale_of(sigma, ctx.coefficient, cap=ctx.cap, eps=ctx.eps)
-            # 0 / 0 at a zero weight must not reach the gradient, so the divisor is replaced, not the quotient.
-            divisor = torch.where(active > 0, sigma, 1)
-            through_sigma = -active * _inner(wide, value.to(wide.dtype)) / divisor
+            divisor, active = divisor_of(sigma, ctx.coefficient, cap=ctx.cap, eps=ctx.eps)
+            # 0 / 0 at a zero weight must not reach the gradient, so what is divided by is replaced, not the quotient.
+            through_sigma = -active * _inner(wide, value.to(wide.dtype)) / torch.where(active > 0, sigma, 1)
             along_sigma = through_sigma if along_sigma is None else along_sigma + through_sigma
-            grad = wide * scale
+            grad = wide / divisor
         rows, columns = ctx.view.outer_factors(u, v, value.shape)
         rows = rows * along_sigma
-        # addcmul_ takes any layout without a copy; the product it writes into is nobody else's.
+        # addcmul_ takes any layout without a copy; the quotient it writes into is nobody else's.
         grad = rows * columns if grad is None else grad.addcmul_(rows, columns)
         return grad.to(value.dtype), *nothing
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype, power_iteration, probe_rows, refine, tracked_power_iteration, view_of
 from spectralnorm.parametrizations.kept import Kept, Verdict
-from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, scale_of
+from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, divisor_of
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -313,9 +313,10 @@ class SpectralNorm(nn.Module):
     # Shared
 
     def _scaled(self, weight: Tensor, sigma: Tensor) -> Tensor:
-        scale, _ = scale_of(sigma, self._coefficient, cap=self.mode == "cap", eps=self.eps)
-        # Half types: the product is rounded once, not the factor as well.
-        return weight * scale if scale.dtype == weight.real.dtype else (weight.to(scale.dtype) * scale).to(weight.dtype)
+        divisor, _ = divisor_of(sigma, self._coefficient, cap=self.mode == "cap", eps=self.eps)
+        # Half types: the quotient is rounded once, not the divisor as well.
+        wide = compute_dtype(weight.dtype)
+        return weight / divisor if weight.dtype == wide else (weight.to(wide) / divisor).to(weight.dtype)
 
     @torch.no_grad()
     def _write(self, u: Tensor, v: Tensor) -> None:
