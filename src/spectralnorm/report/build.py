@@ -110,7 +110,7 @@ def _metrics(evaluation: Evaluation | None) -> Sequence[Any]:
 
 def _title(contents: Contents) -> str:
     data = contents.data or {}
-    name = data.get("name") or contents.config.get("data") or "images"
+    name = data.get("name") or contents.config.get("data") or contents.config["recipe"]
     if not contents.step:
         return f"{name}, not trained yet"
     return f"{name}, {count_text(contents.step)} steps in {duration_text(contents.training_seconds)}"

@@ -151,7 +151,7 @@
       return this.spec.series
         .map((series, index) => {
           const x = this.spec.kind === "ranks" ? series.x : (this.spec.kind === "points" ? series.x : timeline)[shared.axis];
-          const line = this.spec.kind === "timeline" ? smooth(series.y, shared.smoothing) : series.y;
+          const line = this.spec.smooth ? smooth(series.y, shared.smoothing) : series.y;
           return { ...series, index, x, line, paint: color(series.color) };
         })
         .filter((series) => !this.hidden.has(series.index));

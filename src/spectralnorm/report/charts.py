@@ -67,7 +67,8 @@ def curve_charts(contents: Contents) -> dict[str, Chart]:
             "Sigma is the most a layer's stored weight can stretch its input; colours run from the first layer to the "
             f"last. {sigma_meaning}",
             _by_depth(contents.curves.names("sigma/"), "sigma/"),
-            y_label="sigma",
+            # Measured, not noisy: a mean would hide how it moves.
+            smooth=False,
         ),
         _timeline(
             contents.curves,
@@ -123,7 +124,7 @@ def spectrum_chart(spectra: Spectra | None, *, normalized: bool) -> Chart | None
         about="Every singular value of each weight matrix, largest first: how strongly the layer passes on each "
         f"direction of its input. {bound}Look for curves that stay high over many ranks; one that drops at once passes "
         "on a few directions only, and the discriminator is blind to the rest.",
-        spec={"kind": "ranks", "series": series, "log": True, "yLabel": "singular value", "xLabel": "rank"},
+        spec={"kind": "ranks", "series": series, "log": True, "xLabel": "rank"},
         headings=("layer", "values", "largest", "median", "smallest", "directions that count (stable rank)"),
         rows=[
             (
@@ -199,8 +200,8 @@ def _timeline(
     about: str,
     wanted: Sequence[tuple[str, str, str]],
     *,
-    y_label: str = "",
     log: bool = False,
+    smooth: bool = True,
     from_zero: bool = False,
 ) -> Chart | None:
     present = set(curves.names())
@@ -208,7 +209,7 @@ def _timeline(
     if not shown:
         return None
     series = [{"name": name, "color": color, **curves.ordinates(key)} for key, name, color in shown]
-    spec = {"kind": "timeline", "series": series, "yLabel": y_label, "log": log, "fromZero": from_zero}
+    spec = {"kind": "timeline", "series": series, "log": log, "smooth": smooth, "fromZero": from_zero}
     rows = []
     for key, name, _ in shown:
         digest = curves.digest(key)
