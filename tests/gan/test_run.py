@@ -247,7 +247,9 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path):
     _wait_for_checkpoint(tmp_path / "killed", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "generator.safetensors").exists(), "the run was over before it was killed"
+    before = list(read_records(tmp_path / "killed" / "metrics.jsonl"))
+    assert not any(isinstance(record, Ending) for record in before), "the run was over before it was killed"
+    assert load(tmp_path / "killed").sample(2).shape == (2, 1, 32, 32)
     for path in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors"):
         assert load_file(path)
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from spectralnorm.gan.data import ImageSet
 from spectralnorm.gan.evaluation import measure
-from spectralnorm.gan.observers import RecordLog
+from spectralnorm.gan.observers import RecordLog, trained_generator
 from spectralnorm.gan.pictures import image_grid, save_png
-from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.metrics import FeatureExtractor, nearest_neighbours
 from spectralnorm.records import Evaluation, Picture, Spectra
@@ -25,7 +24,6 @@ def finish(
     folder: Path,
     log: RecordLog,
     trainer: Trainer,
-    generator: TrainedGenerator,
     images: ImageSet,
     extractors: Sequence[FeatureExtractor],
 ) -> None:
@@ -35,10 +33,10 @@ def finish(
         folder: the run folder.
         log: its records.
         trainer: the run, done.
-        generator: what it has trained.
         images: what it was trained on, with the held-out images to measure against.
         extractors: what the metrics see images through; empty: no metrics.
     """
+    generator = trained_generator(trainer)
     samples = generator.sample(128, seed=trainer.config.seed)
     _save(folder, log, trainer.step, "final", samples, columns=16)
     _save(folder, log, trainer.step, "real", images.images[:128], columns=16)

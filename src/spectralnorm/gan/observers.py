@@ -21,7 +21,8 @@ from spectralnorm.gan.checkpoint import save_checkpoint
 from spectralnorm.gan.data import ImageSet
 from spectralnorm.gan.evaluation import measure
 from spectralnorm.gan.pictures import image_grid, save_png
-from spectralnorm.gan.sampling import TrainedGenerator
+from spectralnorm.gan.run_folder import CHECKPOINTS
+from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
@@ -36,6 +37,7 @@ __all__ = [
     "SampleGrids",
     "ScalarLog",
     "StepSizeDecay",
+    "trained_generator",
 ]
 
 _GRID_SIDE = 8
@@ -86,12 +88,13 @@ class ScalarLog:
     Args:
         log: where to.
         also: called with each record, such as a progress display.
+        trainer: the run, about to begin or to go on.
     """
 
-    def __init__(self, log: RecordLog, also: Callable[[Trainer, Scalars], None]) -> None:
+    def __init__(self, log: RecordLog, also: Callable[[Trainer, Scalars], None], *, trainer: Trainer) -> None:
         self._log = log
         self._also = also
-        self._last: tuple[int, float] | None = None
+        self._last = (trainer.images_seen, trainer.clock.seconds)
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step % trainer.config.log_every and trainer.stop_reason is None:
@@ -104,8 +107,7 @@ class ScalarLog:
         values["gradient_norm/generator"] = _gradient_norm(trainer.generator)
         values |= {f"sigma/{layer}": sigma for layer, sigma in monitor(trainer.discriminator).items()}
         seconds = trainer.clock.seconds
-        if self._last is not None and seconds > self._last[1]:
-            values["images_per_second"] = (trainer.images_seen - self._last[0]) / (seconds - self._last[1])
+        values["images_per_second"] = (trainer.images_seen - self._last[0]) / max(seconds - self._last[1], 1e-9)
         self._last = (trainer.images_seen, seconds)
         record = Scalars(
             step=trainer.step, images_seen=trainer.images_seen, training_seconds=seconds, values=values
@@ -139,7 +141,7 @@ class SampleGrids:
         self._log = log
         self._checkpoints = checkpoints
         self._milestones = Milestones(trainer.config.num_sample_grids, power=1.5, progress=trainer.progress)
-        self._generator = TrainedGenerator(trainer.average.module, trainer.config)
+        self._generator = trained_generator(trainer)
         if trainer.step == 0:
             self.save(trainer)
 
@@ -188,7 +190,7 @@ class Evaluations:
         num_samples: int,
     ) -> None:
         self._log = log
-        self._generator = TrainedGenerator(trainer.average.module, trainer.config)
+        self._generator = trained_generator(trainer)
         self._images = images
         self._extractors = extractors
         self._num_samples = num_samples
@@ -211,10 +213,15 @@ class Evaluations:
 
 
 class Checkpoints:
-    """Saves the state of the run at least once in so many minutes of wall time."""
+    """Saves the state of the run, and the generator for use, at least once in so many minutes of wall time.
 
-    def __init__(self, folder: Path, *, minutes: float) -> None:
-        self.folder = folder
+    Args:
+        run: the run folder.
+        minutes: at most so long between two checkpoints.
+    """
+
+    def __init__(self, run: Path, *, minutes: float) -> None:
+        self._run = run
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
 
@@ -233,8 +240,20 @@ class Checkpoints:
             if _non_finite_weights(trainer):
                 raise UserError(_describe_divergence(trainer, {}))
             tensors, numbers = trainer.state()
-            save_checkpoint(self.folder, tensors=tensors, numbers=numbers)
+            save_checkpoint(self._run / CHECKPOINTS, tensors=tensors, numbers=numbers)
+            save_generator(self._run / GENERATOR_FILE, trained_generator(trainer))
         self._saved_at = time.monotonic()
+
+
+def trained_generator(trainer: Trainer) -> TrainedGenerator:
+    """The averaged generator as it is now."""
+    return TrainedGenerator(
+        trainer.average.module,
+        trainer.config,
+        step=trainer.step,
+        images_seen=trainer.images_seen,
+        training_seconds=trainer.clock.seconds,
+    )
 
 
 def _set_step_size(optimizer: torch.optim.Optimizer, step_size: float) -> None:

@@ -43,7 +43,7 @@ from spectralnorm.gan.observers import (
     StepSizeDecay,
 )
 from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claim, default_folder, locked
-from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, build_generator, save_generator
+from spectralnorm.gan.sampling import build_generator
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
@@ -144,11 +144,11 @@ def train(
         try:
             log.append(_session(trainer))
             display.begin(trainer)
-            checkpoints = Checkpoints(folder / CHECKPOINTS, minutes=config.checkpoint_minutes)
+            checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes)
             watchers: list[Observer] = [
                 Averaging(),
                 StepSizeDecay(),
-                ScalarLog(log, display.log),
+                ScalarLog(log, display.log, trainer=trainer),
                 SampleGrids(folder, log, checkpoints, trainer=trainer),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
@@ -157,19 +157,11 @@ def train(
             with _interruptible(trainer):
                 trainer.run(watchers)
             checkpoints.save(trainer)
-            trained = TrainedGenerator(
-                trainer.average.module,
-                config,
-                step=trainer.step,
-                images_seen=trainer.images_seen,
-                training_seconds=trainer.clock.seconds,
-            )
-            save_generator(folder / GENERATOR_FILE, trained)
             reason = trainer.stop_reason or "interrupted"
             if reason != "interrupted":
                 display.phase("Drawing and measuring the final samples")
                 measure = trainer.step >= _MIN_STEPS_FOR_METRICS
-                finish(folder, log, trainer, trained, images, extractors if measure else [])
+                finish(folder, log, trainer, images, extractors if measure else [])
             log.append(
                 Ending(
                     step=trainer.step,
