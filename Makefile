@@ -5,7 +5,8 @@ VENV ?= .venv
 # More options for pytest, for example: make test ARGS="--device cuda -k sigma"
 ARGS ?=
 WORKERS ?= 2
-MINUTES ?= 2.5
+# Of training time; none: as long as the default recipe says
+MINUTES ?=
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and write a report.
-	$(BIN)/spectralnorm train --out $(OUT) --minutes $(MINUTES)
+	$(BIN)/spectralnorm train --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES))
 	@echo
 	@echo "Open the report: $(abspath $(OUT))/report.html"
 
