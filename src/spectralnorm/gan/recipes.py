@@ -36,7 +36,7 @@ def fashion(**settings: Any) -> Config:
         "lr_decay_from": 0.5,
         "ema_half_life_kimg": 5.0,
         "log_every": 25,
-        "minutes": 2.5,
+        "minutes": 2.0,
     }
     return _config("fashion", settings, defaults)
 
