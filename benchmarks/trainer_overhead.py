@@ -33,7 +33,7 @@ class BareLoop:
         self.discriminator = architecture.discriminator(**sizes, width=config.discriminator_width)
         NORMALIZATIONS[config.normalization](self.discriminator)
         for network in (self.generator, self.discriminator):
-            network.to(trainer.device).to(memory_format=torch.channels_last)
+            network.to(trainer.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         options = {key: trainer.generator_optimizer.defaults[key] for key in ("betas", "fused", "foreach")}
         self.update_g = torch.optim.Adam(self.generator.parameters(), config.generator_lr, **options)
         self.update_d = torch.optim.Adam(self.discriminator.parameters(), config.discriminator_lr, **options)

@@ -24,8 +24,8 @@ class SampleOptions:
 
     run: tyro.conf.Positional[Path]
     """Run folder, or generator.safetensors."""
-    num: int = 64
-    """How many images; with --interpolate, how many walks."""
+    num: int | None = None
+    """How many images, by default 64; with --interpolate, how many walks, by default 8."""
     seed: int = 0
     """Of the latents: the same seed gives the same images."""
     out: Path | None = None
@@ -45,17 +45,18 @@ def run(words: list[str]) -> int:
     options = parse(SampleOptions, words, prog="spectralnorm sample")
     choose("format", options.format, ("grid", "png"))
     choose("device", options.device, ("auto", "cpu", "cuda"))
-    if options.num < 1:
-        raise UserError(f"num must be at least 1, got {options.num}.")
+    num = (8 if options.interpolate else 64) if options.num is None else options.num
+    if num < 1:
+        raise UserError(f"num must be at least 1, got {num}.")
     if options.columns is not None and options.columns < 1:
         raise UserError(f"columns must be at least 1, got {options.columns}.")
     generator = load(options.run, device=str(resolve_device(options.device)))
     if options.interpolate:
         columns = options.columns or 12
-        images = generator.interpolate(options.num, columns, seed=options.seed)
+        images = generator.interpolate(num, columns, seed=options.seed)
     else:
-        columns = options.columns or math.ceil(math.sqrt(options.num))
-        images = generator.sample(options.num, seed=options.seed)
+        columns = options.columns or math.ceil(math.sqrt(num))
+        images = generator.sample(num, seed=options.seed)
     try:
         if options.format == "png":
             folder = options.out or Path("samples")
