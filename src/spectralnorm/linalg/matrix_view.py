@@ -142,4 +142,4 @@ def view_of(module: nn.Module, weight: Tensor, dim: int | None = None) -> Matrix
     out_dim = dim % weight.ndim
     # Blocks are only meant where rows are outputs, and only of the kernel: a bias has none.
     in_blocks = isinstance(module, _CONVOLUTIONS) and out_dim == natural_dim and weight.ndim > 2
-    return MatrixView(out_dim, module.groups if in_blocks else 1)
+    return MatrixView(out_dim, int(module.groups) if in_blocks else 1)  # type: ignore[arg-type]

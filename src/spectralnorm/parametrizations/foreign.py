@@ -5,6 +5,8 @@ P is `torch.nn.utils.parametrizations.spectral_norm`, O the older hook `torch.nn
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrization
@@ -51,6 +53,6 @@ def undo_hook(module: nn.Module, name: str) -> None:
         (module._load_state_dict_pre_hooks, SpectralNormLoadStateDictPreHook),
     ):
         for key, hook in list(hooks.items()):
-            inner = getattr(hook, "hook", hook)  # some versions of torch wrap it
-            if isinstance(inner, kind) and getattr(inner, "fn", inner).name == name:
+            inner: Any = getattr(hook, "hook", hook)  # some versions of torch wrap it
+            if isinstance(inner, kind) and getattr(getattr(inner, "fn", inner), "name", None) == name:
                 del hooks[key]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign
+from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 from spectralnorm.parametrizations.state_dict import accept_other_formats, forget_other_formats
 
@@ -93,7 +94,7 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
         index = next(i for i, part in enumerate(parts) if part is foreign.parametrization_of(module, name))
         normalization.train(module.training)
         parts[index] = normalization
-    _own_property(module, name)
+    share_class(module)
     accept_other_formats(module)
 
 
@@ -108,40 +109,3 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
     if not parametrize.is_parametrized(module):
         forget_other_formats(module)
-
-
-def _own_property(module: nn.Module, name: str) -> None:
-    """Read and assign ``module.<name>`` our way. Torch has just made a class for this module alone.
-
-    Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
-    a later use that needs its gradient. We keep values ourselves, so that cache is left out.
-    """
-
-    def get(self: Any) -> Tensor:
-        return self.parametrizations[name]()
-
-    def set_raw(self: Any, value: Tensor) -> None:
-        # A copy: torch would make the parameter share its memory with the tensor that was assigned.
-        self.parametrizations[name].right_inverse(value.detach().clone())
-
-    owner: Any = type(module)
-    setattr(owner, name, property(get, set_raw))
-    owner.__reduce_ex__ = _reduce
-
-
-def _reduce(module: nn.Module, protocol: int) -> Any:
-    """Pickle the layer as its own class and its state; torch's parametrized classes refuse to be pickled."""
-    return _restored, (parametrize.type_before_parametrizations(module), module.__dict__.copy())
-
-
-def _restored(layer_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = layer_class.__new__(layer_class)
-    parametrize._inject_new_class(module)
-    # The class must know the names before the state is there: torch refuses to inject a property over an attribute.
-    for name in state["_modules"]["parametrizations"]:
-        parametrize._inject_property(module, name)
-    module.__setstate__(state)
-    for name in state["_modules"]["parametrizations"]:
-        if normalization_of(module, name) is not None:
-            _own_property(module, name)
-    return module

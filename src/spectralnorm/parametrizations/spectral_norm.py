@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
@@ -285,8 +286,8 @@ class SpectralNorm(nn.Module):
         matrix = self.view.memory_matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
         groups, rows, columns = matrix.shape
-        left = seeded_direction(f"{self.name}.left", rows, matrix).expand(groups, rows)
-        right = seeded_direction(f"{self.name}.right", columns, matrix).expand(groups, columns)
+        left = _chirp(rows, matrix).expand(groups, rows)
+        right = _chirp(columns, matrix).expand(groups, columns)
         found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
         return self.view.whole_vectors(*found, weight)
 
@@ -353,6 +354,12 @@ def seeded_direction(seed: str, size: int, like: Tensor) -> Tensor:
     return F.normalize(direction, dim=0).to(device=like.device, dtype=like.dtype)
 
 
+def _chirp(size: int, like: Tensor) -> Tensor:
+    """A unit vector with a share in every direction, made without a random generator: compiled graphs allow none."""
+    steps = torch.arange(1, size + 1, dtype=like.real.dtype, device=like.device)
+    return F.normalize(torch.cos(0.618034 * steps * steps), dim=0).to(like.dtype)
+
+
 @contextmanager
 def _plain_arithmetic(weight: Tensor) -> Iterator[None]:
     """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
@@ -376,7 +383,7 @@ def _weight_of(module: nn.Module, name: str) -> Tensor:
     if not isinstance(weight, Tensor):
         present = ", ".join(name for name, _ in module.named_parameters(recurse=False)) or "none"
         raise UserError(f"{type(module).__name__} has no weight {name!r}; its parameters are: {present}.")
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(weight):
         raise UserError(
             f"The weight {name!r} of {type(module).__name__} has no shape yet; run one forward with real inputs first."
         )

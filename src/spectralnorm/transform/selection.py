@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
@@ -96,7 +96,7 @@ def _raw_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _obstacle(module: nn.Module, name: str, weight: Tensor) -> str | None:
     if not isinstance(module, _LAYERS) or name != "weight":
         return f"{_kind(module)}.{name} is not among the weights that are normalized"
-    if isinstance(weight, UninitializedTensorMixin):
+    if is_lazy(weight):
         return "has no shape yet: run one forward first"
     if not (weight.is_floating_point() or weight.is_complex()):
         return f"holds {weight.dtype}, not real or complex numbers"

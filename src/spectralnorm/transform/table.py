@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.linalg import compute_dtype, refine
@@ -91,7 +92,7 @@ def summary(model: nn.Module) -> Summary:
             norm = _norm(getattr(module, name), normalization)
             note = f"{normalization.mode} to {normalization.coefficient:g}"
         kind = parametrize.type_before_parametrizations(module).__name__
-        shape = tuple(weight.shape) if candidate.obstacle is None or weight.numel() else ()
+        shape = () if is_lazy(weight) else tuple(weight.shape)
         rows.append(Row(weight_label(candidate.path, name), kind, shape, sigma, norm, note))
     return Summary(tuple(rows))
 

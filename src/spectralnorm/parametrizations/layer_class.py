@@ -1,0 +1,113 @@
+"""The class of layers with a normalized weight: one for all layers of a kind.
+
+Torch gives every parametrized module a class of its own, with a property for each parametrized tensor. That costs:
+copies share their original's class, so that taking the parametrization off a copy takes the property away from the
+original; `torch.compile` compiles equal blocks once per class; `torch.func.stack_module_state` refuses to stack them;
+and they cannot be pickled. So our layers' class is shared by all layers of the same base class, and its properties
+look at the layer they are read from.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["share_class"]
+
+_shared: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
+
+
+def share_class(module: nn.Module) -> None:
+    """Move a parametrized module from the class that torch made for it to the one for all of its kind."""
+    _adopt(module, parametrize.type_before_parametrizations(module), list(module.parametrizations))  # type: ignore
+
+
+class _SharedClass(type):
+    """What torch does to the class of one module must not happen to the others."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # Torch's own property, when something else of such a layer is parametrized: it is bound to one module.
+        super().__setattr__(name, _tensor_property(name) if isinstance(value, property) else value)
+
+    def __delattr__(cls, name: str) -> None:
+        # When one layer's parametrization is removed. The property stays for the others, and steps aside for this one.
+        if not isinstance(cls.__dict__.get(name), property):
+            super().__delattr__(name)
+
+
+def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
+    shared = _shared.get(base)
+    if shared is None:
+        # Under a metaclass of its own, the base's stays in force.
+        metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
+        methods: dict[str, Any] = {
+            "__module__": __name__,
+            "__prepare_scriptable__": _baked,
+            "__reduce_ex__": _reduce,
+        }
+        if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
+            methods["__deepcopy__"] = _deepcopy
+        shared = _shared[base] = metaclass(f"Parametrized{base.__name__}", (base,), methods)
+    for name in names:
+        if not isinstance(shared.__dict__.get(name), property):
+            setattr(shared, name, property())
+    module.__class__ = shared
+
+
+def _tensor_property(name: str) -> property:
+    """Reading and assigning ``layer.<name>``.
+
+    Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
+    a later use that needs its gradient. We keep values ourselves, so that cache is left out.
+    """
+
+    def get(self: Any) -> Tensor:
+        parts = self.parametrizations
+        if name in parts:
+            return parts[name]()
+        # In this layer it is an ordinary parameter. What else it may be nn.Module.__getattr__ finds; torch.compile can
+        # follow this line, but not that way.
+        if name in self._parameters:
+            return self._parameters[name]
+        raise AttributeError(name)
+
+    def set_raw(self: Any, value: Tensor) -> None:
+        # A copy: torch would make the parameter share its memory with the tensor that was assigned.
+        self.parametrizations[name].right_inverse(value.detach().clone())
+
+    return property(get, set_raw)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    replica = self.__class__.__new__(self.__class__)
+    memo[id(self)] = replica
+    replica.__dict__.update(deepcopy(self.__dict__, memo))
+    return replica
+
+
+def _baked(self: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` takes instead of the layer: a plain one that computes the same."""
+    plain = deepcopy(self)
+    for name in list(plain.parametrizations):  # type: ignore[arg-type]
+        parametrize.remove_parametrizations(plain, name)
+    return plain
+
+
+def _reduce(self: nn.Module, protocol: int) -> Any:
+    """Pickled as the base class and the state; the shared class is made again where it is loaded."""
+    return _restored, (parametrize.type_before_parametrizations(self),), self.__dict__.copy(), None, None, _set_state
+
+
+def _restored(base: type[nn.Module]) -> nn.Module:
+    module = base.__new__(base)
+    _adopt(module, base, [])
+    return module
+
+
+def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__setstate__(state)
+    share_class(module)

@@ -1,0 +1,205 @@
+"""Adding and removing the normalization on whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils import parametrize
+
+import spectralnorm as sn
+from spectralnorm import UserError, add_spectral_norm, remove_spectral_norm
+from spectralnorm.parametrizations import is_normalized, normalization_of
+from spectralnorm.transform import normalized_weights
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 2))
+        self.table = nn.Embedding(5, 18)
+        self.heads = nn.ModuleDict({"real": nn.Linear(18, 1), "both": nn.Bilinear(18, 18, 1)})
+
+    def forward(self, images, labels):
+        hidden = self.features(images).flatten(1)[:, :18]
+        return self.heads["real"](hidden) + self.heads["both"](hidden, self.table(labels))
+
+
+INPUTS = torch.linspace(-1, 1, 2 * 3 * 5 * 5).view(2, 3, 5, 5), torch.tensor([1, 4])
+NAMES = ["features.0", "features.2", "table", "heads.real", "heads.both"]
+
+
+def norms(model: nn.Module) -> dict[str, float]:
+    return {
+        name: torch.linalg.matrix_norm(normalization.weight_matrix(getattr(module, tensor_name)), 2).max().item()
+        for name, module, tensor_name, normalization in normalized_weights(model)
+    }
+
+
+class TestAdd:
+    def test_every_layer_that_makes_sense_gets_norm_one(self, device):
+        model = add_spectral_norm(Nested().to(device))
+        assert norms(model) == pytest.approx(dict.fromkeys(NAMES, 1.0), rel=1e-5)
+        assert not parametrize.is_parametrized(model.features[1])
+
+    def test_returns_the_model_and_works_for_its_side_effect(self):
+        model = Nested()
+        assert add_spectral_norm(model) is model
+
+    def test_single_layer_is_a_model_too(self):
+        assert is_normalized(add_spectral_norm(nn.Linear(2, 2)))
+
+    def test_second_call_changes_nothing(self):
+        model = add_spectral_norm(Nested())
+        before = [id(normalization) for *_, normalization in normalized_weights(model)]
+        add_spectral_norm(model)
+        assert [id(normalization) for *_, normalization in normalized_weights(model)] == before
+
+    @pytest.mark.parametrize(
+        ("include", "exclude", "expected"),
+        [
+            ("features.*", None, ["features.0", "features.2"]),
+            (["table", "heads.r*"], None, ["table", "heads.real"]),
+            (None, "heads.*", ["features.0", "features.2", "table"]),
+            (lambda name, layer: isinstance(layer, nn.Linear), None, ["heads.real"]),
+            ("features.*", lambda name, layer: name.endswith("0"), ["features.2"]),
+        ],
+    )
+    def test_patterns_and_predicates_choose(self, include, exclude, expected):
+        model = add_spectral_norm(Nested(), include=include, exclude=exclude)
+        assert [name for name, *_ in normalized_weights(model)] == expected
+
+    def test_pattern_that_matches_nothing_is_refused_with_the_names_there_are(self):
+        with pytest.raises(UserError, match=r"include matches no layer.*features\.0, features\.2, table"):
+            add_spectral_norm(Nested(), include="feature.*")
+
+    def test_options_are_passed_on(self):
+        model = add_spectral_norm(Nested(), coefficient=0.5, n_power_iterations=3, update="forward")
+        normalization = normalization_of(model.heads["real"])
+        assert (normalization.coefficient, normalization.n_power_iterations) == (0.5, 3)
+        assert norms(model)["table"] == pytest.approx(0.5, rel=1e-2)
+
+    def test_optimizer_made_before_stays_valid(self):
+        model = Nested()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        add_spectral_norm(model)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        assert {id(parameter) for parameter in model.parameters()} == held
+        before = model.heads["real"].weight.detach().clone()
+        model(*INPUTS).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.heads["real"].weight, before)
+
+    def test_unsupported_layers_are_left_alone(self):
+        model = add_spectral_norm(nn.Sequential(nn.LSTM(2, 3), nn.LayerNorm(3), nn.LazyLinear(2)))
+        assert norms(model) == {}
+
+    def test_layer_with_another_parametrization_is_left_alone(self):
+        layer = torch_parametrizations.orthogonal(nn.Linear(3, 3))
+        add_spectral_norm(nn.Sequential(layer))
+        assert normalization_of(layer) is None
+
+
+class TestTiedWeights:
+    @staticmethod
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    def test_one_normalization_and_one_parameter(self):
+        model = add_spectral_norm(self.tied())
+        assert normalization_of(model[0]) is normalization_of(model[1])
+        assert len(list(model.parameters())) == 1
+        assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+        assert norms(model) == pytest.approx({"0": 1.0, "1": 1.0}, rel=1e-5)
+
+    def test_partner_that_is_normalized_already_is_joined(self):
+        model = self.tied()
+        sn.spectral_norm(model[0])
+        add_spectral_norm(model)
+        assert normalization_of(model[0]) is normalization_of(model[1])
+
+    def test_weight_advances_once_per_step_for_both(self):
+        model = add_spectral_norm(self.tied())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.tensor([1, 2])).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(model[0].weight, model[1].weight)
+
+    def test_removal_bakes_once(self):
+        model = add_spectral_norm(self.tied())
+        before = model(torch.tensor([1, 2]))
+        remove_spectral_norm(model)
+        assert model[0].weight is model[1].weight
+        assert torch.equal(model(torch.tensor([1, 2])), before)
+
+    def test_views_that_disagree_are_refused_before_anything_is_changed(self):
+        model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.Linear(2, 2))
+        model[1].weight = model[0].weight
+        with pytest.raises(UserError, match="0 and 1 share a weight"):
+            add_spectral_norm(model)
+        assert not any(parametrize.is_parametrized(layer) for layer in model)
+
+
+class TestTakingOverFromTorch:
+    @pytest.mark.parametrize("torchs", [torch_parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["P", "O"])
+    def test_model_is_converted_in_place(self, torchs):
+        model = nn.Sequential(torchs(nn.Conv2d(3, 4, 3)), torchs(nn.ConvTranspose2d(4, 3, 3)))
+        parameters = {id(parameter) for parameter in model.parameters()}
+        model(INPUTS[0])
+        add_spectral_norm(model)
+        assert {id(parameter) for parameter in model.parameters()} == parameters
+        assert norms(model) == pytest.approx({"0": 1.0, "1": 1.0}, rel=1e-4)
+        plain = add_spectral_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3)))
+        assert set(model.state_dict()) == set(plain.state_dict())
+        model(INPUTS[0]).sum().backward()
+        model.load_state_dict(plain.state_dict())
+        plain.load_state_dict(model.state_dict())
+
+    @pytest.mark.parametrize("torchs", [torch_parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["P", "O"])
+    def test_its_choice_of_dimension_is_kept(self, torchs):
+        model = add_spectral_norm(nn.Sequential(torchs(nn.Conv2d(3, 4, 3), dim=1)))
+        assert normalization_of(model[0]).view.out_dim == 1
+
+    @pytest.mark.parametrize("torchs", [torch_parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["P", "O"])
+    def test_mode_is_kept(self, torchs):
+        model = add_spectral_norm(torchs(nn.Linear(3, 3)).eval())
+        assert not normalization_of(model).training
+
+
+class TestRemove:
+    def test_function_and_parameter_objects_stay(self):
+        model = add_spectral_norm(Nested())
+        parameters, before = {id(parameter) for parameter in model.parameters()}, model(*INPUTS)
+        assert remove_spectral_norm(model) is model
+        assert torch.equal(model(*INPUTS), before)
+        assert {id(parameter) for parameter in model.parameters()} == parameters
+        assert set(model.state_dict()) == set(Nested().state_dict())
+        assert type(model.heads["real"]) is nn.Linear
+
+    def test_adding_again_works(self):
+        model = add_spectral_norm(remove_spectral_norm(add_spectral_norm(Nested())))
+        assert norms(model) == pytest.approx(dict.fromkeys(NAMES, 1.0), rel=1e-4)
+
+    def test_removed_weight_trains_freely(self):
+        model = remove_spectral_norm(add_spectral_norm(nn.Sequential(nn.Linear(3, 3))))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model[0].weight.square().sum().backward()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(model[0].weight, 2).item() == pytest.approx(1, rel=1e-4)
+        assert model[0].weight.is_leaf
+
+    def test_other_parametrizations_stay(self):
+        layer = torch_parametrizations.weight_norm(nn.Linear(3, 3), "bias", dim=None)
+        add_spectral_norm(layer)
+        remove_spectral_norm(layer)
+        assert parametrize.is_parametrized(layer, "bias")
+        assert not parametrize.is_parametrized(layer, "weight")
+
+    def test_copy_of_a_model_is_removed_on_its_own(self):
+        model = add_spectral_norm(nn.Sequential(nn.Linear(3, 3)))
+        copied = remove_spectral_norm(copy.deepcopy(model))
+        assert is_normalized(model[0])
+        assert torch.equal(copied[0].weight, model[0].weight)
