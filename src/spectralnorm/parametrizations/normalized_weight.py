@@ -17,7 +17,7 @@ __all__ = ["NormalizedWeight", "divisor_of"]
 
 
 def divisor_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """What the weight is divided by, and whether that depends on sigma.
+    """What the weight is divided by, and where that depends on sigma.
 
     Args:
         sigma: the weight's norm, a scalar.
@@ -27,11 +27,11 @@ def divisor_of(sigma: Tensor, coefficient: float, *, cap: bool, eps: float) -> t
             a weight, and one that has no norm because it is not finite, is not divided.
 
     Returns:
-        The divisor, and 1.0 where it is ``sigma / coefficient`` and 0.0 where it is a constant.
+        The divisor, and whether it is ``sigma / coefficient``: else it is a constant.
     """
     divisible = sigma > (max(coefficient, eps) if cap else eps)  # false for NaN
     constant = 1.0 if cap else 1 / coefficient
-    return torch.where(divisible, sigma / coefficient, constant), divisible.to(sigma.dtype)
+    return torch.where(divisible, sigma / coefficient, constant), divisible
 
 
 class NormalizedWeight(torch.autograd.Function):
@@ -83,7 +83,7 @@ class NormalizedWeight(torch.autograd.Function):
             wide = grad_value.to(compute_dtype(grad_value.dtype))
             divisor, active = divisor_of(sigma, ctx.coefficient, cap=ctx.cap, eps=ctx.eps)
             # 0 / 0 at a zero weight must not reach the gradient, so what is divided by is replaced, not the quotient.
-            through_sigma = -active * _inner(wide, value.to(wide.dtype)) / torch.where(active > 0, sigma, 1)
+            through_sigma = -_inner(wide, value.to(wide.dtype)) / torch.where(active, sigma, 1) * active
             along_sigma = through_sigma if along_sigma is None else along_sigma + through_sigma
             grad = wide / divisor
         rows, columns = ctx.view.outer_factors(u, v, value.shape)
