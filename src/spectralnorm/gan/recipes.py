@@ -58,7 +58,31 @@ def sncnn_cifar10(**settings: Any) -> Config:
     return _config("sncnn-cifar10", settings, defaults)
 
 
-RECIPES: dict[str, Callable[..., Config]] = {"fashion": fashion, "sncnn-cifar10": sncnn_cifar10}
+def dcgan_64(**settings: Any) -> Config:
+    """DCGAN at 64 px in colour, settings of Radford et al. 2016, spectral in place of batch normalization in D."""
+    defaults = {
+        "architecture": "dcgan",
+        "image_size": 64,
+        "channels": 3,
+        "latent_dim": 100,
+        "loss": "nonsaturating",
+        "batch_size": 128,
+        "generator_lr": 2e-4,
+        "discriminator_lr": 2e-4,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "ema_half_life_kimg": 10.0,
+        "log_every": 50,
+        "steps": 50_000,
+    }
+    return _config("dcgan-64", settings, defaults)
+
+
+RECIPES: dict[str, Callable[..., Config]] = {
+    "fashion": fashion,
+    "sncnn-cifar10": sncnn_cifar10,
+    "dcgan-64": dcgan_64,
+}
 """Recipes by name."""
 
 
