@@ -79,6 +79,8 @@ class NormalizedWeight(torch.autograd.Function):
         along_sigma = grad_sigma  # the coefficient of u v^H
         grad = None
         if grad_value is not None:
+            if grad_value.is_sparse:  # of an embedding; the share of sigma fills the gradient anyway
+                grad_value = grad_value.to_dense()
             # Half types: the inner product has as many terms as the weight, and would lose all digits.
             wide = grad_value.to(compute_dtype(grad_value.dtype))
             divisor, active = divisor_of(sigma, ctx.coefficient, cap=ctx.cap, eps=ctx.eps)

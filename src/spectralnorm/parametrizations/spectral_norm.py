@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype, power_iteration, probe_rows, refine, tracked_power_iteration, view_of
 from spectralnorm.parametrizations.kept import Kept, Verdict
 from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, divisor_of
+from spectralnorm.parametrizations.options import Options
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -78,22 +80,24 @@ class SpectralNorm(nn.Module):
         update: str = "step",
     ) -> None:
         super().__init__()
-        if n_power_iterations < 1:
-            raise UserError(f"n_power_iterations must be at least 1, got {n_power_iterations}.")
-        if not eps > 0:
-            raise UserError(f"eps must be a positive number, got {eps}.")
-        _require_choice("norm", norm, NORMS)
-        _require_choice("mode", mode, MODES)
-        _require_choice("update", update, UPDATES)
-        _require_choice("strict", strict, (False,))
+        self.check_options(
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+            norm=norm,
+            mode=mode,
+            coefficient=coefficient,
+            strict=strict,
+            update=update,
+        )
         weight = _weight_of(module, name)
         self.name = name
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.norm = norm
         self.mode = mode
+        self.strict = strict
         self.update = update
-        self.coefficient = coefficient
+        self._coefficient = float(coefficient)
         self.view = view_of(module, weight, dim)
         self._is_vector = weight.ndim < 2
         self._keeps = update == "step" and not self._is_vector
@@ -123,10 +127,57 @@ class SpectralNorm(nn.Module):
 
     @coefficient.setter
     def coefficient(self, value: float) -> None:
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise UserError(f"coefficient must be a positive number, got {value!r}.")
-        self._coefficient = float(value)
-        self.invalidate()
+        self.set_options(coefficient=value)
+
+    @staticmethod
+    def check_options(**options: Unpack[Options[float]]) -> None:
+        """Raise a `UserError` if one of the ``options`` has a value that is not offered."""
+        if (iterations := options.get("n_power_iterations", 1)) < 1:
+            raise UserError(f"n_power_iterations must be at least 1, got {iterations}.")
+        if not (eps := options.get("eps", 1)) > 0:
+            raise UserError(f"eps must be a positive number, got {eps}.")
+        coefficient = options.get("coefficient", 1.0)
+        if not (isinstance(coefficient, (int, float)) and 0 < coefficient < math.inf):
+            raise UserError(f"coefficient must be a positive number, got {coefficient!r}.")
+        for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES), ("strict", (False,))):
+            if option in options:
+                _require_choice(option, options[option], choices)
+
+    def check_change(self, **changes: Unpack[Options[float]]) -> None:
+        """Raise a `UserError` if the options cannot be changed to these in place."""
+        self.check_options(**changes)
+        for option in ("norm", "strict"):
+            if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
+                raise UserError(
+                    f"{option} cannot be changed from {getattr(self, option)!r} to {wanted!r} in place; "
+                    "remove_spectral_norm first."
+                )
+
+    def set_options(self, **changes: Unpack[Options[float]]) -> None:
+        """Change options; those that are not given stay.
+
+        The parameter and the buffers stay the same objects. The norm is found anew only if ``eps`` or ``update`` has
+        changed: for another ``coefficient`` or ``mode`` the weight is divided again by the norm that is known.
+
+        Raises:
+            UserError: a value is not offered, or an option cannot be changed in place.
+
+        >>> layer = nn.Linear(4, 4)
+        >>> normalization = SpectralNorm(layer)
+        >>> normalization.set_options(coefficient=2.0, mode="cap")
+        >>> normalization
+        SpectralNorm(n_power_iterations=1, mode=cap, coefficient=2)
+        """
+        self.check_change(**changes)
+        if changes.get("update", self.update) != self.update:
+            self._hand_over_vectors()
+        if changes.get("eps", self.eps) != self.eps:
+            self.invalidate()
+        for option, value in changes.items():
+            setattr(self, "_coefficient" if option == "coefficient" else option, value)
+        self._coefficient = float(self._coefficient)
+        self._keeps = self.update == "step" and not self._is_vector
+        self._divide_again()
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, mode={self.mode}, coefficient={self.coefficient:g}"
@@ -191,6 +242,20 @@ class SpectralNorm(nn.Module):
     def invalidate(self) -> None:
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
+
+    def _hand_over_vectors(self) -> None:
+        """Leave in the buffers what another update rule goes on from."""
+        if self._kept is not None:
+            self._current(self._kept.clock.weight).write_vectors(self._u, self._v)
+            self.invalidate()
+
+    def _divide_again(self) -> None:
+        """Renew the kept value, not the norm that it rests on. One that is not current is left for the next use."""
+        kept = self._kept
+        if kept is not None and kept.is_current(weight := kept.clock.weight):
+            with _plain_arithmetic(weight):
+                value = self._scaled(weight.detach(), kept.sigma)
+            self._kept = replace(kept, value=value, value_version=value._version)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -386,6 +451,10 @@ def _weight_of(module: nn.Module, name: str) -> Tensor:
     if is_lazy(weight):
         raise UserError(
             f"The weight {name!r} of {type(module).__name__} has no shape yet; run one forward with real inputs first."
+        )
+    if weight.ndim == 0:
+        raise UserError(
+            f"{name!r} of {type(module).__name__} is a single number; only vectors and matrices have a norm."
         )
     return weight
 

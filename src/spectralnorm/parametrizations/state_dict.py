@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -60,7 +61,7 @@ def _translate_weight(
         return
     weight = state_dict[original]
     missing = [side for side in ("_u", "_v") if side in normalization._buffers and vectors + side not in state_dict]
-    if missing and isinstance(weight, Tensor) and not weight.is_meta:
+    if missing and isinstance(weight, Tensor) and not weight.is_meta and not is_lazy(weight):
         with torch.no_grad():
             for side, vector in zip(("_u", "_v"), normalization.cold_vectors(weight), strict=True):
                 if side in missing:
