@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
@@ -86,6 +87,12 @@ def test_exported_layer_computes_the_same():
     layer, plain = pair()
     exported = torch.export.export(layer.eval(), (INPUTS,)).module()
     torch.testing.assert_close(exported(INPUTS)[0], plain(INPUTS)[0])
+
+
+def test_symbolic_trace_keeps_the_layer_whole():
+    layer, plain = pair()
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    torch.testing.assert_close(traced(INPUTS)[0], plain(INPUTS)[0])
 
 
 def test_compiled_model_compiles_no_weight_of_a_recurrent_layer():
