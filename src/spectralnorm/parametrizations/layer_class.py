@@ -51,7 +51,8 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
         # Under a metaclass of its own, the base's stays in force.
         metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
         methods: dict[str, Any] = {
-            "__module__": base.__module__,  # symbolic tracing does not look into torch.nn's own layers
+            # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
+            "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
         }
