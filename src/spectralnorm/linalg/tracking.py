@@ -137,7 +137,7 @@ def _iterated(
     # The frame on the left, in the words of the docstring: a frame on the right sees the transposed matrix.
     maps = [matrix if frame.is_left else matrix.mT for matrix, frame in zip(matrices, frames, strict=True)]
     starts = [frame.rows if probe is None else frame.rows + probe for frame, probe in zip(frames, probes, strict=True)]
-    images = [torch.bmm(start, each) for start, each in zip(starts, maps, strict=True)]
+    images = [_images(start, each) for start, each in zip(starts, maps, strict=True)]
     turns = _ritz_turns(
         _together([torch.bmm(start, start.mT) for start in starts]),
         _together([torch.bmm(image, image.mT) for image in images]),
@@ -158,6 +158,24 @@ def _iterated(
         following = frame if is_complete else Frame(rows, not frame.is_left)
         found.append(TrackedTriplet(u[:, 0], v[:, 0], sigma[:, 0, 0], following))
     return found
+
+
+# Of a matrix that is worth more than one thread.
+_LARGE = 2**17
+_NARROWEST = 32
+
+
+def _images(rows: Tensor, matrices: Tensor) -> Tensor:
+    """``rows @ matrices``: (batch, k, m) with (batch, m, n)."""
+    batch, length, width = matrices.shape
+    if batch == 1 and length * width >= _LARGE and matrices.device.type == "cpu":
+        # MKL gives a product with so few rows to one thread. As a batch of strips it is shared among all.
+        for strips in (16, 8, 4, 2):
+            if width % strips == 0 and width // strips >= _NARROWEST:
+                strip = matrices[0].unflatten(1, (strips, -1)).transpose(0, 1)
+                images = torch.bmm(rows.expand(strips, -1, -1), strip)
+                return images.transpose(0, 1).reshape(1, -1, width)
+    return torch.bmm(rows, matrices)
 
 
 def _together(parts: list[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from spectralnorm.parametrizations.quotient import (
     divided,
     divisor_of,
     host_divisor_of,
+    is_held_once,
 )
 
 if TYPE_CHECKING:
@@ -95,10 +96,11 @@ def refresh_together(members: Sequence[Member]) -> None:
     for place, (member, of_member) in enumerate(zip(members, triplets, strict=True)):
         quotient = quotients[place]
         if quotient is None:
-            memory = _free_memory(member.kept)
+            memory, gradient_memory = _free_memory(member.kept)
             quotient = _quotient(
                 member.normalization, member.weight, of_member, sigmas[place], pairs[place], divisors[place], memory
             )
+            quotient.gradient_memory = gradient_memory
         member.normalization.keep(
             Kept(
                 moment=quotient.moment,
@@ -352,11 +354,10 @@ def _probe(frame: Frame, age: int) -> Tensor:
     return probe.roll(age, dims=-1)
 
 
-def _free_memory(kept: Kept) -> Tensor | None:
-    """The memory of an old value, if nobody else holds it: no graph of the user's, no tensor."""
-    value, quotient = kept.value, ref(kept.quotient)
+def _free_memory(kept: Kept) -> tuple[Tensor | None, Tensor | None]:
+    """The memory of an old value, if nobody else holds it (no graph of the user's, no tensor), and of its gradient."""
+    value, gradient, quotient = kept.value, kept.quotient.gradient_memory, ref(kept.quotient)
     kept.quotient = None  # type: ignore[assignment]
-    if quotient() is not None:  # a graph does
-        return None
-    # One count for the tensor, one for the object that is made to ask.
-    return value if torch._C._storage_Use_Count(value.untyped_storage()._cdata) == 2 else None
+    # A graph may hold the tensor itself, and not only its memory.
+    is_free = quotient() is None and is_held_once(value)
+    return value if is_free else None, gradient

@@ -17,7 +17,7 @@ from torch import Tensor
 from spectralnorm.linalg import MatrixView, compute_dtype
 from spectralnorm.parametrizations.weight_clock import Moment
 
-__all__ = ["NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of"]
+__all__ = ["NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of", "is_held_once"]
 
 
 def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,12 @@ def host_divisor_of(sigma: float, coefficient: float, *, cap: bool, eps: float) 
     """As `divisor_of`, of one norm that is known to the host."""
     divisible = sigma > (max(coefficient, eps) if cap else eps)
     return (sigma / coefficient if divisible else 1.0 if cap else 1 / coefficient), divisible
+
+
+def is_held_once(tensor: Tensor) -> bool:
+    """Whether no other tensor, Python's or a graph's, shares the memory of ``tensor``."""
+    # One count for the tensor, one for the object that is made to ask.
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
 
 
 def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) -> Tensor:
@@ -106,6 +112,7 @@ class Quotient:
         eps: a norm up to here counts as zero.
         stack: the batch that the weight was divided in; None if it was alone.
         place: its place there.
+        gradient_memory: of the last gradient on the CPU; used again when nobody else holds it any more.
     """
 
     weight: Tensor
@@ -122,6 +129,7 @@ class Quotient:
     eps: float
     stack: Stack | None = None
     place: int = 0
+    gradient_memory: Tensor | None = None
 
     def gradient(self, grad: Tensor) -> Tensor:
         """dL/dW for G = ``grad``, both of the weight's shape."""
@@ -152,7 +160,12 @@ class Quotient:
         matrix = view.memory_matrix(grad)
         along = -float(torch.dot(matrix.reshape(-1), view.memory_matrix(self.value).reshape(-1)))
         along /= divisor * self.coefficient * len(self.pairs)
-        result = torch.addr(matrix, self.pairs[0][0], self.flat_v, beta=1 / divisor, alpha=along)  # type: ignore[arg-type]
+        u, v = self.pairs[0][0], self.flat_v
+        # New memory costs as much as the arithmetic, because the system clears it.
+        memory = self.gradient_memory
+        memory = memory if memory is not None and is_held_once(memory) else torch.empty_like(matrix)
+        result = torch.addr(matrix, u, v, beta=1 / divisor, alpha=along, out=memory)  # type: ignore[arg-type]
+        self.gradient_memory = memory
         result = result.as_strided(grad.shape, grad.stride())
         for rows, columns in self._outer_factors()[1:]:
             result.addcmul_(rows, columns, value=along)
