@@ -154,6 +154,20 @@ class SpectralNorm(nn.Module):
             return self._current(weight).sigma
         return self._rayleigh(weight, self._u, self._v)
 
+    @torch.no_grad()
+    def vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors u and v that `sigma` belongs to: sigma = u^H W v. Changes nothing that is saved.
+
+        Returns:
+            Unit vectors of (out,) and (in * kernel,); of a 1-D weight, a matrix with one column, (out,) and (1,).
+        """
+        if self._is_vector:
+            return F.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
+        if self._can_keep(weight):
+            kept = self._current(weight)
+            return kept.u, kept.v
+        return self._u, self._v
+
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
         if self._is_vector:
