@@ -9,6 +9,7 @@ look at the layer they are read from.
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import Any
 from weakref import WeakValueDictionary
@@ -45,7 +46,8 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
         # Under a metaclass of its own, the base's stays in force.
         metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
         methods: dict[str, Any] = {
-            "__module__": __name__,
+            # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
+            "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
         }
@@ -91,6 +93,11 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _baked(self: nn.Module) -> nn.Module:
     """What ``torch.jit.script`` takes instead of the layer: a plain one that computes the same."""
+    warnings.warn(
+        "torch.jit.script compiles normalized layers as plain ones with the weights of now, and leaves those in the "
+        "model that it was given. To train on, script remove_spectral_norm(copy.deepcopy(model)).",
+        stacklevel=2,
+    )
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)
