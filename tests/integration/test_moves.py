@@ -42,6 +42,13 @@ def norm_of(layer: nn.Module) -> float:
     return torch.linalg.matrix_norm(view_of(layer, weight).matrix(weight), 2).max().item()
 
 
+def norm_by_its_vectors(layer: nn.Module) -> float:
+    """Norm of the weight that exported and compiled code computes with: raw / (u^T W v), from the buffers."""
+    given = raw(layer).detach().clone()  # another tensor in the parameter's place: nothing is kept of it
+    weight = layer.eval().parametrizations.weight[0](given).double()
+    return torch.linalg.matrix_norm(view_of(layer, weight).matrix(weight), 2).max().item()
+
+
 def raw(layer: nn.Module) -> Tensor:
     return layer.parametrizations.weight.original
 
@@ -89,6 +96,37 @@ class TestLoading:
             assert norm_of(layer) == pytest.approx(1, rel=1e-4)
             assert norm_of(layer.eval()) == pytest.approx(1, rel=1e-4)
             assert all(buffer.isfinite().all() for buffer in layer.buffers())
+
+    @each_layer
+    @pytest.mark.parametrize("update", ["step", "forward", "manual"])
+    def test_vectors_that_come_with_plain_weights_are_those_of_the_norm(self, make, update):
+        layer = spectral_norm(make(), update=update)
+        layer.load_state_dict(make().state_dict())
+        assert norm_by_its_vectors(layer) == pytest.approx(1, rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["grouped conv", "grouped transposed"])
+    @pytest.mark.parametrize("source", ["torch", "torch-hook"])
+    def test_vectors_of_torchs_reading_of_groups_are_replaced_by_those_of_the_norm(self, kind, source):
+        layer, other = spectral_norm(LAYERS[kind]()), SOURCES[source](LAYERS[kind]())
+        layer.load_state_dict(other.state_dict())
+        assert norm_by_its_vectors(layer) == pytest.approx(1, rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["conv2d", "grouped conv"])
+    def test_own_state_is_loaded_to_the_last_bit(self, kind):
+        layer, other = spectral_norm(LAYERS[kind]()), spectral_norm(LAYERS[kind]())
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        for _ in range(2):
+            other(torch.ones(1, 4, 5, 5)).square().sum().backward()
+            optimizer.step()
+        layer.load_state_dict(other.state_dict())
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name])
+
+    @pytest.mark.parametrize("source", SOURCES)
+    def test_file_of_another_shape_is_refused_by_torchs_own_error(self, source):
+        layer, other = spectral_norm(nn.Conv2d(4, 6, 3, groups=2)), SOURCES[source](nn.Conv2d(3, 5, 3))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            layer.load_state_dict(other.state_dict())
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("source", SOURCES)

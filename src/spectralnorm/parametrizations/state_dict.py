@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import compute_dtype
-from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.linalg import compute_dtype, refine
+from spectralnorm.parametrizations.spectral_norm import SpectralNorm, seeded_direction
 
 __all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats"]
 
@@ -57,7 +57,7 @@ def _normalizations(module: nn.Module) -> Iterator[tuple[str, int, SpectralNorm]
 
 
 def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the keys of each normalized weight to ours, and add vectors where there are none."""
+    """Rename the keys of each normalized weight to ours, and add vectors where there are none of its norm."""
     for name, index, part in _normalizations(module):
         own = f"{prefix}parametrizations.{name}."
         _translate_weight(state_dict, prefix + name, own, f"{own}{index}.", part)
@@ -66,10 +66,11 @@ def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 def _translate_weight(
     state_dict: dict[str, Any], plain: str, own: str, vectors: str, normalization: SpectralNorm
 ) -> None:
-    original = own + "original"
-    if original in state_dict:
-        return
-    if f"{plain}_orig" in state_dict:
+    original, sides = own + "original", (f"{vectors}_u", f"{vectors}_v")
+    is_ours = original in state_dict
+    if is_ours:
+        pass
+    elif f"{plain}_orig" in state_dict:
         state_dict[original] = state_dict.pop(f"{plain}_orig")
         state_dict.pop(plain, None)  # the oldest version of the hook saved the normalized weight beside it
         for side in ("u", "v"):
@@ -79,13 +80,26 @@ def _translate_weight(
         state_dict[original] = state_dict.pop(plain)
     else:
         return
-    weight = state_dict[original]
-    missing = [side for side in ("_u", "_v") if side in normalization._buffers and vectors + side not in state_dict]
-    if missing and isinstance(weight, Tensor) and not weight.is_meta:
-        with torch.no_grad():
-            for side, vector in zip(("_u", "_v"), normalization.cold_vectors(weight), strict=True):
-                if side in missing:
-                    state_dict[vectors + side] = vector
+    if "_u" not in normalization._buffers:
+        return
+    given = [state_dict[side] for side in sides if side in state_dict]
+    # Keys of our own that are missing are reported by torch. Vectors of all blocks together are of torch's norm.
+    if normalization.view.is_of_one_block(*given) if len(given) == 2 else is_ours:
+        return
+    state_dict.update(zip(sides, _vectors_of(state_dict[original], normalization), strict=True))
+
+
+def _vectors_of(weight: Tensor, normalization: SpectralNorm) -> tuple[Tensor, Tensor]:
+    """Whole vectors u and v of a weight that has just been read, in its type; those there are if it has none."""
+    view, there = normalization.view, (normalization._u, normalization._v)
+    if weight.is_meta or weight.numel() == 0 or view.whole_shape(weight) != tuple(map(len, there)):
+        return there
+    with torch.no_grad():
+        matrix = view.memory_matrix(weight)
+        matrix = matrix.to(compute_dtype(matrix.dtype))
+        found = refine(matrix, seeded_direction(f"{normalization.name}.start", matrix.shape[-1], matrix))
+        u, v, _ = view.whole_vectors(found.u, found.v, found.sigma, weight)
+    return u.to(weight.dtype), v.to(weight.dtype)
 
 
 # Writing
