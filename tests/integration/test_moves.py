@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
@@ -289,3 +289,20 @@ def test_functional_call_computes_with_the_given_weights_and_their_gradients(tra
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(given[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "grouped conv", "grouped transposed"])
+def test_stacked_layers_under_vmap_give_each_ones_outputs_and_gradients(kind):
+    layers, inputs = [spectral_norm(LAYERS[kind]()) for _ in range(3)], torch.randn(2, 4, 5, 5)
+    state, skeleton = stack_module_state(layers), copy.deepcopy(layers[0]).to("meta")
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(skeleton, (parameters, buffers), inputs).square().sum()
+
+    grads, losses = vmap(grad_and_value(loss))(*state)
+    for index, layer in enumerate(layers):
+        expected = layer(inputs).square().sum()
+        expected.backward()
+        torch.testing.assert_close(losses[index], expected.detach(), rtol=1e-4, atol=1e-4)
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(grads[name][index], parameter.grad, rtol=1e-3, atol=1e-3)

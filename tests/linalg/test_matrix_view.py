@@ -63,6 +63,11 @@ def test_vectors_of_one_block_are_told_from_those_of_torchs_matrix(layer):
     left, values, right = torch.linalg.svd(view.memory_matrix(weight), full_matrices=False)
     u, v, _ = view.whole_vectors(left[..., 0], right[..., 0, :], values[..., 0], weight)
     assert view.is_of_one_block(u, v)
+    largest = int(values[..., 0].argmax())
+    block_u, block_v, is_theirs = view.block_vectors(u, v)
+    assert is_theirs.tolist() == [index == largest for index in range(layer.groups)]
+    block = view.matrix(weight).view(layer.groups, *view.matrix(weight).shape[-2:])[largest]
+    torch.testing.assert_close(block @ block_v, values[..., 0].max() * block_u)
     left, _, right = torch.linalg.svd(view.whole_matrix(weight), full_matrices=False)
     assert view.is_of_one_block(left[:, 0], right[0]) == (layer.groups == 1)
 

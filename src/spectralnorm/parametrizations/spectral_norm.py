@@ -30,7 +30,7 @@ UPDATES = ("step", "forward", "manual")
 # Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
 _REFINED_RTOL = 1e-5
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
-# starts the blocks afresh. As many iterations as torch gives to a new layer.
+# starts the other blocks afresh. As many iterations as torch gives to a new layer.
 _COLD_ITERATIONS = 15
 
 
@@ -297,11 +297,14 @@ class SpectralNorm(nn.Module):
             matrix = self.view.matrix(weight)
             matrix = matrix.to(compute_dtype(matrix.dtype))
             return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=self.eps)
-        matrix = self.view.memory_matrix(weight)
+        weight = weight.contiguous()  # so that the vectors' order is torch's
+        matrix = self.view.matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
-        groups, rows, columns = matrix.shape
-        left = _chirp(rows, matrix).expand(groups, rows)
-        right = _chirp(columns, matrix).expand(groups, columns)
+        _, rows, columns = matrix.shape
+        # The block that the vectors are of goes on from them.
+        left, right, is_theirs = self.view.block_vectors(u.to(matrix), v.to(matrix))
+        left = torch.where(is_theirs[:, None], left, _chirp(rows, matrix))
+        right = torch.where(is_theirs[:, None], right, _chirp(columns, matrix))
         found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
         return self.view.whole_vectors(*found, weight)
 
