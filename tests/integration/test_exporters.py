@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 
-from spectralnorm import add_spectral_norm, remove_spectral_norm, spectral_norm
+from spectralnorm import add_spectral_norm, remove_spectral_norm, spectral_norm, update_
 from spectralnorm.parametrizations import is_normalized
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -137,6 +137,16 @@ class TestExportedProgram:
     def test_with_options_computes_the_same(self, options):
         model = normalized(images_model, IMAGES, **options).eval()
         program = torch.export.export(model, (IMAGES,))
+        torch.testing.assert_close(program.module()(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    def test_is_up_to_date_after_an_update(self, training):
+        model = normalized(images_model, IMAGES).train(training)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        update_(model)
+        program = torch.export.export(model.eval(), (IMAGES,))
         torch.testing.assert_close(program.module()(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
     def test_takes_other_batch_sizes(self):
