@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import SpectralNorm, spectral_norm
-from spectralnorm.transform import add_spectral_norm, invalidate, monitor, remove_spectral_norm, summary, update_
+from spectralnorm.transform import (
+    add_spectral_norm,
+    export_state_dict,
+    invalidate,
+    monitor,
+    remove_spectral_norm,
+    summary,
+    update_,
+)
 
 if TYPE_CHECKING:
     from spectralnorm import gan as gan
@@ -17,6 +25,7 @@ __all__ = [
     "UserError",
     "__version__",
     "add_spectral_norm",
+    "export_state_dict",
     "invalidate",
     "monitor",
     "remove_spectral_norm",

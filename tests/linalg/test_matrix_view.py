@@ -57,6 +57,22 @@ def test_whole_vectors_of_the_largest_block_give_its_norm_on_torchs_matrix(layer
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_vectors_of_one_block_are_told_from_those_of_torchs_matrix(layer):
+    weight = layer.weight.detach()
+    view = view_of(layer, weight)
+    left, values, right = torch.linalg.svd(view.memory_matrix(weight), full_matrices=False)
+    u, v, _ = view.whole_vectors(left[..., 0], right[..., 0, :], values[..., 0], weight)
+    assert view.is_of_one_block(u, v)
+    largest = int(values[..., 0].argmax())
+    block_u, block_v, is_theirs = view.block_vectors(u, v)
+    assert is_theirs.tolist() == [index == largest for index in range(layer.groups)]
+    block = view.matrix(weight).view(layer.groups, *view.matrix(weight).shape[-2:])[largest]
+    torch.testing.assert_close(block @ block_v, values[..., 0].max() * block_u)
+    left, _, right = torch.linalg.svd(view.whole_matrix(weight), full_matrices=False)
+    assert view.is_of_one_block(left[:, 0], right[0]) == (layer.groups == 1)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_outer_factors_are_the_gradient_of_u_w_v(layer):
     weight = layer.weight.detach().double().requires_grad_()
     view = view_of(layer, weight)

@@ -105,6 +105,31 @@ class MatrixView:
             return (u * is_largest[:, None]).flatten(), is_largest @ v, sigma.amax()
         return is_largest @ u, (v * is_largest[:, None]).flatten(), sigma.amax()
 
+    def block_vectors(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Undo `whole_vectors`: the vectors of the one block that they belong to, in torch's order, and which it is.
+
+        Args:
+            u: (out,).
+            v: (in * kernel,).
+
+        Returns:
+            u of (out / groups,), v of (in / groups * kernel,), and (groups,) booleans.
+        """
+        filled, own = (u, v) if self.out_dim == 0 else (v, u)
+        blocks = filled.view(self.groups, -1)
+        block, is_theirs = blocks.sum(0), blocks.abs().amax(-1) > 0
+        return (block, own, is_theirs) if self.out_dim == 0 else (own, block, is_theirs)
+
+    def is_of_one_block(self, u: Tensor, v: Tensor) -> bool:
+        """Whether whole vectors are those of one block, as `whole_vectors` returns them, and not of all together.
+
+        Waits for the device, if there is more than one block.
+        """
+        filled = u if self.out_dim == 0 else v
+        if self.groups == 1 or filled.is_meta or filled.shape[0] % self.groups:
+            return True  # of one block only, or not of a weight that is seen like this
+        return int(filled.view(self.groups, -1).count_nonzero(-1).count_nonzero()) <= 1
+
     def whole_matrix(self, weight: Tensor) -> Tensor:
         """The matrix without blocks, as torch reads it: (out, everything else)."""
         return MatrixView(self.out_dim).matrix(weight)

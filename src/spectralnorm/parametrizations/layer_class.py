@@ -9,6 +9,7 @@ look at the layer they are read from.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -114,6 +115,9 @@ def _read_table(self: Any, name: str) -> Any:
     return weight if self.max_norm is None or weight is None else weight.clone()
 
 
+_module_call = nn.Module.__call__
+
+
 def _computed(parts: Any) -> Tensor:
     """What calling the list of parametrizations gives, without the two module calls where nobody listens to them."""
     modules = parts._modules
@@ -122,6 +126,7 @@ def _computed(parts: Any) -> Tensor:
     if (
         weight is None
         or len(modules) > 1
+        or nn.Module.__call__ is not _module_call  # torch.fx replaces it to see what is called
         or only._forward_hooks
         or only._forward_pre_hooks
         or parts._forward_hooks
@@ -141,6 +146,11 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _baked(self: nn.Module) -> nn.Module:
     """What ``torch.jit.script`` takes instead of the layer: a plain one that computes the same."""
+    warnings.warn(
+        "torch.jit.script compiles normalized layers as plain ones with the weights of now, and leaves those in the "
+        "model that it was given. To train on, script remove_spectral_norm(copy.deepcopy(model)).",
+        stacklevel=2,
+    )
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)

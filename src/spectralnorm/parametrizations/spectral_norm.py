@@ -39,7 +39,7 @@ UPDATES = ("step", "forward", "manual")
 # Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
 _REFINED_RTOL = 1e-5
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
-# starts the blocks afresh. As many iterations as torch gives to a new layer.
+# starts the other blocks afresh. As many iterations as torch gives to a new layer.
 _COLD_ITERATIONS = 15
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
@@ -258,6 +258,21 @@ class SpectralNorm(nn.Module):
             return self.forward(weight)
         return self._handed_out(weight, kept)
 
+    @torch.no_grad()
+    def vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors u and v that `sigma` belongs to: sigma = u^H W v. Changes nothing that is saved.
+
+        Of a bidirectional norm they are those of the matrix with outputs first.
+
+        Returns:
+            Unit vectors of (out,) and (in * kernel,); of a 1-D weight, a matrix with one column, (out,) and (1,).
+        """
+        if self._is_vector:
+            return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
+        if self._can_keep(weight):
+            return self._current(weight).quotient.pairs[0]
+        return self._u, self._v
+
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
         if self.scale is None:
@@ -359,6 +374,16 @@ class SpectralNorm(nn.Module):
         start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
         return refine(blocks, start, rtol=_REFINED_RTOL, eps=self.eps)
 
+    @torch.no_grad()
+    def refined_vectors(self, weight: Tensor) -> dict[str, Tensor]:
+        """What belongs into each buffer for a ``weight`` of which nothing is known, in its type; to full accuracy."""
+        vectors = {}
+        for view, names in zip(self.views, _BUFFERS, strict=False):
+            found = self._refined(view, weight)
+            whole = view.whole_vectors(found.u, found.v, found.sigma, weight)[:2]
+            vectors |= {name: vector.to(weight.dtype) for name, vector in zip(names, whole, strict=True)}
+        return vectors
+
     # What the engine asks for
 
     def watched(self, weight: Tensor) -> WeightClock:
@@ -441,9 +466,11 @@ class SpectralNorm(nn.Module):
         matrix = matrix.to(compute_dtype(matrix.dtype))
         if view.groups == 1:
             return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=self.eps)[:2]
-        groups, rows, columns = matrix.shape
-        left = chirp(rows, matrix).expand(groups, rows)
-        right = chirp(columns, matrix).expand(groups, columns)
+        _, rows, columns = matrix.shape
+        # The block that the vectors are of goes on from them.
+        left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
+        left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
+        right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
         found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
         return view.vectors_of_largest(*found)[:2]
 

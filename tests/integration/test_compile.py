@@ -1,0 +1,174 @@
+"""`torch.compile`: one graph per mode, compiled once, that computes what torch's own algorithm computes step by step.
+
+Inside a compiled graph nothing is kept: each forward in training with grad is one change of the weight, as in torch.
+"""
+
+import copy
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrizations as torch_parametrizations
+
+from spectralnorm import add_spectral_norm, spectral_norm
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter() -> CompileCounterWithBackend:
+    """Counts graphs, and runs them with their forward and backward traced ahead of time."""
+    return CompileCounterWithBackend("aot_eager")
+
+
+def images_model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(1024, 5),
+    )
+
+
+def torchs(model: nn.Module) -> nn.Module:
+    """The same model under torch's parametrization, in the same state."""
+    theirs = images_model()
+    for layer in theirs:
+        if hasattr(layer, "weight"):
+            torch_parametrizations.spectral_norm(layer)
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+
+def trained(call, model: nn.Module, num_steps: int = 4) -> list[Tensor]:
+    """The losses of some steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002)
+    losses = []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        loss = call(IMAGES * (step + 1)).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def test_training_is_one_graph_and_the_same_as_torchs_algorithm(counter):
+    model = add_spectral_norm(images_model())
+    theirs = torchs(model)
+    losses = trained(torch.compile(model, fullgraph=True, backend=counter), model)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(losses, trained(theirs, theirs), rtol=1e-4, atol=1e-5)
+    for name, expected in theirs.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"mode": "cap", "coefficient": 0.7}, {"update": "forward"}, {"update": "manual"}])
+def test_options_are_one_graph_too(counter, options):
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(12, 3))
+    add_spectral_norm(model, **options)
+    eager, inputs = copy.deepcopy(model), torch.randn(2, 4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled(inputs).sum().backward()
+    eager(inputs).sum().backward()
+    torch.testing.assert_close(compiled(inputs), eager(inputs), rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_each_mode_is_compiled_once_however_often_it_changes(counter):
+    model = add_spectral_norm(images_model())
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    frames = []
+    for _ in range(3):
+        trained(compiled, model.train(), num_steps=2)
+        with torch.no_grad():
+            compiled(IMAGES)
+            model.eval()
+            compiled(IMAGES)
+        frames.append(counter.frame_count)
+    assert frames == [3, 3, 3]  # training, training without grad, evaluation
+
+
+def test_evaluation_after_compiled_training_is_that_of_the_vectors(counter):
+    model = add_spectral_norm(images_model())
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    trained(compiled, model)
+    torch.testing.assert_close(compiled.eval()(IMAGES), torchs(model).eval()(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_evaluation_writes_nothing(counter):
+    model = add_spectral_norm(images_model()).eval()
+    before = copy.deepcopy(model.state_dict())
+    torch.compile(model, fullgraph=True, backend=counter)(IMAGES).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_eager_uses_follow_what_a_compiled_optimizer_does(counter):
+    model = add_spectral_norm(images_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IMAGES).square().sum().backward()
+        before = model[4].weight.detach().clone()
+        step()
+        assert not torch.equal(model[4].weight, before)
+        norm = torch.linalg.matrix_norm(model[4].weight.detach(), 2).item()
+        assert norm == pytest.approx(1, abs=1e-3)
+
+
+class Block(nn.Module):
+    def __init__(self, **options: str) -> None:
+        super().__init__()
+        self.inner = spectral_norm(nn.Linear(6, 6), **options)
+        self.outer = spectral_norm(nn.Linear(6, 6), **options)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.outer(self.inner(inputs).relu())
+
+
+def twelve_blocks(**options: str) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), *(Block(**options) for _ in range(12)))
+
+
+def test_twelve_equal_blocks_share_their_graph(counter):
+    model, eager = twelve_blocks(), twelve_blocks(update="forward")
+    eager.load_state_dict(model.state_dict())
+    for block in model[1:]:
+        block.compile(fullgraph=True, backend=counter)
+    for each in (model, eager):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+    assert counter.frame_count == 1
+    outputs = model.eval()(torch.ones(2, 4))
+    assert counter.frame_count == 2
+    torch.testing.assert_close(outputs, eager.eval()(torch.ones(2, 4)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs g++")
+def test_code_of_the_default_compiler_agrees():
+    layer, theirs = spectral_norm(nn.Linear(5, 4)), torch_parametrizations.spectral_norm(nn.Linear(5, 4))
+    theirs.load_state_dict(layer.state_dict())
+    compiled, inputs = torch.compile(layer, fullgraph=True), torch.randn(3, 5)
+    for _ in range(2):
+        outputs, expected = compiled(inputs), theirs(inputs)
+        outputs.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+    for parameter, other in zip(layer.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-5)
