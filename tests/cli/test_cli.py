@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from spectralnorm.cli import main
+from spectralnorm.gan.run_folder import locked
 from spectralnorm.gan.sampling import load, save_generator
 from spectralnorm.records import Evaluation, read_records
 
@@ -79,6 +80,17 @@ def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.
     assert record.step == 4
     for metric in record.metrics:
         assert metric.name in printed
+
+
+def test_evaluating_a_run_that_is_being_trained_leaves_its_records_alone(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = (run / "metrics.jsonl").stat()
+    with locked(run):
+        assert main(["evaluate", str(run), "--num", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "KID-SqueezeNet" in printed
+    assert "Not recorded, because another process is training" in printed
+    after = (run / "metrics.jsonl").stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
 
 
 def test_report_rebuilds_the_page(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -137,6 +137,13 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
         _train(tmp_path / "run")
 
 
+def test_a_folder_whose_claim_was_killed_or_found_no_space_is_taken(tmp_path: Path):
+    (tmp_path / ".config.json.tmp").write_text('{"recipe": ')
+    (tmp_path / ".lock").write_text("")
+    assert _train(tmp_path).reason == "steps"
+    assert not (tmp_path / ".config.json.tmp").exists()
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"at most the number of training images \(\d+\), got 64"):
         _train(tmp_path, _config(batch_size=64))

@@ -14,8 +14,8 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
 from spectralnorm.gan.evaluation import extractors_for, measure
 from spectralnorm.gan.inputs import prepare_data, resolve_device
-from spectralnorm.gan.run_folder import RECORDS_FILE
-from spectralnorm.gan.sampling import load
+from spectralnorm.gan.run_folder import RECORDS_FILE, locked
+from spectralnorm.gan.sampling import TrainedGenerator, load
 from spectralnorm.records import Evaluation, Metric, RecordFile
 
 __all__ = ["run"]
@@ -49,18 +49,31 @@ def run(words: list[str]) -> int:
     )
     Console(soft_wrap=True).print(_table(metrics))
     if options.run.is_dir():
-        records = RecordFile(options.run / RECORDS_FILE)
-        records.append(
-            Evaluation(
-                step=generator.step,
-                images_seen=generator.images_seen,
-                training_seconds=generator.training_seconds,
-                final=True,
-                metrics=metrics,
-            )
-        )
-        records.close()
+        _record(options.run, generator, metrics)
     return 0
+
+
+def _record(run: Path, generator: TrainedGenerator, metrics: tuple[Metric, ...]) -> None:
+    evaluation = Evaluation(
+        step=generator.step,
+        images_seen=generator.images_seen,
+        training_seconds=generator.training_seconds,
+        final=True,
+        metrics=metrics,
+    )
+    try:
+        # Two writers of one file would lose each other's lines.
+        with locked(run):
+            records = RecordFile(run / RECORDS_FILE)
+            records.append(evaluation)
+            records.close()
+    except UserError:
+        print(f"Not recorded, because another process is training in {run}.")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {run} ({error.strerror}), so these numbers are not recorded; make it writable or free "
+            "some space."
+        ) from error
 
 
 def _table(metrics: tuple[Metric, ...]) -> Table:
