@@ -33,6 +33,9 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
         ({"minutes": float("inf")}, "minutes must be a number above 0, got inf"),
         ({"steps": 0}, "steps must be a number at least 1, got 0"),
         ({"seed": -3}, "seed must be a number at least 0"),
+        ({"seed": 2**32}, "seed must be a number at least 0 and at most 4294967295, got 4294967296"),
+        ({"seed": 10**400}, "seed must be a number at least 0 and at most 4294967295"),
+        ({"steps": float("inf")}, "steps must be a number at least 1, got inf"),
         ({"latent_dim": 0}, "latent_dim"),
     ],
 )

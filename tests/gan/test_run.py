@@ -15,6 +15,7 @@ from torch import nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.config import Config
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
 
@@ -92,6 +93,20 @@ def test_the_spectra_are_those_of_the_weights_in_use(tmp_path: Path):
     for values in spectra.layers.values():
         assert list(values) == sorted(values, reverse=True)
         assert values[0] == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_run_without_normalization_is_watched_by_the_same_numbers(tmp_path: Path):
+    discriminator = ARCHITECTURES["dcgan"].discriminator(image_size=32, channels=1, width=2)
+    run = _train(tmp_path, _config(normalization="none"), discriminator=discriminator)
+    records = list(read_records(run.folder / "metrics.jsonl"))
+    (spectra,) = [record for record in records if isinstance(record, Spectra)]
+    logged = [record.values for record in records if isinstance(record, Scalars)][-1]
+    layers = {name: layer for name, layer in discriminator.named_modules() if isinstance(layer, nn.Conv2d)}
+    assert spectra.layers.keys() == layers.keys()
+    for name, layer in layers.items():
+        expected = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
+        assert spectra.layers[name] == pytest.approx(expected.tolist(), rel=1e-6)
+        assert logged[f"sigma/{name}"] == pytest.approx(float(expected[0]), rel=1e-3)
 
 
 def test_the_same_command_again_says_it_is_finished(tmp_path: Path):
