@@ -172,6 +172,17 @@ def test_a_slip_is_one_clear_line_and_status_two(
     assert "Traceback" not in captured.out
 
 
+def test_ctrl_c_before_training_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectralnorm.cli.train.train", interrupt)
+    assert main(["train", "--steps", "4", "--out", str(tmp_path / "my run")]) == 130
+    assert capsys.readouterr().err.endswith(f"with: spectralnorm train --steps 4 --out '{tmp_path}/my run'\n")
+
+
 def test_cuda_where_there_is_none_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--device", "cuda", "--steps", "4"]) == 2

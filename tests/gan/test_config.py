@@ -46,6 +46,26 @@ def test_a_bad_setting_is_refused_in_one_sentence(settings: dict, message: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "adam"),
+    # Miyato et al. 2018, Table 1: alpha, beta1, beta2, n_dis.
+    [
+        ("miyato-a", (1e-4, 0.5, 0.9, 5)),
+        ("miyato-b", (1e-4, 0.5, 0.999, 1)),
+        ("miyato-c", (2e-4, 0.5, 0.999, 1)),
+        ("miyato-d", (1e-3, 0.5, 0.9, 5)),
+        ("miyato-e", (1e-3, 0.5, 0.999, 5)),
+        ("miyato-f", (1e-3, 0.9, 0.999, 5)),
+        ("sncnn-cifar10", (2e-4, 0.5, 0.999, 1)),
+    ],
+)
+def test_the_settings_of_the_paper_are_recipes(recipe: str, adam: tuple[float, float, float, int]):
+    config = make_config(recipe)
+    assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == adam
+    assert config.discriminator_lr == config.generator_lr
+    assert config.architecture == "sncnn"
+
+
 def test_a_run_without_an_end_is_refused():
     with pytest.raises(UserError, match="steps and minutes are both missing"):
         Config()

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -298,7 +299,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == ""
-    assert "Run the same command to go on" in output
+    command = shlex.join(["spectralnorm", "train", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert f"Go on with: {command}" in output
     endings = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if isinstance(r, Ending)]
     assert [ending.reason for ending in endings] == ["interrupted"]
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spectralnorm.linalg import compute_dtype, refine
-from spectralnorm.parametrizations import SpectralNorm, normalization_of
+from spectralnorm.linalg import compute_dtype, refine, view_of
+from spectralnorm.parametrizations import normalization_of
 from spectralnorm.transform import monitor
 from spectralnorm.transform.selection import Candidate, candidates
 from spectralnorm.transform.upkeep import weight_label
@@ -50,9 +50,8 @@ def _layers(model: nn.Module) -> list[tuple[str, Candidate]]:
 def _matrix(candidate: Candidate, weight: Tensor) -> Tensor:
     """The weight in the view in which it is normalized, or would be."""
     normalization = normalization_of(candidate.module, candidate.tensor_name)
-    if normalization is None:
-        normalization = SpectralNorm(candidate.module, candidate.tensor_name)
-    matrix = normalization.weight_matrix(weight)
+    view = view_of(candidate.module, weight) if normalization is None else normalization.view
+    matrix = view.matrix(weight)
     return matrix.to(compute_dtype(matrix.dtype))
 
 
