@@ -20,6 +20,7 @@ import torch
 from hardware import hardware, write_result
 
 from spectralnorm import gan
+from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
 
@@ -33,6 +34,8 @@ class BareLoop:
         sizes = {"image_size": config.image_size, "channels": config.channels}
         self.generator = architecture.generator(**sizes, width=config.generator_width, latent_dim=config.latent_dim)
         self.discriminator = architecture.discriminator(**sizes, width=config.discriminator_width)
+        for network in (self.generator, self.discriminator):
+            INITIALIZATIONS[config.initialization](network)
         NORMALIZATIONS[config.normalization](self.discriminator)
         for network in (self.generator, self.discriminator):
             network.to(trainer.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -79,7 +79,9 @@ def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.
     (record,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
     assert record.step == 4
     for metric in record.metrics:
-        assert metric.name in printed
+        source = metric.provenance
+        for told in (metric.name, source.extractor, source.weights_sha256[:12], source.split, source.resize):
+            assert told in printed
 
 
 def test_evaluating_a_run_that_is_being_trained_leaves_its_records_alone(run: Path, capsys: pytest.CaptureFixture[str]):

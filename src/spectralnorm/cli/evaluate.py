@@ -47,7 +47,10 @@ def run(words: list[str]) -> int:
     metrics = measure(
         generator, images, extractors=extractors_for(images, device=device), num=options.num, seed=options.seed
     )
-    Console(soft_wrap=True).print(_table(metrics))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_table(metrics))
+    for line in _provenance(metrics):
+        console.print(line, markup=False)
     if options.run.is_dir():
         _record(options.run, generator, metrics)
     return 0
@@ -93,3 +96,13 @@ def _table(metrics: tuple[Metric, ...]) -> Table:
             source.extractor,
         )
     return table
+
+
+def _provenance(metrics: tuple[Metric, ...]) -> list[str]:
+    """What each extractor's numbers depend on, beside what the table says: one line an extractor."""
+    sources = dict.fromkeys(metric.provenance for metric in metrics)
+    return [
+        f" {source.extractor}: weights {source.weights_sha256[:12]}, real images: {source.split}, "
+        f"resized: {source.resize}"
+        for source in sources
+    ]
