@@ -38,7 +38,16 @@ def train_recipe(seconds, seed, num, **settings):
 
 def measure(samples, images, extractors):
     metrics = evaluate(samples, images.held_out, extractors=extractors, class_names=images.class_names)
-    return {metric.name: (metric.value, metric.floor) for metric in metrics if metric.name in COLUMNS}
+    return {metric.name: metric for metric in metrics if metric.name in COLUMNS}
+
+
+def provenance(metrics):
+    """What the numbers depend on, one line an extractor."""
+    return "".join(
+        f"- {source.extractor}: weights {source.weights_sha256[:12]}, {source.num_fake} generated against "
+        f"{source.num_real} {source.split} images, resized: {source.resize}\n"
+        for source in dict.fromkeys(metric.provenance for metric in metrics.values())
+    )
 
 
 def main():
@@ -59,17 +68,17 @@ def main():
             samples, steps = train(arguments.seconds, seed, arguments.num)
             values = measure(samples, images, extractors)
             results[name].append(values)
-            lines.append(f"| {seed} | {name} | {steps} | {' | '.join(f'{values[c][0]:.4g}' for c in COLUMNS)} |")
+            lines.append(f"| {seed} | {name} | {steps} | {' | '.join(f'{values[c].value:.4g}' for c in COLUMNS)} |")
             print(lines[-1], flush=True)
 
     def mean(name, column):
-        return statistics.mean(values[column][0] for values in results[name])
+        return statistics.mean(values[column].value for values in results[name])
 
     for name in contenders:
         lines.append(f"| mean | {name} | | {' | '.join(f'{mean(name, column):.4g}' for column in COLUMNS)} |")
     ratios = [mean("default recipe", column) / mean("plain script", column) for column in COLUMNS]
     lines.append(f"| recipe / script | | | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
-    floors = [results["default recipe"][0][column][1] for column in COLUMNS]
+    floors = [results["default recipe"][0][column].floor for column in COLUMNS]
     lines.append(f"| real images | | | {' | '.join('' if floor is None else f'{floor:.4g}' for floor in floors)} |")
     print("\n".join(lines[-4:]))
 
@@ -80,7 +89,8 @@ def main():
         f"--num {arguments.num}`: {arguments.seconds:g} s of training each, {arguments.num} generated images against "
         f"held-out ones. Lower is better but for class coverage (classes with at least 2% of the images).\n\n"
         + "\n".join(lines)
-        + "\n"
+        + "\n\n"
+        + provenance(results["default recipe"][0])
     )
     print(f"written to {write_result('default_recipe', text)}")
 

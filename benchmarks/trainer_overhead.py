@@ -2,8 +2,10 @@
 
 Both run in one process and take turns, a block of steps each, so that whatever else the machine does falls on both. The
 trainer is the real one, called as any user calls it, with its averaging, its records and its checks; the bare loop has
-two networks, two optimizers and the loss, and nothing else. The ratio is the median over the blocks, by wall clock and
-by process CPU time. Grids, evaluations and checkpoints are not training time and not counted.
+two networks, two optimizers and the loss, and nothing else. Both do the same arithmetic on them: one batch of generated
+images serves both players, real and generated ones pass the discriminator together, and its weights get no gradients in
+the generator's update. The ratio is the median over the blocks, by wall clock and by process CPU time. Grids,
+evaluations and checkpoints are not training time and not counted.
 
     python benchmarks/trainer_overhead.py --blocks 40
 """
@@ -18,6 +20,7 @@ import torch
 from hardware import hardware, write_result
 
 from spectralnorm import gan
+from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
 
@@ -31,6 +34,8 @@ class BareLoop:
         sizes = {"image_size": config.image_size, "channels": config.channels}
         self.generator = architecture.generator(**sizes, width=config.generator_width, latent_dim=config.latent_dim)
         self.discriminator = architecture.discriminator(**sizes, width=config.discriminator_width)
+        for network in (self.generator, self.discriminator):
+            INITIALIZATIONS[config.initialization](network)
         NORMALIZATIONS[config.normalization](self.discriminator)
         for network in (self.generator, self.discriminator):
             network.to(trainer.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -48,7 +53,9 @@ class BareLoop:
             fake = self.generator(torch.randn(batch_size, self.config.latent_dim, device=self.device))
             index = torch.randint(len(self.images), (batch_size,), device=self.device)
             real = self.images[index].float().div_(127.5).sub_(1)
-            loss = self.loss.discriminator(self.discriminator(real), self.discriminator(fake.detach()))
+            # As the trainer does, both batches pass together, which is faster than one after the other.
+            logits = self.discriminator(torch.cat([real, fake.detach()]))
+            loss = self.loss.discriminator(*logits.split(batch_size))
             self.update_d.zero_grad()
             loss.backward()
             self.update_d.step()

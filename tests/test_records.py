@@ -155,3 +155,9 @@ def test_replacing_text_leaves_the_old_file_when_the_new_one_cannot_be_written(t
     with pytest.raises(UnicodeEncodeError):
         replace_text(path, "\ud800")
     assert path.read_text() == "old"
+
+
+def test_nothing_remains_of_text_that_could_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "text", "\ud800")
+    assert list(tmp_path.iterdir()) == []

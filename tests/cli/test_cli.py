@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from spectralnorm.cli import main
+from spectralnorm.gan.run_folder import locked
 from spectralnorm.gan.sampling import load, save_generator
 from spectralnorm.records import Evaluation, read_records
 
@@ -78,7 +79,20 @@ def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.
     (record,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
     assert record.step == 4
     for metric in record.metrics:
-        assert metric.name in printed
+        source = metric.provenance
+        for told in (metric.name, source.extractor, source.weights_sha256[:12], source.split, source.resize):
+            assert told in printed
+
+
+def test_evaluating_a_run_that_is_being_trained_leaves_its_records_alone(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = (run / "metrics.jsonl").stat()
+    with locked(run):
+        assert main(["evaluate", str(run), "--num", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "KID-SqueezeNet" in printed
+    assert "Not recorded, because another process is training" in printed
+    after = (run / "metrics.jsonl").stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
 
 
 def test_report_rebuilds_the_page(run: Path, capsys: pytest.CaptureFixture[str]):
@@ -158,6 +172,17 @@ def test_a_slip_is_one_clear_line_and_status_two(
     assert re.fullmatch(r"error: [^\n]+\n", captured.err)
     assert says in captured.err
     assert "Traceback" not in captured.out
+
+
+def test_ctrl_c_before_training_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectralnorm.cli.train.train", interrupt)
+    assert main(["train", "--steps", "4", "--out", str(tmp_path / "my run")]) == 130
+    assert capsys.readouterr().err.endswith(f"with: spectralnorm train --steps 4 --out '{tmp_path}/my run'\n")
 
 
 def test_cuda_where_there_is_none_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -80,3 +80,9 @@ def test_a_really_full_disk_leaves_the_earlier_checkpoint(tiny_disk: Path):
         save_checkpoint(tiny_disk, tensors={"weight": torch.zeros(10**6)}, numbers={"step": 2})
     assert error.value.errno == errno.ENOSPC
     assert [path.name for path in tiny_disk.iterdir()] == ["step-000000001.safetensors"]
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_next_checkpoint(tmp_path: Path):
+    (tmp_path / ".step-000000003.safetensors.tmp").write_bytes(b"half")
+    path = save_checkpoint(tmp_path, tensors=_tensors(4), numbers={"step": 4})
+    assert list(tmp_path.iterdir()) == [path]

@@ -33,6 +33,9 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
         ({"minutes": float("inf")}, "minutes must be a number above 0, got inf"),
         ({"steps": 0}, "steps must be a number at least 1, got 0"),
         ({"seed": -3}, "seed must be a number at least 0"),
+        ({"seed": 2**32}, "seed must be a number at least 0 and at most 4294967295, got 4294967296"),
+        ({"seed": 10**400}, "seed must be a number at least 0 and at most 4294967295"),
+        ({"steps": float("inf")}, "steps must be a number at least 1, got inf"),
         ({"latent_dim": 0}, "latent_dim"),
     ],
 )
@@ -41,6 +44,26 @@ def test_a_bad_setting_is_refused_in_one_sentence(settings: dict, message: str):
         make_config(**settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "adam"),
+    # Miyato et al. 2018, Table 1: alpha, beta1, beta2, n_dis.
+    [
+        ("miyato-a", (1e-4, 0.5, 0.9, 5)),
+        ("miyato-b", (1e-4, 0.5, 0.999, 1)),
+        ("miyato-c", (2e-4, 0.5, 0.999, 1)),
+        ("miyato-d", (1e-3, 0.5, 0.9, 5)),
+        ("miyato-e", (1e-3, 0.5, 0.999, 5)),
+        ("miyato-f", (1e-3, 0.9, 0.999, 5)),
+        ("sncnn-cifar10", (2e-4, 0.5, 0.999, 1)),
+    ],
+)
+def test_the_settings_of_the_paper_are_recipes(recipe: str, adam: tuple[float, float, float, int]):
+    config = make_config(recipe)
+    assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == adam
+    assert config.discriminator_lr == config.generator_lr
+    assert config.architecture == "sncnn"
 
 
 def test_a_run_without_an_end_is_refused():

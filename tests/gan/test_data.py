@@ -221,6 +221,11 @@ def test_the_table_shows_ten_classes_and_sums_up_the_others():
     assert "60: 54 to train on, 6 held out for metrics" in text
 
 
+def test_table_says_what_was_looked_for_and_not_found():
+    rows = dict(from_tensors(tensors(60), image_size=8, channels=3).summary.rows())
+    assert (rows["classes"], rows["duplicates"], rows["unreadable"]) == ("none given", "none", "none")
+
+
 def test_the_table_lists_unreadable_files_with_their_reasons(photos):
     (photos / "a" / "broken.png").write_bytes(b"")
     assert "1, skipped: a/broken.png (the file is empty)" in load(photos).summary.render()

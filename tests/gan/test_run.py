@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.config import Config
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
 
@@ -94,6 +96,20 @@ def test_the_spectra_are_those_of_the_weights_in_use(tmp_path: Path):
         assert values[0] == pytest.approx(1.0, abs=0.2)
 
 
+def test_a_run_without_normalization_is_watched_by_the_same_numbers(tmp_path: Path):
+    discriminator = ARCHITECTURES["dcgan"].discriminator(image_size=32, channels=1, width=2)
+    run = _train(tmp_path, _config(normalization="none"), discriminator=discriminator)
+    records = list(read_records(run.folder / "metrics.jsonl"))
+    (spectra,) = [record for record in records if isinstance(record, Spectra)]
+    logged = [record.values for record in records if isinstance(record, Scalars)][-1]
+    layers = {name: layer for name, layer in discriminator.named_modules() if isinstance(layer, nn.Conv2d)}
+    assert spectra.layers.keys() == layers.keys()
+    for name, layer in layers.items():
+        expected = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
+        assert spectra.layers[name] == pytest.approx(expected.tolist(), rel=1e-6)
+        assert logged[f"sigma/{name}"] == pytest.approx(float(expected[0]), rel=1e-3)
+
+
 def test_the_same_command_again_says_it_is_finished(tmp_path: Path):
     _train(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -135,6 +151,13 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="choose another --out"):
         _train(tmp_path / "run")
+
+
+def test_a_folder_whose_claim_was_killed_or_found_no_space_is_taken(tmp_path: Path):
+    (tmp_path / ".config.json.tmp").write_text('{"recipe": ')
+    (tmp_path / ".lock").write_text("")
+    assert _train(tmp_path).reason == "steps"
+    assert not (tmp_path / ".config.json.tmp").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path):
@@ -276,7 +299,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == ""
-    assert "Run the same command to go on" in output
+    command = shlex.join(["spectralnorm", "train", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert f"Go on with: {command}" in output
     endings = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if isinstance(r, Ending)]
     assert [ending.reason for ending in endings] == ["interrupted"]
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]

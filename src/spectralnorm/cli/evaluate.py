@@ -14,8 +14,8 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
 from spectralnorm.gan.evaluation import extractors_for, measure
 from spectralnorm.gan.inputs import prepare_data, resolve_device
-from spectralnorm.gan.run_folder import RECORDS_FILE
-from spectralnorm.gan.sampling import load
+from spectralnorm.gan.run_folder import RECORDS_FILE, locked
+from spectralnorm.gan.sampling import TrainedGenerator, load
 from spectralnorm.records import Evaluation, Metric, RecordFile
 
 __all__ = ["run"]
@@ -47,20 +47,36 @@ def run(words: list[str]) -> int:
     metrics = measure(
         generator, images, extractors=extractors_for(images, device=device), num=options.num, seed=options.seed
     )
-    Console(soft_wrap=True).print(_table(metrics))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_table(metrics))
+    for line in _provenance(metrics):
+        console.print(line, markup=False)
     if options.run.is_dir():
-        records = RecordFile(options.run / RECORDS_FILE)
-        records.append(
-            Evaluation(
-                step=generator.step,
-                images_seen=generator.images_seen,
-                training_seconds=generator.training_seconds,
-                final=True,
-                metrics=metrics,
-            )
-        )
-        records.close()
+        _record(options.run, generator, metrics)
     return 0
+
+
+def _record(run: Path, generator: TrainedGenerator, metrics: tuple[Metric, ...]) -> None:
+    evaluation = Evaluation(
+        step=generator.step,
+        images_seen=generator.images_seen,
+        training_seconds=generator.training_seconds,
+        final=True,
+        metrics=metrics,
+    )
+    try:
+        # Two writers of one file would lose each other's lines.
+        with locked(run):
+            records = RecordFile(run / RECORDS_FILE)
+            records.append(evaluation)
+            records.close()
+    except UserError:
+        print(f"Not recorded, because another process is training in {run}.")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {run} ({error.strerror}), so these numbers are not recorded; make it writable or free "
+            "some space."
+        ) from error
 
 
 def _table(metrics: tuple[Metric, ...]) -> Table:
@@ -80,3 +96,13 @@ def _table(metrics: tuple[Metric, ...]) -> Table:
             source.extractor,
         )
     return table
+
+
+def _provenance(metrics: tuple[Metric, ...]) -> list[str]:
+    """What each extractor's numbers depend on, beside what the table says: one line an extractor."""
+    sources = dict.fromkeys(metric.provenance for metric in metrics)
+    return [
+        f" {source.extractor}: weights {source.weights_sha256[:12]}, real images: {source.split}, "
+        f"resized: {source.resize}"
+        for source in sources
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,10 +42,15 @@ def run(words: list[str]) -> int:
     if options.dry_run:
         print(config_to_json(options.config), end="")
         return 0
-    with TerminalDisplay(options.config) as display:
-        result = train(options.config, out=options.out, display=display)
+    command = shlex.join([*_PROG.split(), *words])
+    try:
+        with TerminalDisplay(options.config) as display:
+            result = train(options.config, out=options.out, display=display)
+    except KeyboardInterrupt:  # while images were read, at the end, or a second time
+        print(f"Interrupted. Go on from the last checkpoint with: {command}", file=sys.stderr)
+        return 130
     if result.reason == "interrupted":
-        print(f"Stopped at step {result.step}; everything is saved in {result.folder}. Run the same command to go on.")
+        print(f"Stopped at step {result.step}; everything is saved in {result.folder}. Go on with: {command}")
         return 130
     if result.reason == "already finished":
         print(f"{result.folder} is already finished (step {result.step}); give more --steps or --minutes to go on.")

@@ -52,6 +52,8 @@ def save_checkpoint(folder: Path, *, tensors: dict[str, Tensor], numbers: dict[s
     save_tensors(path, tensors, {"numbers": json.dumps(numbers), "sha256": _digest(tensors)})
     for old in _newest_first(folder)[_NUM_KEPT:]:
         old.unlink()
+    for half_written in folder.glob(".step-*.tmp"):  # by a process that was killed
+        half_written.unlink(missing_ok=True)
     return path
 
 

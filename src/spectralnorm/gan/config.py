@@ -116,7 +116,7 @@ class Config:
             self._require(name, at_least=1)
         self._require("batch_size", at_least=2)
         self._require("num_evaluation_samples", at_least=100)
-        self._require("seed", at_least=0)
+        self._require("seed", at_least=0, at_most=2**32 - 1)
         for name in ("generator_lr", "discriminator_lr", "checkpoint_minutes"):
             self._require(name, above=0)
         for name in ("beta1", "beta2"):
@@ -141,11 +141,11 @@ class Config:
     ) -> None:
         value = getattr(self, name)
         # Written so that NaN, which fails every comparison, is refused too; infinity is no setting either.
-        if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
+        if at_least <= value <= at_most and above < value < below and abs(value) != math.inf:
             return
-        lower = f"above {above:g}" if math.isfinite(above) else f"at least {at_least:g}"
-        upper = f" and below {below:g}" if math.isfinite(below) else ""
-        upper = f" and at most {at_most:g}" if math.isfinite(at_most) else upper
+        lower = f"above {above}" if math.isfinite(above) else f"at least {at_least}"
+        upper = f" and below {below}" if math.isfinite(below) else ""
+        upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
         raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
 
 

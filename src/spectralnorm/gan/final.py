@@ -13,9 +13,9 @@ from spectralnorm.gan.evaluation import measure
 from spectralnorm.gan.observers import RecordLog, trained_generator
 from spectralnorm.gan.pictures import image_grid, save_png
 from spectralnorm.gan.trainer import Trainer
+from spectralnorm.gan.weight_norms import spectra
 from spectralnorm.metrics import FeatureExtractor, nearest_neighbours
 from spectralnorm.records import Evaluation, Picture, Spectra
-from spectralnorm.transform import normalized_weights
 
 __all__ = ["finish"]
 
@@ -47,7 +47,7 @@ def finish(
     _save(folder, log, trainer.step, "neighbours", pairs, columns=16, caption=caption)
     walks = generator.interpolate(rows=6, columns=12, seed=trainer.config.seed + 1)
     _save(folder, log, trainer.step, "interpolation", walks, columns=12)
-    log.append(Spectra(step=trainer.step, layers=_spectra(trainer)))
+    log.append(Spectra(step=trainer.step, layers=spectra(trainer.discriminator)))
     if extractors:
         metrics = measure(generator, images, extractors=extractors, num=trainer.config.num_evaluation_samples)
         log.append(
@@ -79,14 +79,3 @@ def _save(
             caption=caption,
         )
     )
-
-
-@torch.no_grad()
-def _spectra(trainer: Trainer) -> dict[str, list[float]]:
-    """Singular values of each weight matrix of the discriminator as it is used, largest first."""
-    return {
-        name: torch.linalg.svdvals(normalization.weight_matrix(getattr(module, tensor_name)).double())
-        .flatten()
-        .tolist()
-        for name, module, tensor_name, normalization in normalized_weights(trainer.discriminator)
-    }

@@ -24,9 +24,9 @@ from spectralnorm.gan.pictures import image_grid, save_png
 from spectralnorm.gan.run_folder import CHECKPOINTS
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
+from spectralnorm.gan.weight_norms import largest_singular_values
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
-from spectralnorm.transform import monitor
 
 __all__ = [
     "Averaging",
@@ -105,7 +105,8 @@ class ScalarLog:
         # The gradients are still those of the update just done: they are cleared at the start of the next.
         values["gradient_norm/discriminator"] = _gradient_norm(trainer.discriminator)
         values["gradient_norm/generator"] = _gradient_norm(trainer.generator)
-        values |= {f"sigma/{layer}": sigma for layer, sigma in monitor(trainer.discriminator).items()}
+        sigmas = largest_singular_values(trainer.discriminator)
+        values |= {f"sigma/{layer}": sigma for layer, sigma in sigmas.items()}
         seconds = trainer.clock.seconds
         values["images_per_second"] = (trainer.images_seen - self._last[0]) / max(seconds - self._last[1], 1e-9)
         self._last = (trainer.images_seen, seconds)

@@ -43,19 +43,43 @@ def fashion(**settings: Any) -> Config:
 
 def sncnn_cifar10(**settings: Any) -> Config:
     """The standard CNN at 32 px with the settings of Miyato et al. 2018 for CIFAR-10 (setting C of their Table 1)."""
+    return _sncnn("sncnn-cifar10", _MIYATO_SETTINGS["c"], settings)
+
+
+_MIYATO_SETTINGS = {
+    "a": (1e-4, 0.5, 0.9, 5),
+    "b": (1e-4, 0.5, 0.999, 1),
+    "c": (2e-4, 0.5, 0.999, 1),
+    "d": (1e-3, 0.5, 0.9, 5),
+    "e": (1e-3, 0.5, 0.999, 5),
+    "f": (1e-3, 0.9, 0.999, 5),
+}
+"""Adam's step size, beta1, beta2 and the discriminator's updates per generator update (Miyato et al. 2018, Table 1)."""
+
+
+def _miyato(letter: str) -> Callable[..., Config]:
+    def recipe(**settings: Any) -> Config:
+        return _sncnn(f"miyato-{letter}", _MIYATO_SETTINGS[letter], settings)
+
+    recipe.__doc__ = f"The standard CNN at 32 px with setting {letter.upper()} of Miyato et al. 2018, Table 1."
+    return recipe
+
+
+def _sncnn(name: str, adam: tuple[float, float, float, int], settings: dict[str, Any]) -> Config:
+    step_size, beta1, beta2, num_discriminator_steps = adam
     defaults = {
         "architecture": "sncnn",
         "channels": 3,
         "loss": "nonsaturating",
-        "generator_lr": 2e-4,
-        "discriminator_lr": 2e-4,
-        "beta1": 0.5,
-        "beta2": 0.999,
-        "num_discriminator_steps": 1,
+        "generator_lr": step_size,
+        "discriminator_lr": step_size,
+        "beta1": beta1,
+        "beta2": beta2,
+        "num_discriminator_steps": num_discriminator_steps,
         "ema_half_life_kimg": 0.0,
         "steps": 100_000,
     }
-    return _config("sncnn-cifar10", settings, defaults)
+    return _config(name, settings, defaults)
 
 
 def dcgan_64(**settings: Any) -> Config:
@@ -82,6 +106,7 @@ RECIPES: dict[str, Callable[..., Config]] = {
     "fashion": fashion,
     "sncnn-cifar10": sncnn_cifar10,
     "dcgan-64": dcgan_64,
+    **{f"miyato-{letter}": _miyato(letter) for letter in _MIYATO_SETTINGS},
 }
 """Recipes by name."""
 

@@ -19,6 +19,8 @@ DATA_FILE = "data.json"
 RECORDS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 _LOCK_FILE = ".lock"
+# What a kill while the folder was being claimed leaves behind: nobody's work, and no reason to refuse it.
+_REMAINS = {_LOCK_FILE, f".{CONFIG_FILE}.tmp"}
 
 
 def default_folder(config: Config) -> Path:
@@ -39,7 +41,7 @@ def check(folder: Path, config: Config) -> None:
     """
     config_file = folder / CONFIG_FILE
     try:
-        contents = {path.name for path in folder.iterdir()} - {_LOCK_FILE} if folder.exists() else set()
+        contents = {path.name for path in folder.iterdir()} - _REMAINS if folder.exists() else set()
     except OSError as error:
         raise UserError(f"Cannot use {folder} as a run folder ({error.strerror}); choose another --out.") from error
     if contents and not config_file.exists():

@@ -72,11 +72,12 @@ class DataSummary:
             ("pixels", f"{_counts(self.modes, limit=6)} -> {'gray' if self.channels == 1 else 'RGB'}"),
             ("resize", self.resize),
         ]
-        if self.classes:
-            rows.append(("classes", f"{len(self.classes):,}: {_counts(self.classes, limit=10)}"))
-        if self.num_duplicates:
-            rows.append(("duplicates", f"{self.num_duplicates:,}"))
-        if self.unreadable:
+        # What was looked for and not found is said, too: a missing line might as well mean that no one looked.
+        classes = f"{len(self.classes):,}: {_counts(self.classes, limit=10)}" if self.classes else "none given"
+        rows += [("classes", classes), ("duplicates", f"{self.num_duplicates:,}" if self.num_duplicates else "none")]
+        if not self.unreadable:
+            rows.append(("unreadable", "none"))
+        else:
             first = ", ".join(f"{item.file} ({item.reason})" for item in self.unreadable[:3])
             more = f", and {len(self.unreadable) - 3:,} more" if len(self.unreadable) > 3 else ""
             rows.append(("unreadable", f"{len(self.unreadable):,}, skipped: {first}{more}"))

@@ -1,0 +1,61 @@
+"""Singular values of a discriminator's weights, normalized or not: what a run without normalization is watched by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spectralnorm.linalg import compute_dtype, refine, view_of
+from spectralnorm.parametrizations import normalization_of
+from spectralnorm.transform import monitor
+from spectralnorm.transform.selection import Candidate, candidates
+
+__all__ = ["largest_singular_values", "spectra"]
+
+
+@torch.no_grad()
+def largest_singular_values(model: nn.Module) -> dict[str, float]:
+    """Sigma of each raw weight by its layer's name: as the layer divides by it, or to 1e-3 where none does."""
+    normalized = monitor(model)
+    plain = {
+        name: refine(matrix, _direction(matrix), rtol=1e-3).sigma.max()
+        for name, candidate in _layers(model)
+        if name not in normalized
+        for matrix in [_matrix(candidate, candidate.weight)]
+    }
+    return normalized | {name: float(sigma) for name, sigma in plain.items()}
+
+
+@torch.no_grad()
+def spectra(model: nn.Module) -> dict[str, list[float]]:
+    """All singular values of each weight matrix as its layer uses it, largest first, by the layer's name."""
+    return {
+        name: torch.linalg.svdvals(_matrix(candidate, getattr(candidate.module, candidate.tensor_name)).double())
+        .flatten()
+        .sort(descending=True)
+        .values.tolist()
+        for name, candidate in _layers(model)
+    }
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Candidate]]:
+    return [
+        (candidate.label, candidate)
+        for candidate in candidates(model)
+        if (candidate.obstacle is None and candidate.reason is None)
+        or normalization_of(candidate.module, candidate.tensor_name) is not None
+    ]
+
+
+def _matrix(candidate: Candidate, weight: Tensor) -> Tensor:
+    """The weight in the view in which it is normalized, or would be."""
+    normalization = normalization_of(candidate.module, candidate.tensor_name)
+    view = view_of(candidate.module, weight) if normalization is None else normalization.view
+    matrix = view.matrix(weight)
+    return matrix.to(compute_dtype(matrix.dtype))
+
+
+def _direction(matrix: Tensor) -> Tensor:
+    # Seeded: watching must not touch the run's random numbers.
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(matrix.shape[-1], generator=random, dtype=torch.float64).to(matrix)
