@@ -240,9 +240,10 @@ class Checkpoints:
         with trainer.clock.paused():
             if _non_finite_weights(trainer):
                 raise UserError(_describe_divergence(trainer, {}))
+            # In this order: wherever a run is killed, one that has a checkpoint has a generator to sample from.
+            save_generator(self._run / GENERATOR_FILE, trained_generator(trainer))
             tensors, numbers = trainer.state()
             save_checkpoint(self._run / CHECKPOINTS, tensors=tensors, numbers=numbers)
-            save_generator(self._run / GENERATOR_FILE, trained_generator(trainer))
         self._saved_at = time.monotonic()
 
 
