@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import SpectralNorm, spectral_norm
-from spectralnorm.transform import add_spectral_norm, invalidate, monitor, remove_spectral_norm, summary, update_
+from spectralnorm.transform import (
+    add_spectral_norm,
+    invalidate,
+    keep_values,
+    monitor,
+    remove_spectral_norm,
+    summary,
+    update_,
+)
 
 if TYPE_CHECKING:
     from spectralnorm import gan as gan
@@ -18,6 +26,7 @@ __all__ = [
     "__version__",
     "add_spectral_norm",
     "invalidate",
+    "keep_values",
     "monitor",
     "remove_spectral_norm",
     "spectral_norm",

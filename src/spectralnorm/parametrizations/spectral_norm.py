@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,8 +15,11 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype, power_iteration, probe_rows, refine, tracked_power_iteration, view_of
+from spectralnorm.parametrizations import norm_alone
+from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept, Verdict
 from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, divisor_of
+from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -98,6 +99,8 @@ class SpectralNorm(nn.Module):
         self._is_vector = weight.ndim < 2
         self._keeps = update == "step" and not self._is_vector
         self._kept: Kept | None = None
+        self._norm_alone: norm_alone.NormAlone | None = None
+        self.keeps_value: bool | None = None
         self.train(module.training)
         if not self._is_vector:
             self._register_vectors(weight)
@@ -114,7 +117,7 @@ class SpectralNorm(nn.Module):
                 self._kept = self._computed(weight.detach(), watch(weight), None)
                 self._kept.write_vectors(u, v)
             else:
-                self._write(*self.cold_vectors(weight.detach()))
+                self._write(*self.cold_vectors(whole(weight)))
 
     @property
     def coefficient(self) -> float:
@@ -152,7 +155,10 @@ class SpectralNorm(nn.Module):
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
             return self._current(weight).sigma
-        return self._rayleigh(weight, self._u, self._v)
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.sigma_of(self, weight, parameter)
+        return self._rayleigh(whole(weight), local_part(self._u), local_part(self._v))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
@@ -163,15 +169,17 @@ class SpectralNorm(nn.Module):
         kept = self._kept
         if kept is None or not kept.is_current(weight):
             kept = self._current(weight)
-        if not torch.is_grad_enabled():
-            return kept.value.detach()
-        if not kept.is_in_buffers and self.training:
+        if not kept.is_in_buffers and self.training and torch.is_grad_enabled():
             kept.write_vectors(self._u, self._v)
-        if not weight.requires_grad:
-            return kept.value.detach()
-        value, _ = NormalizedWeight.apply(
+        return self._as_function_of(weight, kept.value, kept)
+
+    def _as_function_of(self, weight: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        """``value``, in the graph if there is one."""
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return value.detach()
+        found, _ = NormalizedWeight.apply(
             weight,
-            kept.value,
+            value,
             kept.sigma,
             kept.u,
             kept.v,
@@ -180,7 +188,7 @@ class SpectralNorm(nn.Module):
             self.mode == "cap",
             self.eps,
         )
-        return value
+        return found
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -191,28 +199,32 @@ class SpectralNorm(nn.Module):
     def invalidate(self) -> None:
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
+        self._norm_alone = None
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
 
         Not: any other tensor in its place (`functional_call`, DataParallel's replicas, another parametrization below
-        this one), wrappers such as DTensor, and whatever is being traced, captured or transformed.
+        this one), wrappers such as DTensor, what FSDP2 puts there for one forward, and whatever is being traced,
+        captured or transformed.
         """
         return (
             self._keeps
-            and not torch.compiler.is_compiling()
             and type(weight) is nn.Parameter
-            and not torch._C._are_functorch_transforms_active()
-            and torch._C._get_tracing_state() is None
-            and not weight.is_meta
-            and not weight.is_inference()
+            and is_eager(weight)
             and weight.numel() > 0
-            and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+            and norm_alone.changing_parameter(self, weight) is None
         )
+
+    def _changing_parameter(self, weight: Tensor) -> Tensor | None:
+        """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
+        if not self._keeps or not is_eager(weight) or weight.numel() == 0:
+            return None
+        return norm_alone.changing_parameter(self, weight)
 
     def _current(self, weight: Tensor) -> Kept:
         """The kept value, renewed if the weight has changed."""
-        with _plain_arithmetic(weight):
+        with plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.clock.weight is weight and kept.was_written_to():
                 weight.copy_(kept.value)
@@ -225,6 +237,7 @@ class SpectralNorm(nn.Module):
 
     def _computed(self, weight: Tensor, clock: WeightClock, warm: Kept | None) -> Kept:
         """The value of ``weight``: by power iteration from the ``warm`` one's frame, or without it to full accuracy."""
+        self._require_all_of(weight)
         matrix = self.view.memory_matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
         if warm is None or matrix.is_complex():
@@ -259,16 +272,24 @@ class SpectralNorm(nn.Module):
     # Not keeping: free of branches on values, in torch's ordinary operations
 
     def _unkept(self, weight: Tensor) -> Tensor:
-        u, v = self._u, self._v
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.use(self, weight, parameter)
+        self._require_all_of(weight)
+        full = whole(weight) if is_distributed(weight) else weight
+        u, v = local_part(self._u), local_part(self._v)
         if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
             with torch.no_grad():
-                u, v, _ = self._iterated(weight.detach(), u, v, self.n_power_iterations)
+                u, v, _ = self._iterated(full.detach(), u, v, self.n_power_iterations)
                 if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
                     self._write(u, v)
         else:
             # The graph must not see a later write to the buffers.
             u, v = u.clone(), v.clone()
-        return self._scaled(weight, self._rayleigh(weight, u, v))
+        sigma = self._rayleigh(full, u, v)
+        if is_distributed(weight):
+            return scaled_part(weight, sigma, u, v, self.view, self._scaled)
+        return self._scaled(weight, sigma)
 
     def cold_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Whole vectors u and v for a weight that nothing is known about, in its type."""
@@ -304,14 +325,31 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return
         if not self._can_keep(weight):
-            u, v, _ = self._iterated(weight.detach(), self._u, self._v, self.n_power_iterations)
+            parameter = self._changing_parameter(weight)
+            if parameter is not None:
+                return norm_alone.advance(self, weight, parameter)
+            u, v = local_part(self._u), local_part(self._v)
+            u, v, _ = self._iterated(whole(weight), u, v, self.n_power_iterations)
             return self._write(u, v)
         current = self._current(weight)
-        with _plain_arithmetic(weight):
+        with plain_arithmetic(weight):
             kept = self._kept = self._computed(weight.detach(), current.clock, current)
         kept.write_vectors(self._u, self._v)
 
     # Shared
+
+    def _require_all_of(self, weight: Tensor) -> None:
+        """Refuse what is left of a weight while its entries are elsewhere."""
+        if not is_eager(weight):
+            return
+        expected = self._u.numel() * self._v.numel()
+        is_freed = not is_distributed(weight) and weight.untyped_storage().nbytes() == 0 < expected
+        if weight.numel() != expected or is_freed:
+            raise UserError(
+                f"The weight {self.name!r} should have {expected} entries, but {0 if is_freed else weight.numel()} are "
+                "here; where FSDP1 shards a model, read its weights within "
+                "FullyShardedDataParallel.summon_full_params(model)."
+            )
 
     def _scaled(self, weight: Tensor, sigma: Tensor) -> Tensor:
         divisor, _ = divisor_of(sigma, self._coefficient, cap=self.mode == "cap", eps=self.eps)
@@ -322,8 +360,8 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _write(self, u: Tensor, v: Tensor) -> None:
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
-        self._u.copy_(u)
-        self._v.copy_(v)
+        local_part(self._u).copy_(u)
+        local_part(self._v).copy_(v)
 
     # Copying and moving
 
@@ -333,7 +371,7 @@ class SpectralNorm(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_norm_alone": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
@@ -358,19 +396,6 @@ def _chirp(size: int, like: Tensor) -> Tensor:
     """A unit vector with a share in every direction, made without a random generator: compiled graphs allow none."""
     steps = torch.arange(1, size + 1, dtype=like.real.dtype, device=like.device)
     return F.normalize(torch.cos(0.618034 * steps * steps), dim=0).to(like.dtype)
-
-
-@contextmanager
-def _plain_arithmetic(weight: Tensor) -> Iterator[None]:
-    """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
-    kind = weight.device.type
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.no_grad())
-        yield
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:

@@ -3,13 +3,14 @@
 from spectralnorm.transform.apply import add_spectral_norm, remove_spectral_norm
 from spectralnorm.transform.table import Row, Summary, summary
 from spectralnorm.transform.tracking import load_tracking_state, tracking_state
-from spectralnorm.transform.upkeep import invalidate, monitor, normalized_weights, update_
+from spectralnorm.transform.upkeep import invalidate, keep_values, monitor, normalized_weights, update_
 
 __all__ = [
     "Row",
     "Summary",
     "add_spectral_norm",
     "invalidate",
+    "keep_values",
     "load_tracking_state",
     "monitor",
     "normalized_weights",

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign, normalization_of
+from spectralnorm.parametrizations.layer_class import plain_class
 
 __all__ = ["Candidate", "Pattern", "candidates", "select"]
 
@@ -109,7 +110,7 @@ def _obstacle(module: nn.Module, name: str, weight: Tensor) -> str | None:
 
 
 def _kind(module: nn.Module) -> str:
-    return parametrize.type_before_parametrizations(module).__name__
+    return plain_class(module).__name__
 
 
 def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:

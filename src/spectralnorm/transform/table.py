@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from spectralnorm.linalg import compute_dtype, refine
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
+from spectralnorm.parametrizations.layer_class import plain_class
+from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.spectral_norm import seeded_direction
 from spectralnorm.transform.selection import candidates
 from spectralnorm.transform.upkeep import weight_label
@@ -91,7 +92,7 @@ def summary(model: nn.Module) -> Summary:
             sigma = float(normalization.sigma(weight))
             norm = _norm(getattr(module, name), normalization)
             note = f"{normalization.mode} to {normalization.coefficient:g}"
-        kind = parametrize.type_before_parametrizations(module).__name__
+        kind = plain_class(module).__name__
         shape = () if is_lazy(weight) else tuple(weight.shape)
         rows.append(Row(weight_label(candidate.path, name), kind, shape, sigma, norm, note))
     return Summary(tuple(rows))
@@ -99,7 +100,7 @@ def summary(model: nn.Module) -> Summary:
 
 def _norm(weight: Tensor, normalization: SpectralNorm) -> float:
     """Norm of the weight in use, from nothing but the weight."""
-    matrix = normalization.weight_matrix(weight)
+    matrix = normalization.weight_matrix(whole(weight))
     matrix = matrix.to(compute_dtype(matrix.dtype))
     return float(refine(matrix, seeded_direction("summary", matrix.shape[-1], matrix), rtol=1e-6).sigma.max())
 

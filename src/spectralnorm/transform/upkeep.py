@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
 
-__all__ = ["invalidate", "monitor", "normalized_weights", "raw_weight", "update_"]
+__all__ = ["invalidate", "keep_values", "monitor", "normalized_weights", "raw_weight", "update_"]
 
 
 def normalized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
@@ -74,6 +74,26 @@ def invalidate(model: nn.Module) -> None:
     True
     """
     for *_, normalization in normalized_weights(model):
+        normalization.invalidate()
+
+
+def keep_values(model: nn.Module, keep: bool | None) -> None:
+    """Say whether normalized weights are kept until they change, or divided anew at every use.
+
+    Kept, they cost one more copy of the weights and save a division per use. The norms are kept in any case, so the
+    values are the same.
+
+    Args:
+        model: with normalized weights; it goes for those that it has now.
+        keep: None, as it is at first: except where that is more than this process holds of the weights between uses,
+            which is so under FSDP2 and tensor parallelism. True: under FSDP2 as well. False: nowhere.
+
+    >>> from spectralnorm import spectral_norm
+    >>> layer = spectral_norm(nn.Linear(2, 2))
+    >>> keep_values(layer, False)
+    """
+    for *_, normalization in normalized_weights(model):
+        normalization.keeps_value = keep
         normalization.invalidate()
 
 
