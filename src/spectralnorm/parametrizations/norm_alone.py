@@ -1,9 +1,9 @@
 """Weights of which the norm is kept between two changes, but not the normalized value.
 
 It is so where a copy of the whole weight would undo what sharding saves (FSDP2), where this process holds a part of the
-weight only (DTensor), in the replicas that DataParallel makes for one forward, and where the user wants the memory. The
-norm follows the parameter that optimizers change. So everything but the division happens once per change of the weight,
-and all uses until the next one divide by the same norm.
+weight only (DTensor), and in the replicas that DataParallel makes for one forward. The norm follows the parameter that
+optimizers change. So everything but the division happens once per change of the weight, and all uses until the next one
+divide by the same norm.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def changing_parameter(normalization: SpectralNorm, weight: Tensor) -> Tensor | 
     """The parameter whose changes ``weight`` follows, if the norm alone is kept of it; else None."""
     if isinstance(weight, nn.Parameter):
         parameter = fsdp.sharded_of(weight)
-        if parameter is None and (is_distributed(weight) or normalization.keeps_value is False):
-            parameter = weight
-        return parameter
+        return weight if parameter is None and is_distributed(weight) else parameter
     # What the replica copied from the module it was made from, a moment ago.
     kept = normalization._kept
     return kept.clock.weight if kept is not None and normalization.__dict__.get("_is_replica", False) else None
@@ -87,7 +85,7 @@ def use(normalization: SpectralNorm, weight: Tensor, parameter: Tensor) -> Tenso
     if value is None or is_distributed(value) or value.dtype != weight.dtype or value.device != weight.device:
         with torch.no_grad():
             value = normalization._scaled(weight.detach(), kept.sigma)
-    if normalization.keeps_value or fsdp.is_between_uses(weight):
+    if normalization.keeps_value_when_sharded or fsdp.is_between_uses(weight):
         state.hand_out(value)  # between uses, the user may be about to write into it
     else:
         state.handed_out = None

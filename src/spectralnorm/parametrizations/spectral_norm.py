@@ -100,7 +100,7 @@ class SpectralNorm(nn.Module):
         self._keeps = update == "step" and not self._is_vector
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
-        self.keeps_value: bool | None = None
+        self.keeps_value_when_sharded = False
         self.train(module.training)
         if not self._is_vector:
             self._register_vectors(weight)

@@ -77,23 +77,22 @@ def invalidate(model: nn.Module) -> None:
         normalization.invalidate()
 
 
-def keep_values(model: nn.Module, keep: bool | None) -> None:
-    """Say whether normalized weights are kept until they change, or divided anew at every use.
+def keep_values(model: nn.Module, keep: bool = True) -> None:
+    """Say whether normalized weights that FSDP2 shards are kept whole between uses. At first they are not.
 
-    Kept, they cost one more copy of the weights and save a division per use. The norms are kept in any case, so the
-    values are the same.
+    The norm is kept in any case, so the values are the same. Kept, each layer has a whole normalized weight on every
+    process all the time, which is the memory that FSDP2 saves, and what it saves is one division per use. For weights
+    that are not sharded by FSDP2 it changes nothing.
 
     Args:
         model: with normalized weights; it goes for those that it has now.
-        keep: None, as it is at first: except where that is more than this process holds of the weights between uses,
-            which is so under FSDP2 and tensor parallelism. True: under FSDP2 as well. False: nowhere.
+        keep: whether to.
 
     >>> from spectralnorm import spectral_norm
-    >>> layer = spectral_norm(nn.Linear(2, 2))
-    >>> keep_values(layer, False)
+    >>> keep_values(spectral_norm(nn.Linear(2, 2)), False)
     """
     for *_, normalization in normalized_weights(model):
-        normalization.keeps_value = keep
+        normalization.keeps_value_when_sharded = keep
         normalization.invalidate()
 
 
