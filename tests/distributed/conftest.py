@@ -15,6 +15,9 @@ from typing import IO, Any
 
 import pytest
 
+# Where `rank_checks` is, for test modules here and in the ranks.
+sys.path.insert(0, str(Path(__file__).parent))
+
 NUM_RANKS = 2
 # What a test may take, and how long one rank waits for the other in a collective before it says so.
 TASK_TIMEOUT_SECONDS = 120

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from rank_checks import assert_ranks_agree, assert_same_state
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -16,9 +17,9 @@ class Critic(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten())
-        self.hidden = nn.Linear(96, 96)
-        self.head = nn.Linear(96, 1)
+        self.features = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Flatten())
+        self.hidden = nn.Linear(256, 256)
+        self.head = nn.Linear(256, 1)
 
     def forward(self, images, pass_by=False):
         features = self.features(images)
@@ -76,13 +77,6 @@ def train(model, share, backward, optimizer=None):
     model(share(batches()[0, 0]))
 
 
-def assert_ranks_agree(tensors):
-    for name, tensor in tensors:
-        on_rank_zero = tensor.detach().clone()
-        dist.broadcast(on_rank_zero, src=0)
-        assert torch.equal(tensor, on_rank_zero), name
-
-
 def check_ddp(backward, options):
     model = DistributedDataParallel(normalized(seed=dist.get_rank()), **options)
     reference = normalized()
@@ -90,7 +84,7 @@ def check_ddp(backward, options):
     assert_ranks_agree(model.module.named_buffers())
     train(model, mine, globals()[backward])
     train(reference, everything, globals()[backward])
-    torch.testing.assert_close(model.module.state_dict(), reference.state_dict(), rtol=1e-7, atol=1e-9)
+    assert_same_state(model.module.state_dict(), reference.state_dict())
     torch.testing.assert_close(sn.monitor(model.module), sn.monitor(reference), rtol=1e-7, atol=0)
     assert_ranks_agree(model.module.named_buffers())
     weights = ((name, model.module.get_submodule(name).weight) for name in ("features.0", "hidden", "head"))
@@ -121,7 +115,7 @@ def check_zero():
     sharded = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, **settings)
     train(model, mine, one_backward, sharded)
     train(reference, everything, one_backward, torch.optim.Adam(reference.parameters(), **settings))
-    torch.testing.assert_close(model.module.state_dict(), reference.state_dict(), rtol=1e-7, atol=1e-9)
+    assert_same_state(model.module.state_dict(), reference.state_dict())
     assert_ranks_agree(model.module.named_buffers())
 
 
@@ -141,7 +135,7 @@ def check_fsdp1(use_orig_params):
         torch.testing.assert_close(model.eval().hidden.weight, reference.eval().hidden.weight, rtol=1e-7, atol=1e-9)
     with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
         state = wrapped.state_dict()
-    torch.testing.assert_close(dict(state), dict(reference.state_dict()), rtol=1e-7, atol=1e-9)
+    assert_same_state(state, reference.state_dict())
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
@@ -198,7 +192,7 @@ def test_replicas_divide_by_the_norm_of_their_original_and_pass_it_their_gradien
             optimizer.step()
     replicated(model)
     reference(batches()[0, 0])
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-7, atol=1e-9)
+    assert_same_state(model.state_dict(), reference.state_dict())
 
 
 @pytest.mark.gpu
@@ -207,4 +201,4 @@ def test_data_parallel_equals_one_device():
     devices = list(range(torch.cuda.device_count()))
     for each in (nn.DataParallel(model, devices), reference):
         train(each, lambda batch: batch.cuda(), one_backward)
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-7, atol=1e-9)
+    assert_same_state(model.state_dict(), reference.state_dict())

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from rank_checks import assert_ranks_agree
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -59,12 +60,6 @@ def assert_norm_is_one(outputs_of, size=8, tolerance=0.05):
     assert torch.linalg.matrix_norm(matrix.double(), 2).item() == pytest.approx(1, abs=tolerance)
 
 
-def assert_ranks_agree(tensor):
-    on_rank_zero = tensor.detach().clone()
-    dist.broadcast(on_rank_zero, src=0)
-    assert torch.equal(tensor, on_rank_zero)
-
-
 def use_in_tensor_parallel(normalize, style):
     layout = {} if style is ColwiseParallel else {"input_layouts": whole_on_each_rank()}
     layer = parallelize_module(
@@ -106,8 +101,7 @@ def seed_ranks_differently(normalize, u_name, wrap):
         outputs = layer(inputs())
     else:
         outputs = DistributedDataParallel(layer, broadcast_buffers=False, init_sync=False)(inputs())
-    assert_ranks_agree(layer.get_buffer(u_name))
-    assert_ranks_agree(outputs)
+    assert_ranks_agree([("u", layer.get_buffer(u_name)), ("outputs", outputs)])
 
 
 @contenders("P", "O")

@@ -48,7 +48,7 @@ def test_matrix_has_outputs_as_rows_and_groups_as_blocks(layer):
 def test_whole_vectors_of_the_largest_block_give_its_norm_on_torchs_matrix(layer):
     weight = layer.weight.detach().double()
     view = view_of(layer, weight)
-    left, values, right = torch.linalg.svd(view.memory_matrix(weight), full_matrices=False)
+    left, values, right = torch.linalg.svd(view.memory_blocks(weight), full_matrices=False)
     u, v, sigma = view.whole_vectors(left[..., 0], right[..., 0, :], values[..., 0], weight)
     assert u.shape == (view.whole_shape(weight)[0],)
     assert v.shape == (view.whole_shape(weight)[1],)
@@ -65,6 +65,17 @@ def test_outer_factors_are_the_gradient_of_u_w_v(layer):
     (u @ view.whole_matrix(weight) @ v).backward()
     left, right = view.outer_factors(u, v, weight.shape)
     torch.testing.assert_close((left * right).expand_as(weight), weight.grad)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_orders_of_the_columns_are_each_others_inverse(layer):
+    weight = layer.weight.detach().double()
+    if weight.ndim == 4:
+        weight = weight.to(memory_format=torch.channels_last)
+    view = view_of(layer, weight)
+    in_memory = view.memory_blocks(weight)
+    torch.testing.assert_close(view.in_torch_order(in_memory, weight), view.matrix(weight).view_as(in_memory))
+    assert torch.equal(view.in_memory_order(view.in_torch_order(in_memory, weight), weight), in_memory)
 
 
 def test_channels_last_weight_is_not_copied():

@@ -1,28 +1,30 @@
 """Pure tensor functions: no modules, no state."""
 
+from spectralnorm.linalg.directions import chirp, seeded_direction
 from spectralnorm.linalg.matrix_view import MatrixView, view_of
 from spectralnorm.linalg.power_iteration import (
-    NUM_TRACKED,
     SingularTriplet,
-    TrackedTriplet,
     compute_dtype,
     power_iteration,
     power_iteration_of_operator,
-    probe_rows,
-    tracked_power_iteration,
 )
 from spectralnorm.linalg.refine import refine
+from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, probe_rows, track, track_together
 
 __all__ = [
     "NUM_TRACKED",
+    "Frame",
     "MatrixView",
     "SingularTriplet",
     "TrackedTriplet",
+    "chirp",
     "compute_dtype",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
-    "tracked_power_iteration",
+    "seeded_direction",
+    "track",
+    "track_together",
     "view_of",
 ]

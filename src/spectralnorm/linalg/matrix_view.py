@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class MatrixView:
         Returns:
             (out, in * kernel), or (groups, out / groups, in / groups * kernel) for ``groups > 1``.
         """
-        return self._matrix(weight, self._column_dims(weight))
+        columns = [dim for dim in range(self.groups > 1, weight.ndim + (self.groups > 1)) if dim != self._row_dim()]
+        return self._matrix(weight, columns)
 
     def memory_matrix(self, weight: Tensor) -> Tensor:
         """As `matrix`, with the columns in the order in which they lie in memory.
@@ -49,31 +51,51 @@ class MatrixView:
         For a weight in ``channels_last`` this is a view where `matrix` has to copy. Its right singular vectors are
         those of `matrix` with their entries in another order; `whole_vectors` puts them back.
         """
-        return self._matrix(weight, self._column_dims_in_memory(weight))
+        layout = self._layout(weight)
+        if layout.is_dense:
+            shape = layout.shape if self.groups > 1 else layout.shape[1:]
+            return weight.as_strided(shape, layout.strides[-len(shape) :])
+        return self._matrix(weight, layout.columns_in_memory)
+
+    def memory_blocks(self, weight: Tensor) -> Tensor:
+        """As `memory_matrix`, with the dimension of the groups also where there is only one: (groups, out, in)."""
+        matrix = self.memory_matrix(weight)
+        return matrix if self.groups > 1 else matrix.unsqueeze(0)
+
+    def is_dense_in(self, weight: Tensor) -> bool:
+        """Whether `memory_matrix` is a single matrix that lies in the weight's memory without a gap."""
+        return self.groups == 1 and self._layout(weight).is_dense
 
     def whole_vectors(self, u: Tensor, v: Tensor, sigma: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular vectors of `memory_matrix` as those of the whole weight, in torch's shapes and order.
+        """Singular vectors of `memory_blocks` as those of the whole weight, in torch's shapes and order.
 
-        For blocks they are the largest block's, zero elsewhere, so that ``u @ whole_matrix @ v`` is its norm.
+        For several blocks they are the largest block's, zero elsewhere, so that ``u @ whole_matrix @ v`` is its norm.
 
         Args:
-            u: (out,) or (groups, out / groups).
-            v: (in * kernel,) or (groups, in / groups * kernel), in the order of `memory_matrix`.
-            sigma: () or (groups,).
+            u: (groups, out / groups).
+            v: (groups, in / groups * kernel), in the order of `memory_blocks`.
+            sigma: (groups,).
             weight: the weight they belong to, for its shape and strides.
 
         Returns:
             u, v of `whole_shape`, and the scalar sigma.
         """
-        columns, columns_in_memory = self._column_dims(weight), self._column_dims_in_memory(weight)
-        if columns != columns_in_memory:
-            shape = self._blocked(weight).shape
-            back = [columns_in_memory.index(dim) for dim in columns]
-            v = v.unflatten(-1, [shape[dim] for dim in columns_in_memory])
-            leading = v.ndim - len(columns)
-            v = v.permute(*range(leading), *(leading + dim for dim in back)).flatten(leading)
+        return self.vectors_of_largest(u, self.in_torch_order(v, weight), sigma)
+
+    def in_torch_order(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Entries over the columns of `memory_blocks`, in the last dimension, in the order of `matrix`."""
+        layout = self._layout(weight)
+        return _reordered(rows, layout.columns_in_memory, layout.columns, self._blocked(weight).shape)
+
+    def in_memory_order(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of `in_torch_order`."""
+        layout = self._layout(weight)
+        return _reordered(rows, layout.columns, layout.columns_in_memory, self._blocked(weight).shape)
+
+    def vectors_of_largest(self, u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `whole_vectors`, for ``v`` in torch's order already."""
         if self.groups == 1:
-            return u, v, sigma
+            return u[0], v[0], sigma[0]
         # NaN would never be the largest by comparison with another NaN: argmax takes it as the largest, which is right,
         # because a weight with a NaN in one block has no norm.
         largest = sigma.argmax()
@@ -105,13 +127,9 @@ class MatrixView:
     def _row_dim(self) -> int:
         return self.out_dim if self.groups == 1 else self.out_dim + 1
 
-    def _column_dims(self, weight: Tensor) -> list[int]:
-        first = 0 if self.groups == 1 else 1
-        return [dim for dim in range(first, weight.ndim + first) if dim != self._row_dim()]
-
-    def _column_dims_in_memory(self, weight: Tensor) -> list[int]:
-        strides = self._blocked(weight).stride()
-        return sorted(self._column_dims(weight), key=lambda dim: -strides[dim])
+    def _layout(self, weight: Tensor) -> _Layout:
+        blocks = self._blocked(weight)
+        return _layout(self._row_dim(), self.groups > 1, tuple(blocks.shape), blocks.stride())
 
     def _matrix(self, weight: Tensor, column_dims: Sequence[int]) -> Tensor:
         row = self._row_dim()
@@ -119,6 +137,47 @@ class MatrixView:
             return weight.permute(row, *column_dims).reshape(weight.shape[row], -1)
         blocks = self._blocked(weight)
         return blocks.permute(0, row, *column_dims).reshape(self.groups, blocks.shape[row], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the columns of the matrix lie in memory.
+
+    Attributes:
+        columns: dimensions of the blocked weight that count columns, in torch's order.
+        columns_in_memory: the same, the one with the largest stride first.
+        is_dense: whether the matrix in memory order is a view without gaps, rows outside of columns.
+        shape: of the blocks: (groups, out, in).
+        strides: of that view.
+    """
+
+    columns: tuple[int, ...]
+    columns_in_memory: tuple[int, ...]
+    is_dense: bool
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+
+def _reordered(rows: Tensor, now: tuple[int, ...], then: tuple[int, ...], sizes: Sequence[int]) -> Tensor:
+    if now == then:
+        return rows
+    leading = rows.ndim - 1
+    unflattened = rows.unflatten(-1, [sizes[dim] for dim in now])
+    return unflattened.permute(*range(leading), *(leading + now.index(dim) for dim in then)).flatten(leading)
+
+
+@lru_cache(maxsize=4096)
+def _layout(row: int, has_blocks: bool, shape: tuple[int, ...], strides: tuple[int, ...]) -> _Layout:
+    """Of a blocked weight of this shape and strides; asked for at every renewal, so it is remembered."""
+    columns = tuple(dim for dim in range(has_blocks, len(shape)) if dim != row)
+    in_memory = tuple(sorted(columns, key=lambda dim: -strides[dim]))
+    groups = shape[0] if has_blocks else 1
+    width = math.prod(shape[dim] for dim in columns)
+    expected, is_dense = 1, True
+    for dim in reversed((*((0,) if has_blocks else ()), row, *in_memory)):
+        is_dense &= strides[dim] == expected or shape[dim] == 1
+        expected *= shape[dim]
+    return _Layout(columns, in_memory, is_dense, (groups, shape[row], width), (shape[row] * width, width, 1))
 
 
 def view_of(module: nn.Module, weight: Tensor, dim: int | None = None) -> MatrixView:

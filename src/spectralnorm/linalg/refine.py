@@ -8,15 +8,18 @@ side is short; otherwise by Golub-Kahan-Lanczos bidiagonalization with full reor
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spectralnorm.linalg.power_iteration import NUM_TRACKED, TrackedTriplet
+from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
 __all__ = ["refine"]
 
 _EXACT_UP_TO = 128  # shorter side of a matrix that is solved exactly: there it costs less than the Lanczos steps
 _MAX_STEPS = 400
 _CHECK_EVERY = 5
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # u, v, sigma, and leading left vectors as rows
 
 
 def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e-12) -> TrackedTriplet:
@@ -35,37 +38,41 @@ def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e
         finite unit vectors.
     """
     if matrix.ndim > 3:
-        found = refine(matrix.flatten(0, -3), start, rtol=rtol, eps=eps)
-        return TrackedTriplet(*(part.unflatten(0, matrix.shape[:-2]) for part in found))
+        u, v, sigma, frame = refine(matrix.flatten(0, -3), start, rtol=rtol, eps=eps)
+        u, v, sigma, rows = (part.unflatten(0, matrix.shape[:-2]) for part in (u, v, sigma, frame.rows))
+        return TrackedTriplet(u, v, sigma, Frame(rows, is_left=True))
     if matrix.ndim == 3 and min(matrix.shape[-2:]) > _EXACT_UP_TO:
         blocks = [refine(block, start, rtol=rtol, eps=eps) for block in matrix]
-        return TrackedTriplet(*(torch.stack(parts) for parts in zip(*blocks, strict=True)))
+        u, v, sigma = (torch.stack(parts) for parts in list(zip(*blocks, strict=True))[:3])
+        return TrackedTriplet(u, v, sigma, Frame(torch.stack([block.frame.rows for block in blocks]), is_left=True))
     # To about one, so that no square over- or underflows.
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     usable = (scale > 0) & (scale < float("inf"))
     divisor = torch.where(usable, scale, 1)
     scaled = torch.where(usable, matrix / divisor, 0)
     if min(matrix.shape[-2:]) <= _EXACT_UP_TO:
-        u, v, sigma, frame = _by_gram(scaled)
+        u, v, sigma, rows = _by_gram(scaled)
     elif bool(usable):
-        u, v, sigma, frame = _by_lanczos(scaled, start, rtol)
+        u, v, sigma, rows = _by_lanczos(scaled, start, rtol)
     else:
-        u, v, sigma, frame = _of_zero(scaled)
+        u, v, sigma, rows = _of_zero(scaled)
     sigma = (sigma * divisor[..., 0, 0]).clamp_min(eps)
     finite = scale[..., 0, 0] < float("inf")
-    return TrackedTriplet(u, v, torch.where(finite, sigma, float("nan")), frame)
+    # A frame has all its rows, also where the matrix has fewer directions: the rest is zero.
+    rows = F.pad(rows, (0, 0, 0, NUM_TRACKED - rows.shape[-2]))
+    return TrackedTriplet(u, v, torch.where(finite, sigma, float("nan")), Frame(rows, is_left=True))
 
 
-def _of_zero(matrix: Tensor) -> TrackedTriplet:
+def _of_zero(matrix: Tensor) -> _Parts:
     """Unit vectors for a matrix that prefers none."""
     rows, columns = matrix.shape
     frame = torch.eye(min(NUM_TRACKED, rows, columns), rows, dtype=matrix.dtype, device=matrix.device)
     v = torch.zeros_like(matrix[0])
     v[0] = 1
-    return TrackedTriplet(frame[0], v, matrix.real.new_zeros(()), frame)
+    return frame[0], v, matrix.real.new_zeros(()), frame
 
 
-def _by_gram(matrix: Tensor) -> TrackedTriplet:
+def _by_gram(matrix: Tensor) -> _Parts:
     """By the eigenvectors of the smaller Gram matrix, in float64 where the device has it."""
     wide = matrix.shape[-2] <= matrix.shape[-1]
     double = matrix if matrix.device.type == "mps" else matrix.to(torch.promote_types(matrix.dtype, torch.float64))
@@ -77,7 +84,7 @@ def _by_gram(matrix: Tensor) -> TrackedTriplet:
     left, right = (top, image) if wide else (image, top)
     frame = _unit_rows(left.mT)
     u, v = frame[..., 0, :], _unit_rows(right.mT)[..., 0, :]
-    return TrackedTriplet(u.to(matrix.dtype), v.to(matrix.dtype), sigma.to(matrix.real.dtype), frame.to(matrix.dtype))
+    return u.to(matrix.dtype), v.to(matrix.dtype), sigma.to(matrix.real.dtype), frame.to(matrix.dtype)
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -88,7 +95,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
     return torch.where(length > 1e-30, rows / length.clamp_min(1e-30), first)
 
 
-def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> TrackedTriplet:
+def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
     """Golub & Kahan 1965: A V = U B, B upper bidiagonal, whose largest singular value grows to A's.
 
     From a random start the chance to miss the largest one after k steps falls as exp(-2 k sqrt(gap)) (Kuczynski &
@@ -129,10 +136,7 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> TrackedTriplet:
     frame = _unit_rows(leading @ lefts[: last + 1])
     v = matrix.mH @ frame[0]
     sigma = torch.linalg.vector_norm(v)
-    # A matrix of low rank ends the iteration early; the frame has its full number of rows all the same.
-    missing = min(NUM_TRACKED, rows, columns) - frame.shape[0]
-    frame = torch.cat((frame, frame.new_zeros(missing, rows)))
-    return TrackedTriplet(frame[0], v / sigma, sigma, frame)
+    return frame[0], v / sigma, sigma, frame
 
 
 def _orthogonal_to(basis: Tensor, vector: Tensor) -> Tensor:

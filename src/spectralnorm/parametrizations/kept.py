@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from spectralnorm.parametrizations.weight_clock import WeightClock, watch
+from spectralnorm.linalg import TrackedTriplet
+from spectralnorm.parametrizations.quotient import Quotient
+from spectralnorm.parametrizations.weight_clock import Moment, watch
 
 __all__ = ["Kept", "Verdict"]
 
 
-class Verdict:
-    """Whether a norm could be computed, known to the host without making it wait.
+def host_has(device: torch.device) -> bool:
+    """Whether the host reads a number of that device without waiting."""
+    return device.type == "cpu"
 
-    On the CPU the norm is read at once. A GPU is still busy with what was queued: the number travels behind it into
-    pinned memory and is looked at when it is next needed, a training step later. Until it has come it counts as good.
+
+class Verdict:
+    """Which norms could be computed, known to the host without making it wait.
+
+    On the CPU the norms are read at once. A GPU is still busy with what was queued: the numbers travel behind it into
+    pinned memory and are looked at when they are next needed, a training step later. Until they have come they count
+    as good.
     """
 
-    __slots__ = ("_arrived", "_sigma", "eps")
+    __slots__ = ("_arrived", "_on_host", "_sigmas", "eps", "is_immediate")
 
-    def __init__(self, sigma: Tensor, eps: float) -> None:
+    def __init__(self, sigmas: Tensor, eps: float) -> None:
+        """Start to find out about ``sigmas``, one for each weight."""
         self.eps = eps
+        self.is_immediate = host_has(sigmas.device)
         self._arrived: torch.cuda.Event | None = None
-        self._sigma: Tensor | None = None
-        if sigma.device.type == "cpu":
-            self._sigma = sigma
-        elif sigma.device.type == "cuda":
-            self._sigma = torch.empty((), dtype=sigma.dtype, pin_memory=True)
-            self._sigma.copy_(sigma, non_blocking=True)
+        self._on_host: Tensor | None = None
+        self._sigmas: list[float] | None = None
+        if self.is_immediate:
+            self._sigmas = sigmas.tolist()
+        elif sigmas.device.type == "cuda":
+            self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, pin_memory=True)
+            self._on_host.copy_(sigmas, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(sigma.device))
+            self._arrived.record(torch.cuda.current_stream(sigmas.device))
 
-    def is_bad(self) -> bool:
-        """Whether the norm is known to be zero or not finite."""
-        if self._sigma is None or (self._arrived is not None and not self._arrived.query()):
-            return False
-        return not self.eps < float(self._sigma) < math.inf
+    @property
+    def sigmas(self) -> list[float] | None:
+        """The norms as numbers; None while they have not come."""
+        if self._sigmas is None and self._on_host is not None and self._arrived is not None and self._arrived.query():
+            self._sigmas = self._on_host.tolist()
+        return self._sigmas
+
+    def is_bad(self, index: int) -> bool:
+        """Whether a norm is known to be zero or not finite."""
+        sigmas = self.sigmas
+        return sigmas is not None and not self.eps < sigmas[index] < math.inf
 
 
 @dataclass(slots=True)
@@ -46,91 +63,71 @@ class Kept:
     """The value of a normalized weight, and what the next one starts from.
 
     Attributes:
-        clock: tells whether the weight has changed since.
-        steps: optimizer steps on the clock when the value was computed.
-        writes: other changes on the clock then.
-        value: the normalized weight; never written again by us, because old graphs hold it.
-        value_version: its version, by which a write of the user's into it is noticed.
-        sigma: the weight's norm, a scalar.
-        u: whole left vector in torch's shape.
-        v: whole right vector in torch's shape and order.
-        frame: directions around the left vectors of the blocks, to go on from.
-        probe: what the frame is stirred with, rolled by ``age``.
-        age: refreshes by power iteration since the frame was computed anew.
+        moment: of the weight, when the value was computed.
+        quotient: the value, and what its derivative needs.
+        value_version: the value's version, by which a write of the user's into it is noticed.
+        output: the value as a node of the graph, made at the first use under grad.
+        triplets: for each view of the weight those of its blocks, in memory order, with the frame to go on from.
+        age: refreshes since the frames were computed anew.
         is_in_buffers: whether the buffers hold u and v.
-        verdict: whether there was a norm at all.
+        verdict: which weights of the batch had a norm.
+        index: this one's place in it.
     """
 
-    clock: WeightClock
-    steps: int
-    writes: int
-    value: Tensor
+    moment: Moment
+    quotient: Quotient
     value_version: int
-    sigma: Tensor
-    u: Tensor
-    v: Tensor
-    frame: Tensor
-    probe: Tensor
+    output: Tensor | None
+    triplets: tuple[TrackedTriplet, ...]
     age: int
     is_in_buffers: bool
     verdict: Verdict
+    index: int
+
+    @property
+    def value(self) -> Tensor:
+        """The normalized weight."""
+        return self.quotient.value
+
+    @property
+    def sigma(self) -> Tensor:
+        """The raw weight's norm, a scalar."""
+        return self.quotient.sigma
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether the value is still that of ``weight``. Called at every use."""
-        clock = self.clock
+        clock, steps, writes = self.moment
         return (
             clock.weight is weight
-            and clock.steps == self.steps
-            and clock.writes == self.writes
+            and clock.steps == steps
+            and clock.writes == writes
             and weight._version == clock.version
             and weight.data_ptr() == clock.data_ptr
-            and self.value._version == self.value_version
+            and self.quotient.value._version == self.value_version
         )
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the tensor that was handed out, as ``nn.init.normal_(layer.weight)`` does."""
         return self.value._version != self.value_version
 
-    def is_one_step_old(self, weight: Tensor) -> bool:
+    def can_be_followed(self) -> bool:
         """Whether exactly one optimizer step, and nothing else, has changed the weight since."""
-        clock = self.clock
-        return (
-            clock.weight is weight
-            and clock.steps == self.steps + 1
-            and clock.writes == self.writes
-            and not self.verdict.is_bad()
-        )
+        return self.moment.is_one_step_ago() and not self.verdict.is_bad(self.index)
 
-    def write_vectors(self, u: Tensor, v: Tensor) -> None:
-        """Write the vectors into ``u`` and ``v``, once; not those of a weight that has no norm."""
-        self.is_in_buffers = True
-        if self.verdict.is_bad():
-            return
-        with torch.no_grad():
-            if self.sigma.device.type == "cpu":
-                u.copy_(self.u)
-                v.copy_(self.v)
-            else:  # whether there is a norm may not be known yet
-                usable = (self.sigma > self.verdict.eps) & (self.sigma < math.inf)
-                u.copy_(torch.where(usable, self.u, u))
-                v.copy_(torch.where(usable, self.v, v))
+    def vectors_for(self, buffers: list[Tensor]) -> list[Tensor]:
+        """What to write into the buffers: u and v of each view; of a weight that has no norm what is there."""
+        if self.verdict.is_bad(self.index):
+            return buffers
+        vectors = [vector for pair in self.quotient.pairs for vector in pair]
+        if self.verdict.is_immediate:
+            return vectors
+        # Whether there is a norm may not be known to the host yet.
+        usable = (self.sigma > self.verdict.eps) & (self.sigma < math.inf)
+        return [torch.where(usable, new, old) for new, old in zip(vectors, buffers, strict=True)]
 
     def for_copy(self, weight: Tensor) -> Kept:
         """The same for a copy of the weight, sharing nothing that can be written to."""
-        clock = watch(weight)
+        moment = watch(weight).now()
         value = self.value.clone()
-        return Kept(
-            clock=clock,
-            steps=clock.steps,
-            writes=clock.writes,
-            value=value,
-            value_version=value._version,
-            sigma=self.sigma,
-            u=self.u,
-            v=self.v,
-            frame=self.frame,
-            probe=self.probe,
-            age=self.age,
-            is_in_buffers=self.is_in_buffers,
-            verdict=self.verdict,
-        )
+        quotient = replace(self.quotient, weight=weight, moment=moment, value=value)
+        return replace(self, moment=moment, quotient=quotient, value_version=value._version, output=None)

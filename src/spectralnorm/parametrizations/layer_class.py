@@ -13,6 +13,7 @@ from copy import deepcopy
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -87,9 +88,9 @@ def _tensor_property(name: str) -> property:
     """
 
     def get(self: Any) -> Tensor:
-        parts = self.parametrizations
-        if name in parts:
-            return parts[name]()
+        parts = self._modules["parametrizations"]._modules.get(name)
+        if parts is not None:
+            return parts() if torch.compiler.is_compiling() else _read(parts)
         # In this layer it is an ordinary parameter. What else it may be nn.Module.__getattr__ finds; torch.compile can
         # follow this line, but not that way.
         if name in self._parameters:
@@ -101,6 +102,24 @@ def _tensor_property(name: str) -> property:
         self.parametrizations[name].right_inverse(value.detach().clone())
 
     return property(get, set_raw)
+
+
+def _read(parts: Any) -> Tensor:
+    """What calling the list of parametrizations gives, without the two module calls where nobody listens to them."""
+    modules = parts._modules
+    weight = parts._parameters.get("original")
+    only = modules["0"]
+    if (
+        weight is None
+        or len(modules) > 1
+        or only._forward_hooks
+        or only._forward_pre_hooks
+        or parts._forward_hooks
+        or parts._forward_pre_hooks
+    ):
+        return parts()
+    read = getattr(only, "read", None)
+    return parts() if read is None else read(weight)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

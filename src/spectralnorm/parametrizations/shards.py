@@ -6,7 +6,7 @@ stays, and what goes through autograd, is this process's part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,27 +48,34 @@ def distributed_as(like: Tensor, entries: Tensor) -> Tensor:
 
 
 def scaled_part(
-    weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, view: MatrixView, scale: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor,
+    sigma: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    views: Sequence[MatrixView],
+    quotient: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The normalized weight, distributed as ``weight`` is, and differentiable in it.
 
     Args:
         weight: a DTensor.
         sigma: the norm of the whole, an ordinary scalar.
-        u: left vector of the whole.
-        v: right vector of the whole.
-        view: how the weight is read as a matrix.
-        scale: the normalized weight of (weight, sigma), entry by entry.
+        pairs: for each view the vectors u and v of the whole.
+        views: how the weight is read as a matrix.
+        quotient: the normalized weight of (weight, sigma), entry by entry.
     """
     from torch.distributed.tensor import DTensor
 
     distributed: Any = weight
     part = distributed.to_local()
     if torch.is_grad_enabled() and weight.requires_grad:
-        gradient = _part_of_product(*view.outer_factors(u, v, weight.shape), distributed)
-        sigma = _Sigma.apply(part, sigma, gradient, _splitting_groups(distributed))
+        gradients = [
+            _part_of_product(*view.outer_factors(u, v, weight.shape), distributed)
+            for view, (u, v) in zip(views, pairs, strict=True)
+        ]
+        mean = gradients[0] if len(gradients) == 1 else torch.stack(gradients).mean(0)
+        sigma = _Sigma.apply(part, sigma, mean, _splitting_groups(distributed))
     return DTensor.from_local(
-        scale(part, sigma),
+        quotient(part, sigma),
         distributed.device_mesh,
         distributed.placements,
         run_check=False,

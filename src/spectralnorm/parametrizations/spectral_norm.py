@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-import zlib
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import compute_dtype, power_iteration, probe_rows, refine, tracked_power_iteration, view_of
-from spectralnorm.parametrizations import norm_alone
+from spectralnorm.linalg import (
+    MatrixView,
+    TrackedTriplet,
+    chirp,
+    compute_dtype,
+    power_iteration,
+    refine,
+    seeded_direction,
+    view_of,
+)
+from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
-from spectralnorm.parametrizations.kept import Kept, Verdict
-from spectralnorm.parametrizations.normalized_weight import NormalizedWeight, divisor_of
+from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
-NORMS = ("matrix",)
-MODES = ("normalize", "cap")
+NORMS = ("matrix", "bidirectional")
+MODES = ("normalize", "cap", "learnable")
 UPDATES = ("step", "forward", "manual")
 
 # Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
@@ -33,6 +41,8 @@ _REFINED_RTOL = 1e-5
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
 # starts the blocks afresh. As many iterations as torch gives to a new layer.
 _COLD_ITERATIONS = 15
+# The buffers of each view's vectors.
+_BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
 
 
 class SpectralNorm(nn.Module):
@@ -45,9 +55,12 @@ class SpectralNorm(nn.Module):
         eps: a norm up to here counts as zero.
         dim: the weight's output dimension; None: 1 for transposed convolutions, else 0.
         norm: ``"matrix"``: the norm of the weight reshaped to a matrix, outputs first (Miyato et al. 2018); of grouped
-            convolutions the largest of its blocks'.
-        mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger.
+            convolutions the largest of its blocks'. ``"bidirectional"``: the mean of that and the norm of the weight
+            reshaped with inputs first (Lin, Sekar and Fanti 2021).
+        mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
+            trained parameter ``scale``, which starts at ``coefficient``.
         coefficient: the norm that is wanted.
+        strict: not offered yet: whether the norm is guaranteed.
         update: ``"step"``: once per change of the weight; ``"forward"``: at every use in training mode, as torch;
             ``"manual"``: only by `spectralnorm.update_`.
 
@@ -86,7 +99,8 @@ class SpectralNorm(nn.Module):
         _require_choice("norm", norm, NORMS)
         _require_choice("mode", mode, MODES)
         _require_choice("update", update, UPDATES)
-        _require_choice("strict", strict, (False,))
+        if strict:
+            raise UserError("strict=True is not offered yet: the norm is an estimate, not a bound; leave strict out.")
         weight = _weight_of(module, name)
         self.name = name
         self.n_power_iterations = n_power_iterations
@@ -94,42 +108,68 @@ class SpectralNorm(nn.Module):
         self.norm = norm
         self.mode = mode
         self.update = update
-        self.coefficient = coefficient
-        self.view = view_of(module, weight, dim)
-        self._is_vector = weight.ndim < 2
-        self._keeps = update == "step" and not self._is_vector
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
         self.keeps_value_when_sharded = False
+        # The last weight that was handed out scaled, and its version, by which a user's write into it is noticed.
+        self._handed: tuple[Tensor | None, int] = (None, 0)
+        self.scale: nn.Parameter | None = None
+        if mode == "learnable":
+            self.scale = nn.Parameter(torch.ones((), dtype=weight.real.dtype if weight.is_complex() else weight.dtype))
+            self.scale.data = self.scale.data.to(weight.device)
+        self.coefficient = coefficient
+        self.views = _views(view_of(module, weight, dim), norm)
+        self._is_vector = weight.ndim < 2
+        self._keeps = update == "step" and not self._is_vector
         self.train(module.training)
         if not self._is_vector:
             self._register_vectors(weight)
 
     def _register_vectors(self, weight: Tensor) -> None:
-        rows, columns = self.view.whole_shape(weight)
-        u, v = (seeded_direction(f"{self.name}.{side}", size, weight) for side, size in (("u", rows), ("v", columns)))
-        self.register_buffer("_u", u)
-        self.register_buffer("_v", v)
+        for view, names in zip(self.views, _BUFFERS, strict=False):
+            for name, size in zip(names, view.whole_shape(weight), strict=True):
+                self.register_buffer(name, seeded_direction(f"{self.name}.{name[1:]}", size, weight))
         if weight.is_meta or weight.numel() == 0:
             return
         with torch.no_grad():
             if self._keeps and type(weight) is nn.Parameter:
-                self._kept = self._computed(weight.detach(), watch(weight), None)
-                self._kept.write_vectors(u, v)
+                self._write(*self._current(weight).quotient.pairs)
+                self._kept.is_in_buffers = True  # type: ignore[union-attr]
             else:
                 self._write(*self.cold_vectors(whole(weight)))
 
     @property
+    def view(self) -> MatrixView:
+        """How the weight is read as the matrix with outputs first."""
+        return self.views[0]
+
+    @property
     def coefficient(self) -> float:
-        """The norm that is wanted; it can be set at any time."""
-        return self._coefficient
+        """The norm that is wanted; it can be set at any time. Of a learnable one the present ``scale``."""
+        return self._coefficient if self.scale is None else float(self.scale.detach())
 
     @coefficient.setter
     def coefficient(self, value: float) -> None:
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise UserError(f"coefficient must be a positive number, got {value!r}.")
+        if self.scale is not None:
+            with torch.no_grad():
+                self.scale.fill_(float(value))
+            return
         self._coefficient = float(value)
-        self.invalidate()
+        if self._norm_alone is not None:
+            self._norm_alone.handed_out = None
+        kept = self._kept
+        if kept is not None:  # the same norm, and the same vectors to go on from
+            weight = kept.moment.clock.weight
+            if kept.is_current(weight):
+                with torch.no_grad():
+                    engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
+
+    @property
+    def divided_to(self) -> float:
+        """The norm that the weight is divided to; a learned scale comes after it."""
+        return self._coefficient if self.scale is None else 1.0
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, mode={self.mode}, coefficient={self.coefficient:g}"
@@ -158,37 +198,57 @@ class SpectralNorm(nn.Module):
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.sigma_of(self, weight, parameter)
-        return self._rayleigh(whole(weight), local_part(self._u), local_part(self._v))
+        return self._rayleigh(whole(weight), self.pairs())
+
+    def read(self, weight: Tensor) -> Tensor:
+        """As `forward`; quick where the value is kept, because every use of the layer comes here."""
+        kept = self._kept
+        if (
+            kept is None
+            or self.scale is not None
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+            or not kept.is_current(weight)
+        ):
+            return self.forward(weight)
+        return self._handed_out(weight, kept)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
+        if self.scale is None:
+            return self._divided(weight)
+        norm_alone.refuse_scale(weight)
+        handed, version = self._handed
+        if handed is not None and handed._version != version and self._can_keep(weight):
+            with torch.no_grad():  # as `_current` does for a value that is handed out itself
+                weight.copy_(handed)
+        value = self._divided(weight) * self.scale
+        self._handed = (value.detach(), value._version) if self._can_keep(weight) else (None, 0)
+        return value
+
+    def _divided(self, weight: Tensor) -> Tensor:
         if self._is_vector:
-            return self._scaled(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
+            return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
             return self._unkept(weight)
         kept = self._kept
         if kept is None or not kept.is_current(weight):
             kept = self._current(weight)
-        if not kept.is_in_buffers and self.training and torch.is_grad_enabled():
-            kept.write_vectors(self._u, self._v)
-        return self._as_function_of(weight, kept.value, kept)
+        return self._handed_out(weight, kept)
 
-    def _as_function_of(self, weight: Tensor, value: Tensor, kept: Kept) -> Tensor:
-        """``value``, in the graph if there is one."""
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return value.detach()
-        found, _ = NormalizedWeight.apply(
-            weight,
-            value,
-            kept.sigma,
-            kept.u,
-            kept.v,
-            self.view,
-            self._coefficient,
-            self.mode == "cap",
-            self.eps,
-        )
-        return found
+    def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
+        if not torch.is_grad_enabled():
+            return kept.value.detach()
+        if not kept.is_in_buffers and self.training:
+            engine.write_buffers(self, kept)
+        if not weight.requires_grad:
+            return kept.value.detach()
+        output = kept.output
+        if output is None:
+            output = engine.connect(self, kept, weight)
+        # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
+        return output.view_as(output)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -226,48 +286,63 @@ class SpectralNorm(nn.Module):
         """The kept value, renewed if the weight has changed."""
         with plain_arithmetic(weight):
             kept = self._kept
-            if kept is not None and kept.clock.weight is weight and kept.was_written_to():
+            if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
                 weight.copy_(kept.value)
-            clock = watch(weight)
+            clock = self.watched(weight)
             clock.observe()
-            if kept is None or not kept.is_current(weight):
-                warm = kept if kept is not None and kept.is_one_step_old(weight) else None
-                kept = self._kept = self._computed(weight.detach(), clock, warm)
-        return kept
+            if kept is not None and kept.is_current(weight):
+                return kept
+            if kept is not None and self.kept_to_follow(clock) is kept:
+                engine.refresh_together(engine.stepped_together(self, weight, kept))
+            else:
+                found = [self.refined(view, weight.detach()) for view in self.views]
+                engine.keep_triplets(self, weight, found, age=0)
+        assert self._kept is not None
+        return self._kept
 
-    def _computed(self, weight: Tensor, clock: WeightClock, warm: Kept | None) -> Kept:
-        """The value of ``weight``: by power iteration from the ``warm`` one's frame, or without it to full accuracy."""
-        self._require_all_of(weight)
-        matrix = self.view.memory_matrix(weight)
-        matrix = matrix.to(compute_dtype(matrix.dtype))
-        if warm is None or matrix.is_complex():
-            start = seeded_direction(f"{self.name}.start", matrix.shape[-1], matrix)
-            found = refine(matrix, start, rtol=_REFINED_RTOL, eps=self.eps)
-            direction = seeded_direction(f"{self.name}.probe", matrix.shape[-2], matrix)
-            probe, age = probe_rows(direction, found.frame.shape[-2]), 0
-        else:
-            # Rolled, the probe is another direction each time, without random numbers on the hot path.
-            probe, age = warm.probe, warm.age + 1
-            found = tracked_power_iteration(
-                matrix, warm.frame, probe.roll(age, dims=-1), self.n_power_iterations, eps=self.eps
-            )
-        u, v, sigma = self.view.whole_vectors(found.u, found.v, found.sigma, weight)
-        value = self._scaled(weight, sigma)
-        return Kept(
-            clock=clock,
-            steps=clock.steps,
-            writes=clock.writes,
-            value=value,
-            value_version=value._version,
-            sigma=sigma,
-            u=u,
-            v=v,
-            frame=found.frame,
-            probe=probe,
-            age=age,
-            is_in_buffers=False,
-            verdict=Verdict(sigma, self.eps),
-        )
+    def refined(self, view: MatrixView, weight: Tensor) -> TrackedTriplet:
+        """To full accuracy, from the weight alone."""
+        self.require_all_of(weight)
+        blocks = view.memory_blocks(weight)
+        blocks = blocks.to(compute_dtype(blocks.dtype))
+        start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
+        return refine(blocks, start, rtol=_REFINED_RTOL, eps=self.eps)
+
+    # What the engine asks for
+
+    def watched(self, weight: Tensor) -> WeightClock:
+        """The weight's clock, through which an optimizer's step finds this normalization."""
+        clock = watch(weight)
+        clock.add_watcher(self)
+        return clock
+
+    def keep(self, kept: Kept) -> None:
+        """Hold ``kept`` until the weight changes."""
+        self._kept = kept
+
+    def kept_to_follow(self, clock: WeightClock) -> Kept | None:
+        """What is kept, if the weight is one optimizer step further and nothing else has happened to it."""
+        kept, weight = self._kept, clock.weight
+        if kept is None or kept.moment.clock is not clock or weight.is_complex() or not self._can_keep(weight):
+            return None
+        clock.observe()
+        return kept if kept.can_be_followed() and not kept.was_written_to() else None
+
+    def kept_to_connect(self, weight: Tensor) -> Kept | None:
+        """What is kept, if it is current and no node of the graph has been made for it."""
+        kept = self._kept
+        if kept is None or kept.output is not None or not weight.requires_grad or not self._can_keep(weight):
+            return None
+        return kept if kept.is_current(weight) else None
+
+    def kept_if_unwritten(self) -> Kept | None:
+        """What is kept, if the buffers do not hold its vectors and it is still current."""
+        kept = self._kept
+        return kept if kept is not None and not kept.is_in_buffers and kept.moment.is_now() else None
+
+    def buffers_of_views(self) -> list[Tensor]:
+        """The buffers u and v, view by view."""
+        return [buffer for pair in self.pairs() for buffer in pair]
 
     # Not keeping: free of branches on values, in torch's ordinary operations
 
@@ -275,70 +350,92 @@ class SpectralNorm(nn.Module):
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.use(self, weight, parameter)
-        self._require_all_of(weight)
+        self.require_all_of(weight)
         full = whole(weight) if is_distributed(weight) else weight
-        u, v = local_part(self._u), local_part(self._v)
+        pairs = self.pairs()
         if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
             with torch.no_grad():
-                u, v, _ = self._iterated(full.detach(), u, v, self.n_power_iterations)
+                pairs = self._iterated(full.detach(), pairs, self.n_power_iterations)
                 if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
-                    self._write(u, v)
+                    self._write(*pairs)
         else:
             # The graph must not see a later write to the buffers.
-            u, v = u.clone(), v.clone()
-        sigma = self._rayleigh(full, u, v)
+            pairs = [(u.clone(), v.clone()) for u, v in pairs]
+        sigma = self._rayleigh(full, pairs)
         if is_distributed(weight):
-            return scaled_part(weight, sigma, u, v, self.view, self._scaled)
-        return self._scaled(weight, sigma)
+            return scaled_part(weight, sigma, pairs, self.views, self.quotient)
+        return self.quotient(weight, sigma)
 
-    def cold_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole vectors u and v for a weight that nothing is known about, in its type."""
-        rows, columns = self.view.whole_shape(weight)
-        u, v = (seeded_direction(f"{self.name}.{side}", size, weight) for side, size in (("u", rows), ("v", columns)))
-        u, v, _ = self._iterated(weight, u, v, _COLD_ITERATIONS)
-        return u.to(weight.dtype), v.to(weight.dtype)
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers u and v of each view."""
+        return [
+            (local_part(getattr(self, u)), local_part(getattr(self, v)))
+            for (u, v), _ in zip(_BUFFERS, self.views, strict=False)
+        ]
 
-    def _iterated(self, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-        """New whole vectors after ``num_iterations`` from u and v."""
-        if self.view.groups == 1:
-            matrix = self.view.matrix(weight)
-            matrix = matrix.to(compute_dtype(matrix.dtype))
-            return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=self.eps)
-        matrix = self.view.memory_matrix(weight)
+    def cold_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Whole vectors u and v of each view for a weight that nothing is known about, in its type."""
+        starts = [
+            tuple(
+                seeded_direction(f"{self.name}.{name[1:]}", size, weight)
+                for name, size in zip(names, view.whole_shape(weight), strict=True)
+            )
+            for names, view in zip(_BUFFERS, self.views, strict=False)
+        ]
+        pairs = self._iterated(weight, starts, _COLD_ITERATIONS)  # type: ignore[arg-type]
+        return [(u.to(weight.dtype), v.to(weight.dtype)) for u, v in pairs]
+
+    def _iterated(
+        self, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], num_iterations: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """New whole vectors of each view after ``num_iterations``."""
+        return [
+            self._iterated_view(view, weight, u, v, num_iterations)
+            for view, (u, v) in zip(self.views, pairs, strict=True)
+        ]
+
+    def _iterated_view(
+        self, view: MatrixView, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int
+    ) -> tuple[Tensor, Tensor]:
+        matrix = view.matrix(weight)
         matrix = matrix.to(compute_dtype(matrix.dtype))
+        if view.groups == 1:
+            return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=self.eps)[:2]
         groups, rows, columns = matrix.shape
-        left = _chirp(rows, matrix).expand(groups, rows)
-        right = _chirp(columns, matrix).expand(groups, columns)
+        left = chirp(rows, matrix).expand(groups, rows)
+        right = chirp(columns, matrix).expand(groups, columns)
         found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
-        return self.view.whole_vectors(*found, weight)
+        return view.vectors_of_largest(*found)[:2]
 
-    def _rayleigh(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """u^H W v, differentiable in the weight."""
-        matrix = self.view.whole_matrix(weight)
-        matrix = matrix.to(compute_dtype(matrix.dtype))
-        u, v = u.to(matrix), v.to(matrix)
-        return torch.vdot(u, torch.mv(matrix, v)).real if matrix.is_complex() else torch.dot(u, torch.mv(matrix, v))
+    def _rayleigh(self, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """u^H W v, differentiable in the weight; the mean over the views."""
+        found = []
+        for view, (u, v) in zip(self.views, pairs, strict=True):
+            matrix = view.whole_matrix(weight)
+            matrix = matrix.to(compute_dtype(matrix.dtype))
+            u, v = u.to(matrix), v.to(matrix)
+            image = torch.mv(matrix, v)
+            found.append(torch.vdot(u, image).real if matrix.is_complex() else torch.dot(u, image))
+        return found[0] if len(found) == 1 else torch.stack(found).mean()
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         """Power iteration now, whatever the update rule: `spectralnorm.update_` calls it."""
         if self._is_vector:
             return
-        if not self._can_keep(weight):
-            parameter = self._changing_parameter(weight)
-            if parameter is not None:
-                return norm_alone.advance(self, weight, parameter)
-            u, v = local_part(self._u), local_part(self._v)
-            u, v, _ = self._iterated(whole(weight), u, v, self.n_power_iterations)
-            return self._write(u, v)
-        current = self._current(weight)
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.advance(self, weight, parameter)
+        if not self._can_keep(weight) or weight.is_complex():
+            return self._write(*self._iterated(whole(weight), self.pairs(), self.n_power_iterations))
+        kept = self._current(weight)
         with plain_arithmetic(weight):
-            kept = self._kept = self._computed(weight.detach(), current.clock, current)
-        kept.write_vectors(self._u, self._v)
+            engine.refresh_together([engine.Member(self, weight, kept)])
+        engine.write_buffers(self, self._kept)  # type: ignore[arg-type]
 
     # Shared
 
-    def _require_all_of(self, weight: Tensor) -> None:
+    def require_all_of(self, weight: Tensor) -> None:
         """Refuse what is left of a weight while its entries are elsewhere."""
         if not is_eager(weight):
             return
@@ -351,17 +448,17 @@ class SpectralNorm(nn.Module):
                 "FullyShardedDataParallel.summon_full_params(model)."
             )
 
-    def _scaled(self, weight: Tensor, sigma: Tensor) -> Tensor:
-        divisor, _ = divisor_of(sigma, self._coefficient, cap=self.mode == "cap", eps=self.eps)
-        # Half types: the quotient is rounded once, not the divisor as well.
-        wide = compute_dtype(weight.dtype)
-        return weight / divisor if weight.dtype == wide else (weight.to(wide) / divisor).to(weight.dtype)
+    def quotient(self, weight: Tensor, sigma: Tensor) -> Tensor:
+        """The value of ``weight`` if its norm is ``sigma``."""
+        divisor, _ = divisor_of(sigma, self.divided_to, cap=self.mode == "cap", eps=self.eps)
+        return divided(weight, divisor)
 
     @torch.no_grad()
-    def _write(self, u: Tensor, v: Tensor) -> None:
+    def _write(self, *pairs: tuple[Tensor, Tensor]) -> None:
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
-        local_part(self._u).copy_(u)
-        local_part(self._v).copy_(v)
+        for buffers, vectors in zip(self.pairs(), pairs, strict=True):
+            for buffer, vector in zip(buffers, vectors, strict=True):
+                buffer.copy_(vector)
 
     # Copying and moving
 
@@ -371,31 +468,26 @@ class SpectralNorm(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_norm_alone": None}
+        return {**self.__dict__, "_kept": None, "_norm_alone": None, "_handed": (None, 0)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__getstate__(), memo))
         kept = self._kept
-        if kept is not None and kept.is_current(kept.clock.weight):
-            weight = memo.get(id(kept.clock.weight))
+        if kept is not None and kept.is_current(kept.moment.clock.weight):
+            weight = memo.get(id(kept.moment.clock.weight))
             if type(weight) is nn.Parameter:  # the copy computes with the very value of the original
                 copied._kept = kept.for_copy(weight)
+                copied.watched(weight)
         return copied
 
 
-def seeded_direction(seed: str, size: int, like: Tensor) -> Tensor:
-    """A unit vector that depends on ``seed`` and ``size`` alone, so that it is the same in every process."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{size}".encode()))
-    direction = torch.randn(size, generator=generator, dtype=torch.float64)
-    return F.normalize(direction, dim=0).to(device=like.device, dtype=like.dtype)
-
-
-def _chirp(size: int, like: Tensor) -> Tensor:
-    """A unit vector with a share in every direction, made without a random generator: compiled graphs allow none."""
-    steps = torch.arange(1, size + 1, dtype=like.real.dtype, device=like.device)
-    return F.normalize(torch.cos(0.618034 * steps * steps), dim=0).to(like.dtype)
+def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:
+    """The matrices whose norms are averaged."""
+    if norm == "matrix":
+        return (view,)
+    return view, MatrixView(out_dim=1 if view.out_dim == 0 else 0, groups=view.groups)
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:

@@ -59,9 +59,10 @@ def _translate_weight(
     else:
         return
     weight = state_dict[original]
-    missing = [side for side in ("_u", "_v") if side in normalization._buffers and vectors + side not in state_dict]
+    missing = [side for side in normalization._buffers if vectors + side not in state_dict]
     if missing and isinstance(weight, Tensor) and not weight.is_meta:
         with torch.no_grad():
-            for side, vector in zip(("_u", "_v"), normalization.cold_vectors(weight), strict=True):
-                if side in missing:
-                    state_dict[vectors + side] = vector
+            cold = [vector for pair in normalization.cold_vectors(weight) for vector in pair]
+        state_dict |= {
+            vectors + side: vector for side, vector in zip(normalization._buffers, cold, strict=True) if side in missing
+        }

@@ -7,25 +7,37 @@ it is the same run to the last bit.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg import Frame, TrackedTriplet
+from spectralnorm.parametrizations import engine
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["restore_tracking", "tracking_of"]
 
-_TENSORS = ("sigma", "u", "v", "frame", "probe")
-
 
 def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor]:
-    """What is tracked of one weight, by name; empty where nothing is kept."""
+    """What is tracked of one weight, by name; empty where nothing is kept.
+
+    Entries that belong to columns of the weight's matrix are in torch's order, whatever the layout in memory.
+    """
     kept = _kept(normalization, weight)
     if kept is None:
         return {}
-    return {name: getattr(kept, name) for name in _TENSORS} | {"age": torch.tensor(kept.age)}
+    state = {"age": torch.tensor(kept.age)}
+    for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
+        rows, is_left = triplet.frame
+        parts = {
+            "u": triplet.u,
+            "v": view.in_torch_order(triplet.v, weight),
+            "sigma": triplet.sigma,
+            "frame": rows if is_left else view.in_torch_order(rows, weight),
+            "is_left": torch.tensor(is_left),
+        }
+        state |= {f"{number}.{name}": part for name, part in parts.items()}
+    return state
 
 
 def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[str, Tensor]) -> None:
@@ -36,15 +48,21 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         weight: the raw weight, already loaded.
         state: as saved; on any device.
     """
-    kept = _kept(normalization, weight)
-    if kept is None:
+    if _kept(normalization, weight) is None:
         return
-    tensors = {name: state[name].to(weight.device, copy=True) for name in _TENSORS}
+
+    def part(number: int, name: str) -> Tensor:
+        return state[f"{number}.{name}"].to(weight.device, copy=True)
+
+    triplets = []
+    for number, view in enumerate(normalization.views):
+        is_left = bool(state[f"{number}.is_left"])
+        rows = part(number, "frame")
+        frame = Frame(rows if is_left else view.in_memory_order(rows, weight), is_left)
+        v = view.in_memory_order(part(number, "v"), weight)
+        triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
-        value = normalization._scaled(weight.detach(), tensors["sigma"])
-    normalization._kept = replace(
-        kept, value=value, value_version=value._version, age=int(state["age"]), is_in_buffers=False, **tensors
-    )
+        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]))
 
 
 def _kept(normalization: SpectralNorm, weight: Tensor) -> Kept | None:

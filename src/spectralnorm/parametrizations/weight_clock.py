@@ -7,8 +7,8 @@ storage is compared beside the version. A write through ``.data`` into the same 
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
-__all__ = ["WeightClock", "version_of", "watch"]
+__all__ = ["Moment", "WeightClock", "version_of", "watch"]
 
 
 class WeightClock:
@@ -33,14 +33,28 @@ class WeightClock:
         version: `version_of` it when it was last looked at.
         data_ptr: address of its storage then; of a distributed tensor, of this process's part.
         storage: the same memory, held so that no new storage can come to lie at the same address.
+        last_step: the last optimizer step that changed it.
+        watchers: weak references to whoever wants to be found through a step.
     """
 
-    __slots__ = ("__weakref__", "data_ptr", "steps", "storage", "version", "weight", "writes")
+    __slots__ = (
+        "__weakref__",
+        "data_ptr",
+        "last_step",
+        "steps",
+        "storage",
+        "version",
+        "watchers",
+        "weight",
+        "writes",
+    )
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.steps = 0
         self.writes = 0
+        self.last_step: _Step | None = None
+        self.watchers: list[ref[Any]] = []
         self._look()
 
     def _look(self) -> None:
@@ -59,11 +73,63 @@ class WeightClock:
             self.writes += 1
             self._look()
 
-    def count_step(self, steps_before: int) -> None:
-        """Count the step of an optimizer that began when there were ``steps_before``."""
+    def count_step(self, step: _Step, steps_before: int) -> None:
+        """Count a step of an optimizer that began when there were ``steps_before``."""
         self.steps = steps_before + 1
+        self.last_step = step
         if not self.is_unmoved():
             self._look()
+
+    def add_watcher(self, watcher: Any) -> None:
+        """Let ``watcher`` be found by `stepped_together`, as long as it lives."""
+        if not any(found() is watcher for found in self.watchers):
+            self.watchers = [found for found in self.watchers if found() is not None]
+            self.watchers.append(ref(watcher))
+
+    def stepped_together(self) -> list[tuple[WeightClock, Any]]:
+        """All clocks that the last optimizer step of this one moved and none has moved since, with their watchers."""
+        step = self.last_step
+        if step is None:
+            return []
+        clocks = (_clocks.get(key) for key in step.parameter_ids)
+        moved = (clock for clock in clocks if clock is not None and clock.last_step is step)
+        return [(clock, found()) for clock in moved for found in clock.watchers]
+
+    def now(self) -> Moment:
+        """The present state of the count, to be compared with a later one."""
+        return Moment(self, self.steps, self.writes)
+
+
+class Moment(NamedTuple):
+    """A state of a parameter in time.
+
+    Attributes:
+        clock: the parameter's.
+        steps: optimizer steps up to then.
+        writes: other changes up to then.
+    """
+
+    clock: WeightClock
+    steps: int
+    writes: int
+
+    def is_now(self) -> bool:
+        """Whether the parameter has not changed since."""
+        clock = self.clock
+        return clock.steps == self.steps and clock.writes == self.writes and clock.is_unmoved()
+
+    def is_one_step_ago(self) -> bool:
+        """Whether exactly one optimizer step, and nothing else that was seen, has changed the parameter since."""
+        return self.clock.steps == self.steps + 1 and self.clock.writes == self.writes
+
+
+class _Step:
+    """One call of an optimizer's ``step``; it holds ids alone, because a clock holds it and a parameter."""
+
+    __slots__ = ("parameter_ids",)
+
+    def __init__(self) -> None:
+        self.parameter_ids: list[int] = []
 
 
 def version_of(weight: Tensor) -> int:
@@ -113,8 +179,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    step = _Step()
     before = _steps_before.pop(optimizer, {})
     for clock in _watched(optimizer):
         # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
         if clock.weight.grad is not None or not clock.is_unmoved():
-            clock.count_step(before.get(id(clock), clock.steps))
+            clock.count_step(step, before.get(id(clock), clock.steps))
+            step.parameter_ids.append(id(clock.weight))

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectralnorm.linalg import compute_dtype, refine
+from spectralnorm.linalg import compute_dtype, refine, seeded_direction
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
 from spectralnorm.parametrizations.layer_class import plain_class
 from spectralnorm.parametrizations.shards import whole
-from spectralnorm.parametrizations.spectral_norm import seeded_direction
 from spectralnorm.transform.selection import candidates
 from spectralnorm.transform.upkeep import weight_label
 

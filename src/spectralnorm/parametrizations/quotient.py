@@ -1,0 +1,230 @@
+"""The division by sigma, and its gradient in one piece.
+
+Written out, ``weight / (u @ weight @ v)`` costs autograd about twenty small operations per use. Here the value is
+computed once per change of the weight, and one node of the graph serves all uses until the next change: its backward is
+the closed formula, applied once to the sum of what comes from all uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg import MatrixView, compute_dtype
+from spectralnorm.parametrizations.weight_clock import Moment
+
+__all__ = ["NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of"]
+
+
+def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """What a weight is divided by, and where that depends on sigma.
+
+    Args:
+        sigma: norms, of any shape.
+        coefficient: the norm that is wanted; broadcasts with ``sigma``.
+        cap: leave a weight alone whose norm is below ``coefficient``.
+        eps: a norm up to here counts as zero: dividing by it would blow up the gradient of a zero weight by 1/eps. Such
+            a weight, and one that has no norm because it is not finite, is not divided.
+
+    Returns:
+        The divisor, and whether it is ``sigma / coefficient``: else it is a constant.
+    """
+    divisible = sigma > eps  # false for NaN
+    if cap:
+        divisible = divisible & (sigma > coefficient)
+    constant = 1.0 if cap else 1 / coefficient
+    return torch.where(divisible, sigma / coefficient, constant), divisible
+
+
+def host_divisor_of(sigma: float, coefficient: float, *, cap: bool, eps: float) -> tuple[float, bool]:
+    """As `divisor_of`, of one norm that is known to the host."""
+    divisible = sigma > (max(coefficient, eps) if cap else eps)
+    return (sigma / coefficient if divisible else 1.0 if cap else 1 / coefficient), divisible
+
+
+def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """``weight / divisor`` in the weight's type; of half types the quotient is rounded, and the divisor is not."""
+    wide = compute_dtype(weight.dtype)
+    if weight.dtype == wide:
+        return torch.div(weight, divisor, out=out)
+    quotient = weight.to(wide) / divisor
+    return quotient.to(weight.dtype) if out is None else out.copy_(quotient)
+
+
+@dataclass(slots=True)
+class Stack:
+    """Small weights of one shape, divided together.
+
+    Attributes:
+        values: (batch, out, in), all W'.
+        u: (batch, out).
+        v: (batch, in).
+        sigma: (batch,).
+        divisor: (batch,).
+    """
+
+    values: Tensor
+    u: Tensor
+    v: Tensor
+    sigma: Tensor
+    divisor: Tensor
+
+    def gradients(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """dL/dW for each G; see `Quotient`. All divisors depend on sigma."""
+        stacked = torch.stack(grads)  # type: ignore[arg-type]
+        matrices = stacked.view_as(self.values)
+        along = -torch.linalg.vecdot(matrices.flatten(1), self.values.flatten(1)) / self.sigma
+        quotients = matrices / self.divisor[:, None, None]
+        return quotients.baddbmm_((self.u * along[:, None])[:, :, None], self.v[:, None]).view_as(stacked).unbind()
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Quotient:
+    """One weight divided by its norm, with what the derivative needs.
+
+    With W' = W / d(sigma), sigma = mean over views of u^H W v, and the vectors held constant (Miyato et al. 2018,
+    eq. 12),
+
+        dL/dW = G / d - active <G, W'> / sigma mean(u v^H),        G = dL/dW'.
+
+    Attributes:
+        weight: the raw weight.
+        moment: when it was read; only a second derivative needs the weight again.
+        value: W'; written again only when nobody else holds its memory.
+        sigma: the norm, a scalar.
+        divisor: d; a number where the host knows it.
+        active: whether d depends on sigma.
+        pairs: for each view the whole vectors u and v in torch's order.
+        views: how the weight is read as a matrix.
+        flat_v: v in the order of ``views[0].memory_matrix``, where that is a view of the weight; else None.
+        coefficient: the norm that is wanted.
+        cap: whether a smaller norm is left alone.
+        eps: a norm up to here counts as zero.
+        stack: the batch that the weight was divided in; None if it was alone.
+        place: its place there.
+    """
+
+    weight: Tensor
+    moment: Moment
+    value: Tensor
+    sigma: Tensor
+    divisor: float | Tensor
+    active: bool | Tensor
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    views: tuple[MatrixView, ...]
+    flat_v: Tensor | None
+    coefficient: float
+    cap: bool
+    eps: float
+    stack: Stack | None = None
+    place: int = 0
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """dL/dW for G = ``grad``, both of the weight's shape."""
+        if torch.is_grad_enabled():
+            return self._differentiable_gradient(grad)
+        if isinstance(self.divisor, float):
+            if not self.active:
+                return divided(grad, self.divisor)
+            if self.flat_v is not None and grad.stride() == self.value.stride() and grad.dtype == self.flat_v.dtype:
+                return self._gradient_of_dense(grad, self.divisor)
+        # Half types: the inner product has as many terms as the weight, and would lose all digits.
+        wide = grad.to(compute_dtype(grad.dtype))
+        # 0 / 0 at a zero weight must not reach the gradient, so what is divided by is replaced, not the quotient.
+        active, sigma = self.active, self.sigma
+        length = sigma if isinstance(active, bool) else torch.where(active, sigma, 1)
+        along = -_inner(wide, self.value.to(wide.dtype)) / length * active
+        result = wide / self.divisor
+        for rows, columns in self._outer_factors():
+            # addcmul_ takes any layout without a copy; the quotient it writes into is nobody else's.
+            result.addcmul_(rows * (along / len(self.pairs)), columns)
+        return result.to(self.value.dtype)
+
+    def _gradient_of_dense(self, grad: Tensor, divisor: float) -> Tensor:
+        """On the CPU, for a weight and a gradient that lie densely in memory in the same order: two passes."""
+        view = self.views[0]
+        matrix = view.memory_matrix(grad)
+        along = -float(torch.dot(matrix.reshape(-1), view.memory_matrix(self.value).reshape(-1)))
+        along /= divisor * self.coefficient * len(self.pairs)
+        result = torch.addr(matrix, self.pairs[0][0], self.flat_v, beta=1 / divisor, alpha=along)  # type: ignore[arg-type]
+        result = result.as_strided(grad.shape, grad.stride())
+        for rows, columns in self._outer_factors()[1:]:
+            result.addcmul_(rows, columns, value=along)
+        return result
+
+    def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
+        shape = self.value.shape
+        return [view.outer_factors(u, v, shape) for view, (u, v) in zip(self.views, self.pairs, strict=True)]
+
+    def _differentiable_gradient(self, grad: Tensor) -> Tensor:
+        """The same as a function of the weight as well as of ``grad``, for second derivatives."""
+        if not self.moment.is_now():
+            raise RuntimeError(
+                "The second derivative of a spectrally normalized weight needs the weight, which has been changed "
+                "since the forward pass; take the derivative before the optimizer's step."
+            )
+        wide = compute_dtype(grad.dtype)
+        weight, grad = self.weight.to(wide), grad.to(wide)
+        outer = [rows * columns for rows, columns in self._outer_factors()]
+        mean = torch.stack(outer).mean(0) if len(outer) > 1 else outer[0]
+        sigma = (mean.conj() * weight).sum()
+        sigma = sigma.real if sigma.is_complex() else sigma
+        divisor, active = divisor_of(sigma, self.coefficient, cap=self.cap, eps=self.eps)
+        inner = (grad.conj() * (weight / divisor)).sum()
+        inner = inner.real if inner.is_complex() else inner
+        along = -inner / torch.where(active, sigma, 1) * active
+        return (grad / divisor + along * mean).to(self.value.dtype)
+
+
+class NormalizedWeights(torch.autograd.Function):
+    """Kept values as differentiable functions of the weights they were computed from.
+
+    One node serves several weights and any number of backward passes: it frees nothing, because what it holds is kept
+    anyway. So separate backwards of real and fake can share it, and an old graph stays usable after the optimizer has
+    changed the weights in place.
+    """
+
+    # The context comes in as an argument, not through `setup_context`: torch binds the arguments of that style by
+    # `inspect` at every call, which takes longer than everything else here. Transforms of `torch.func`, which would
+    # need the other style, never come here.
+    @staticmethod
+    def forward(ctx: Any, quotients: Sequence[Quotient], *weights: Tensor) -> tuple[Tensor, ...]:
+        """Hand out the values, sharing their memory."""
+        ctx.quotients = quotients
+        ctx.set_materialize_grads(False)
+        return tuple(quotient.value.detach() for quotient in quotients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        quotients: Sequence[Quotient] = ctx.quotients
+        results: list[Tensor | None] = [None] * len(grads)
+        stacks: dict[int, list[int]] = {}
+        for index, (quotient, grad) in enumerate(zip(quotients, grads, strict=True)):
+            if grad is None:
+                continue
+            if quotient.stack is not None and grad.is_contiguous() and not torch.is_grad_enabled():
+                stacks.setdefault(id(quotient.stack), []).append(index)
+            else:
+                results[index] = quotient.gradient(grad)
+        for indices in stacks.values():
+            stack = quotients[indices[0]].stack
+            places = [quotients[index].place for index in indices]
+            if stack is not None and places == list(range(len(stack.values))):
+                together = stack.gradients([grads[index] for index in indices])  # type: ignore[misc]
+                for index, result in zip(indices, together, strict=True):
+                    results[index] = result
+            else:  # only some of them were used
+                for index in indices:
+                    results[index] = quotients[index].gradient(grads[index])  # type: ignore[arg-type]
+        return None, *results
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Re <left, right> over all entries, without a temporary for weights that lie densely in memory."""
+    order = sorted(range(right.ndim), key=lambda dim: -right.stride(dim))
+    left, right = left.permute(order).reshape(-1), right.permute(order).reshape(-1)
+    return torch.vdot(left, right).real if left.is_complex() else torch.dot(left, right)

@@ -1,0 +1,212 @@
+"""Weights that an optimizer step has moved, renewed together: each one as if alone, and nothing shared by mistake."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import spectralnorm as sn
+from spectralnorm import spectral_norm
+from spectralnorm.parametrizations import engine
+
+
+def raw(layer: nn.Module) -> nn.Parameter:
+    return layer.parametrizations.weight.original
+
+
+def norm_of(weight: torch.Tensor) -> float:
+    return torch.linalg.matrix_norm(weight.detach().double().flatten(1), 2).item()
+
+
+def some_layers() -> nn.ModuleList:
+    """Equal small ones, others of their own shape, a large one, grouped and transposed ones."""
+    return nn.ModuleList(
+        [
+            *(nn.Linear(12, 10) for _ in range(4)),
+            nn.Linear(300, 260),
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, groups=4),
+            nn.ConvTranspose2d(4, 6, 3),
+            nn.Linear(7, 1),
+        ]
+    )
+
+
+def pull(layers: nn.ModuleList, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One step of the optimizer with gradients that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layers.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = noise.to(parameter) * parameter.detach().abs().mean()
+    optimizer.step()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many weights each call of the engine has renewed."""
+    sizes: list[int] = []
+    original = engine.refresh_together
+
+    def counted(members):
+        sizes.append(len(members))
+        original(members)
+
+    monkeypatch.setattr(engine, "refresh_together", counted)
+    return sizes
+
+
+def test_weights_of_one_optimizer_are_renewed_in_one_go_wherever_they_were_normalized(calls, device):
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4))).to(device)
+    other = spectral_norm(nn.Linear(5, 5).to(device))
+    layers = nn.ModuleList([*model, other])
+    for layer in layers:
+        layer.weight  # noqa: B018
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    pull(layers, optimizer, seed=0)
+    for layer in layers:
+        layer.weight  # noqa: B018
+    assert calls == [3]
+
+
+def test_weights_of_another_optimizer_are_left_alone(calls):
+    layers = nn.ModuleList([spectral_norm(nn.Linear(5, 5)) for _ in range(2)])
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers]
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        pull(nn.ModuleList([layer]), optimizer, seed=0)
+    for layer in layers:
+        layer.weight  # noqa: B018
+    assert calls == [1, 1]
+
+
+def test_together_gives_what_each_weight_alone_gives(device):
+    together = sn.add_spectral_norm(some_layers().double().to(device))
+    alone = copy.deepcopy(together)
+    optimizer = torch.optim.Adam(together.parameters(), lr=1e-2)
+    optimizers = [torch.optim.Adam(layer.parameters(), lr=1e-2) for layer in alone]
+    for step in range(6):
+        pull(together, optimizer, seed=step)
+        with torch.no_grad():
+            for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+                one.grad = other.grad.clone()
+        for each in optimizers:
+            each.step()
+        loss = sum(layer.weight.square().sum() * (number + 1) for number, layer in enumerate(together))
+        gradients = torch.autograd.grad(loss, [raw(layer) for layer in together])
+        for number, (layer, other, gradient) in enumerate(zip(together, alone, gradients, strict=True)):
+            torch.testing.assert_close(layer.weight, other.weight, rtol=1e-9, atol=1e-12)
+            (expected,) = torch.autograd.grad(other.weight.square().sum() * (number + 1), raw(other))
+            torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(
+                layer.parametrizations.weight[0]._u, other.parametrizations.weight[0]._u, rtol=1e-6, atol=1e-9
+            )
+
+
+def test_gradient_where_only_some_of_a_batch_are_used():
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 5).double()) for _ in range(3))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    pull(layers, optimizer, seed=0)
+    optimizer.zero_grad()
+    weights = [layer.weight for layer in layers]
+    (weights[0].square().sum() + weights[2].sum()).backward()
+    assert raw(layers[1]).grad is None
+    u, v = (getattr(layers[0].parametrizations.weight[0], name) for name in ("_u", "_v"))
+    raw_weight = raw(layers[0]).detach().requires_grad_()
+    (expected,) = torch.autograd.grad((raw_weight / (u @ raw_weight @ v)).square().sum(), raw_weight)
+    torch.testing.assert_close(raw(layers[0]).grad, expected)
+
+
+def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(calls):
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(3))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
+    pull(layers, optimizer, seed=0)
+    with torch.no_grad():
+        raw(layers[1]).mul_(3)
+    for layer in layers:
+        assert norm_of(layer.weight) == pytest.approx(1, abs=1e-2)
+    assert calls == [2]
+    pull(layers, optimizer, seed=1)
+    for layer in layers:
+        assert norm_of(layer.weight) == pytest.approx(1, abs=1e-2)
+    assert calls == [2, 3]
+
+
+def test_writing_into_one_weight_of_a_batch_reaches_that_one_alone():
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(3))
+    pull(layers, torch.optim.SGD(layers.parameters(), lr=0.01), seed=0)
+    before = [raw(layer).detach().clone() for layer in layers]
+    nn.init.orthogonal_(layers[1].weight, gain=2.0)
+    for layer, expected in zip(layers, before, strict=True):
+        layer.weight  # noqa: B018
+        assert torch.equal(raw(layer), expected) == (layer is not layers[1])
+
+
+@pytest.mark.parametrize("size", [6, 300], ids=["small", "large"])
+def test_memory_of_an_old_value_is_not_overwritten_while_somebody_holds_it(size):
+    layer = spectral_norm(nn.Linear(size, size))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    held = layer.weight.detach()
+    expected = held.clone()
+    for step in range(3):
+        pull(nn.ModuleList([layer]), optimizer, seed=step)
+        assert not torch.equal(layer.weight, expected)
+    assert torch.equal(held, expected)
+
+
+def test_memory_of_a_large_value_that_nobody_holds_is_used_again():
+    layer = spectral_norm(nn.Linear(300, 300))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with torch.no_grad():
+        address = layer.weight.data_ptr()
+        pull(nn.ModuleList([layer]), optimizer, seed=0)
+        assert layer.weight.data_ptr() == address
+
+
+@pytest.mark.parametrize("size", [6, 300], ids=["small", "large"])
+def test_separate_backwards_add_up_in_any_order(size):
+    layer = spectral_norm(nn.Linear(size, size).double())
+    real, fake = torch.randn(2, 4, size, dtype=torch.float64)
+    (layer(real).relu().sum() - layer(fake).tanh().sum()).backward()
+    expected = raw(layer).grad.clone()
+    layer.zero_grad()
+    losses = [layer(real).relu().sum(), -layer(fake).tanh().sum()]
+    losses[1].backward()
+    losses[0].backward()
+    torch.testing.assert_close(raw(layer).grad, expected)
+
+
+def test_hook_on_one_use_of_the_weight_does_not_see_the_others():
+    layer = spectral_norm(nn.Linear(3, 3))
+    first, second = layer.weight, layer.weight
+    seen = []
+    first.register_hook(lambda grad: seen.append(grad.clone()))
+    (first.sum() + 5 * second.sum()).backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.ones(3, 3))
+
+
+def test_second_derivative_after_the_weight_has_changed_is_refused():
+    layer = spectral_norm(nn.Linear(3, 3))
+    loss = layer(torch.ones(1, 3)).square().sum()
+    with torch.no_grad():
+        raw(layer).mul_(2)
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        torch.autograd.grad(loss, raw(layer), create_graph=True)
+
+
+def test_nothing_of_a_model_outlives_it():
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(2))
+    pull(layers, torch.optim.SGD(layers.parameters(), lr=0.1), seed=0)
+    layers[0](torch.ones(1, 6)).sum().backward()
+    gc.collect()
+    gc.disable()  # without cycles there is nothing for it to find
+    try:
+        normalization, weight = layers[0].parametrizations.weight[0], raw(layers[1])
+        found = [weakref.ref(each) for each in (normalization, weight, normalization._kept.quotient.value)]
+        del layers, normalization, weight
+        assert [each() for each in found] == [None, None, None]
+    finally:
+        gc.enable()
