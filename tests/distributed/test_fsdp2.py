@@ -1,5 +1,6 @@
 """FSDP2 on two processes: a sharded model computes and learns what the same model in one process does."""
 
+import copy
 import gc
 
 import pytest
@@ -429,3 +430,66 @@ def check_compiled():
 
 def test_layers_that_are_compiled_before_sharding_work(pair):
     pair.run(check_compiled)
+
+
+def check_changed_options():
+    model, reference = sharded("normalized first"), normalized()
+    for each, share in ((model, mine), (reference, lambda batch: batch)):
+        each(share(batches(1)[0, 0]))
+        if each is model:
+            model.reshard()  # an optimizer must get the sharded parameters
+        sn.add_spectral_norm(each, coefficient=0.5, mode="cap")
+        train(each, share, num_steps=2)
+        each(share(batches(1)[0, 0]))
+    assert_same_state(full_state_on_all(model), reference.state_dict())
+
+
+def test_options_can_be_changed_after_sharding(pair):
+    pair.run(check_changed_options)
+
+
+def check_learnable():
+    model = shard(Critic())
+    sn.add_spectral_norm(model, mode="learnable")
+    model(batches(1)[0, 0].float())
+
+
+def test_learned_scale_is_refused(pair):
+    with pytest.raises(AssertionError, match=r"learnable.* is not offered for weights that FSDP2"):
+        pair.run(check_learnable)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(32, 24)
+        self.lstm = nn.LSTM(24, 20, num_layers=2, batch_first=True)
+        self.attention = nn.MultiheadAttention(20, 2, batch_first=True)
+
+    def forward(self, tokens):
+        states, _ = self.lstm(self.embedding(tokens))
+        attended, _ = self.attention(states, states, states)
+        return attended.square().mean() + states.sum(-1).mean()
+
+
+def check_other_layers(norm):
+    torch.manual_seed(0)
+    model = Reader().double()
+    reference = copy.deepcopy(model)
+    tokens = torch.arange(4 * 8).view(4, 8)
+    for each in (model, reference):
+        sn.add_spectral_norm(each, norm=norm)
+    for module in (model.embedding, model.lstm, model.attention, model):
+        fully_shard(module)
+    for each, batch in ((model, mine(tokens)), (reference, tokens)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(batch).backward()
+            optimizer.step()
+    torch.testing.assert_close(sn.monitor(model), sn.monitor(reference), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["matrix", "bidirectional"])
+def test_recurrent_attention_and_embedding_layers_equal_those_in_one_process(pair, norm):
+    pair.run(check_other_layers, norm=norm)

@@ -157,6 +157,15 @@ class TestTrackedPowerIteration:
                     found.u[index].outer(found.v[index]), alone.u.outer(alone.v), rtol=1e-6, atol=1e-8
                 )
 
+    @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (8, 8), (1, 30)])
+    def test_norm_of_a_matrix_with_a_short_side_is_exact_whatever_it_was_before(self, shape):
+        matrices = torch.randn(2, *shape, dtype=torch.float64)
+        frame = refine(matrices[0], unit(shape[1])).frame
+        for matrix in matrices:
+            found = track(matrix, frame, probe_rows(unit(frame.rows.shape[-1]), 8))
+            assert found.sigma.item() == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=1e-9)
+            frame = found.frame
+
     def test_next_frame_is_on_the_other_side_and_its_first_row_is_orthogonal_to_the_others(self):
         matrix = with_spectrum(torch.linspace(1, 0.5, 15), 20, 15)
         frame = track(matrix, Frame(unit(8, 20), is_left=True)).frame

@@ -200,8 +200,18 @@ class TestRegistration:
             spectral_norm(nn.Linear(2, 2), "kernel")
 
     def test_weight_without_a_shape_is_refused(self):
+        layer = nn.ParameterDict({"table": nn.UninitializedParameter()})
         with pytest.raises(UserError, match="run one forward"):
-            spectral_norm(nn.LazyLinear(3))
+            spectral_norm(layer, "table")
+
+    def test_single_number_is_refused(self):
+        with pytest.raises(UserError, match="'scale' of ParameterDict is a single number"):
+            spectral_norm(nn.ParameterDict({"scale": torch.ones(())}), "scale")
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    def test_weight_that_a_hook_computes_is_refused(self):
+        with pytest.raises(UserError, match="computed and not a parameter"):
+            spectral_norm(nn.utils.weight_norm(nn.Linear(2, 2)))
 
     def test_dim_outside_of_the_weight_is_refused(self):
         with pytest.raises(IndexError, match="got 2"):

@@ -199,6 +199,15 @@ def view_of(module: nn.Module, weight: Tensor, dim: int | None = None) -> Matrix
             f"dim must lie in [{-weight.ndim}, {weight.ndim - 1}] for a {weight.ndim}-D weight, got {dim}."
         )
     out_dim = dim % weight.ndim
-    # Blocks are only meant where rows are outputs, and only of the kernel: a bias has none.
-    in_blocks = isinstance(module, _CONVOLUTIONS) and out_dim == natural_dim and weight.ndim > 2
+    # Blocks are only meant where rows are outputs, and only of the kernel: a bias has none, nor what a subclass adds.
+    in_blocks = out_dim == natural_dim and _is_kernel(module, weight)
     return MatrixView(out_dim, int(module.groups) if in_blocks else 1)  # type: ignore[arg-type]
+
+
+def _is_kernel(module: nn.Module, weight: Tensor) -> bool:
+    if not isinstance(module, _CONVOLUTIONS):
+        return False
+    channels = (module.out_channels, module.in_channels // module.groups)
+    if module.transposed:
+        channels = (module.in_channels, module.out_channels // module.groups)
+    return tuple(weight.shape) == (*channels, *module.kernel_size)

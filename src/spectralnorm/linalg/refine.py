@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
+from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, complete_frame
 
 __all__ = ["refine"]
 
@@ -40,7 +40,7 @@ def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e
     if matrix.ndim > 3:
         u, v, sigma, frame = refine(matrix.flatten(0, -3), start, rtol=rtol, eps=eps)
         u, v, sigma, rows = (part.unflatten(0, matrix.shape[:-2]) for part in (u, v, sigma, frame.rows))
-        return TrackedTriplet(u, v, sigma, Frame(rows, is_left=True))
+        return TrackedTriplet(u, v, sigma, Frame(rows, frame.is_left))
     if matrix.ndim == 3 and min(matrix.shape[-2:]) > _EXACT_UP_TO:
         blocks = [refine(block, start, rtol=rtol, eps=eps) for block in matrix]
         u, v, sigma = (torch.stack(parts) for parts in list(zip(*blocks, strict=True))[:3])
@@ -59,8 +59,8 @@ def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e
     sigma = (sigma * divisor[..., 0, 0]).clamp_min(eps)
     finite = scale[..., 0, 0] < float("inf")
     # A frame has all its rows, also where the matrix has fewer directions: the rest is zero.
-    rows = F.pad(rows, (0, 0, 0, NUM_TRACKED - rows.shape[-2]))
-    return TrackedTriplet(u, v, torch.where(finite, sigma, float("nan")), Frame(rows, is_left=True))
+    leading = Frame(F.pad(rows, (0, 0, 0, NUM_TRACKED - rows.shape[-2])), is_left=True)
+    return TrackedTriplet(u, v, torch.where(finite, sigma, float("nan")), complete_frame(matrix) or leading)
 
 
 def _of_zero(matrix: Tensor) -> _Parts:

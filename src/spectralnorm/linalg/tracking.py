@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_TRACKED", "Frame", "TrackedTriplet", "probe_rows", "track", "track_together"]
+__all__ = ["NUM_TRACKED", "Frame", "TrackedTriplet", "complete_frame", "probe_rows", "track", "track_together"]
 
 # Rows in a frame. They go through the product together, so that the matrix is read no more often than for one vector.
 # What they buy, and what they cost: docs/decisions/0007.
@@ -87,7 +87,9 @@ def track_together(
     An iteration reads each matrix twice: once for all rows of the frame, once for the best vector. Say the frame F is
     on the left side of A. The rows of Y = F A span about A's leading right directions; the unit combination of the
     frame with the longest image (Rayleigh-Ritz in the span of F) gives v, and A v gives u and sigma. Rotated and scaled
-    to unit length, the rows of Y are the next frame, on the right side; the next iteration does the same with A^T.
+    to unit length, the rows of Y are the next frame, on the right side; the next iteration does the same with A^T. A
+    frame on a side that has no more dimensions than the frame has rows spans all of it, so that the triplet is exact;
+    it stays as it is (`complete_frame`).
 
     Only what depends on a matrix's shape is done matrix by matrix; the algebra on (k, k) matrices is done for all at
     once. There is no branch on values, and on an accelerator no wait for it.
@@ -108,6 +110,15 @@ def track_together(
         found = _iterated(matrices, frames, probes if iteration == 0 else [None] * len(matrices), eps)
         frames = [each.frame for each in found]
     return found
+
+
+def complete_frame(matrix: Tensor) -> Frame | None:
+    """The frame that spans all of the shorter side of ``matrix``, (..., out, in), if `NUM_TRACKED` rows are enough."""
+    size = min(matrix.shape[-2:])
+    if size > NUM_TRACKED:
+        return None
+    rows = torch.eye(NUM_TRACKED, size, dtype=matrix.dtype, device=matrix.device)
+    return Frame(rows.repeat(*matrix.shape[:-2], 1, 1), is_left=matrix.shape[-2] == size)
 
 
 def probe_rows(direction: Tensor, num_rows: int) -> Tensor:
@@ -143,7 +154,9 @@ def _iterated(
         sigma = torch.linalg.vector_norm(other, dim=-1, keepdim=True)
         other = other / sigma.clamp_min(eps)
         u, v = (other, leading) if frame.is_left else (leading, other)
-        found.append(TrackedTriplet(u[:, 0], v[:, 0], sigma[:, 0, 0], Frame(rows, not frame.is_left)))
+        is_complete = frame.rows.shape[-1] <= frame.rows.shape[-2]
+        following = frame if is_complete else Frame(rows, not frame.is_left)
+        found.append(TrackedTriplet(u[:, 0], v[:, 0], sigma[:, 0, 0], following))
     return found
 
 

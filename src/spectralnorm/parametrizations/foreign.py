@@ -13,7 +13,9 @@ from torch.nn.utils.parametrizations import _SpectralNorm as TorchParametrizatio
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
-__all__ = ["foreign_dim", "hook_of", "names_under_hooks", "parametrization_of", "undo_hook"]
+from spectralnorm.parametrizations.options import Options
+
+__all__ = ["foreign_dim", "foreign_options", "hook_of", "names_under_hooks", "parametrization_of", "undo_hook"]
 
 
 def parametrization_of(module: nn.Module, name: str) -> TorchParametrization | None:
@@ -39,6 +41,12 @@ def foreign_dim(module: nn.Module, name: str) -> int | None:
     """The output dimension that torch's normalization was given or chose; None if there is none."""
     found = parametrization_of(module, name) or hook_of(module, name)
     return None if found is None else found.dim
+
+
+def foreign_options(module: nn.Module, name: str) -> Options[float]:
+    """The options that torch's normalization was given; none if there is none."""
+    found = parametrization_of(module, name) or hook_of(module, name)
+    return {} if found is None else {"n_power_iterations": found.n_power_iterations, "eps": found.eps}
 
 
 def undo_hook(module: nn.Module, name: str) -> None:

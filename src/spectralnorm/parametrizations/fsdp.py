@@ -14,11 +14,21 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spectralnorm.errors import UserError
 
-__all__ = ["inner_class", "is_between_uses", "is_wrapped", "move", "require_sharded", "sharded_of", "wrapped_as"]
+__all__ = [
+    "class_before_parametrizations",
+    "inner_class",
+    "is_between_uses",
+    "is_wrapped",
+    "move",
+    "require_sharded",
+    "sharded_of",
+    "wrapped_as",
+]
 
 _BOOKS = "torch.distributed._composable_state"
 _FULLY_SHARD = "torch.distributed.fsdp"
@@ -96,6 +106,12 @@ def is_wrapped(kind: type) -> bool:
 def inner_class(kind: type) -> type | None:
     """The class for which `fully_shard` made ``kind``; None if it did not make it."""
     return kind.__bases__[1] if is_wrapped(kind) and kind.__bases__[0].__name__ == "FSDPModule" else None
+
+
+def class_before_parametrizations(module: nn.Module) -> type[nn.Module]:
+    """As torch's `type_before_parametrizations`, also for a parametrized layer that was sharded since."""
+    inner = inner_class(type(module))
+    return parametrize.type_before_parametrizations(module) if inner is None else inner.__bases__[0]
 
 
 def wrapped_as(kind: type, inner: type) -> type:

@@ -9,6 +9,7 @@ look at the layer they are read from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectralnorm.parametrizations import fsdp, norm_alone, tensor_parallel
+from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["plain_class", "share_class"]
@@ -47,7 +48,10 @@ class _SharedClass(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         # Torch's own property, when something else of such a layer is parametrized: it is bound to one module.
-        super().__setattr__(name, _tensor_property(name) if isinstance(value, property) else value)
+        if isinstance(value, property):
+            is_table = issubclass(cls, (nn.Embedding, nn.EmbeddingBag))
+            value = _tensor_property(name, _read_table if is_table else _read)
+        super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
         # When one layer's parametrization is removed. The property stays for the others, and steps aside for this one.
@@ -61,7 +65,8 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
         # Under a metaclass of its own, the base's stays in force.
         metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
         methods: dict[str, Any] = {
-            "__module__": __name__,
+            # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
+            "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
             "_replicate_for_data_parallel": _replicate,
@@ -69,9 +74,13 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
             methods["__deepcopy__"] = _deepcopy
+        if issubclass(base, nn.RNNBase):
+            methods |= recurrent.METHODS
         shared = _shared[base] = metaclass(f"Parametrized{base.__name__}", (base,), methods)
     _add_properties(shared, names)
     module.__class__ = shared
+    if isinstance(module, nn.RNNBase) and hasattr(module, "_flat_weights_names"):  # not while it is being restored
+        recurrent.forget_flat_weights(module)
 
 
 def _add_properties(shared: type[nn.Module], names: list[str]) -> None:
@@ -80,31 +89,51 @@ def _add_properties(shared: type[nn.Module], names: list[str]) -> None:
             setattr(shared, name, property())
 
 
-def _tensor_property(name: str) -> property:
-    """Reading and assigning ``layer.<name>``.
+def _tensor_property(name: str, read: Callable[[Any, str], Any]) -> property:
+    """Reading, assigning and deleting ``layer.<name>``; an ordinary attribute of layers that do not parametrize it."""
+
+    def get(self: Any) -> Any:
+        return read(self, name)
+
+    def set_raw(self: Any, value: Any) -> None:
+        if name in self.parametrizations:
+            # A copy: torch would make the parameter share its memory with the tensor that was assigned.
+            self.parametrizations[name].right_inverse(value.detach().clone())
+        else:
+            self.__dict__[name] = value
+
+    def delete(self: Any) -> None:
+        if self.__dict__.pop(name, self) is self:
+            raise AttributeError(name)
+
+    return property(get, set_raw, delete)
+
+
+def _read(self: Any, name: str) -> Any:
+    """The tensor ``name``.
 
     Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
     a later use that needs its gradient. We keep values ourselves, so that cache is left out.
     """
-
-    def get(self: Any) -> Tensor:
-        parts = self._modules["parametrizations"]._modules.get(name)
-        if parts is not None:
-            return parts() if torch.compiler.is_compiling() else _read(parts)
-        # In this layer it is an ordinary parameter. What else it may be nn.Module.__getattr__ finds; torch.compile can
-        # follow this line, but not that way.
-        if name in self._parameters:
-            return self._parameters[name]
-        raise AttributeError(name)
-
-    def set_raw(self: Any, value: Tensor) -> None:
-        # A copy: torch would make the parameter share its memory with the tensor that was assigned.
-        self.parametrizations[name].right_inverse(value.detach().clone())
-
-    return property(get, set_raw)
+    parts = self._modules["parametrizations"]._modules.get(name)
+    if parts is not None:
+        return parts() if torch.compiler.is_compiling() else _computed(parts)
+    # In this layer it is an ordinary parameter. What else it may be nn.Module.__getattr__ finds; torch.compile can
+    # follow this line, but not that way.
+    if name in self._parameters:
+        return self._parameters[name]
+    if name in self.__dict__:  # DataParallel's replicas hold their parameters so
+        return self.__dict__[name]
+    raise AttributeError(name)
 
 
-def _read(parts: Any) -> Tensor:
+def _read_table(self: Any, name: str) -> Any:
+    """As `_read`; a copy where the layer scales rows to ``max_norm``, which it does by writing into what it reads."""
+    weight = _read(self, name)
+    return weight if self.max_norm is None or weight is None else weight.clone()
+
+
+def _computed(parts: Any) -> Tensor:
     """What calling the list of parametrizations gives, without the two module calls where nobody listens to them."""
     modules = parts._modules
     weight = parts._parameters.get("original")
@@ -143,12 +172,14 @@ def _baked(self: nn.Module) -> nn.Module:
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)
+    recurrent.restore_flat_weights(plain)
     return plain
 
 
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickled as the base class and the state; the shared class is made again where it is loaded."""
-    return _restored, (parametrize.type_before_parametrizations(self),), self.__dict__.copy(), None, None, _set_state
+    state = dict(self.__getstate__())  # type: ignore[call-overload]
+    return _restored, (parametrize.type_before_parametrizations(self),), state, None, None, _set_state
 
 
 def _restored(base: type[nn.Module]) -> nn.Module:

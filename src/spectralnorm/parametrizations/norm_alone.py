@@ -32,10 +32,12 @@ __all__ = [
     "NormAlone",
     "advance",
     "changing_parameter",
+    "divide_again",
     "refresh_for_replicas",
     "refuse_scale",
     "sigma_of",
     "use",
+    "write_vectors",
 ]
 
 
@@ -115,7 +117,7 @@ def use(normalization: SpectralNorm, weight: Tensor, parameter: Tensor) -> Tenso
         return _of_replica(normalization, weight)
     state = _current(normalization, weight, parameter)
     if torch.is_grad_enabled() and normalization.training and not state.is_in_buffers:
-        _write_buffers(normalization, state)
+        write_vectors(normalization, state)
     if is_distributed(weight):
         value = scaled_part(weight, state.sigma, state.pairs, normalization.views, normalization.quotient)
         state.hand_out(value)
@@ -144,7 +146,7 @@ def advance(normalization: SpectralNorm, weight: Tensor, parameter: Tensor) -> N
             entries = whole(weight)
             found = _followed(normalization, entries, state)
             state = normalization._norm_alone = _found(normalization, entries, found, state.moment, state.age + 1)
-    _write_buffers(normalization, state)
+    write_vectors(normalization, state)
 
 
 def refresh_for_replicas(normalization: SpectralNorm, weight: Tensor) -> None:
@@ -200,7 +202,15 @@ def _found(
     return NormAlone(moment, sigmas[0], pairs, divisor, active, tuple(triplets), age, verdict)
 
 
-def _write_buffers(normalization: SpectralNorm, state: NormAlone) -> None:
+def divide_again(normalization: SpectralNorm, state: NormAlone) -> None:
+    """Follow a change of what the weight is divided to."""
+    ((state.divisor, state.active),) = divisors_of([normalization], state.sigma.reshape(1), state.verdict)
+    if not state.was_written_to():
+        state.handed_out = None
+
+
+def write_vectors(normalization: SpectralNorm, state: NormAlone) -> None:
+    """Write u and v into the buffers; not those of a weight that has no norm."""
     state.is_in_buffers = True
     if state.verdict.is_bad(0):
         return

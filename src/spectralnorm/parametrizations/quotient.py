@@ -125,6 +125,8 @@ class Quotient:
 
     def gradient(self, grad: Tensor) -> Tensor:
         """dL/dW for G = ``grad``, both of the weight's shape."""
+        if grad.is_sparse:  # of an embedding; the share of sigma fills the gradient anyway
+            grad = grad.to_dense()
         if torch.is_grad_enabled():
             return self._differentiable_gradient(grad)
         if isinstance(self.divisor, float):
@@ -206,7 +208,12 @@ class NormalizedWeights(torch.autograd.Function):
         for index, (quotient, grad) in enumerate(zip(quotients, grads, strict=True)):
             if grad is None:
                 continue
-            if quotient.stack is not None and grad.is_contiguous() and not torch.is_grad_enabled():
+            if (
+                quotient.stack is not None
+                and not grad.is_sparse
+                and grad.is_contiguous()
+                and not torch.is_grad_enabled()
+            ):
                 stacks.setdefault(id(quotient.stack), []).append(index)
             else:
                 results[index] = quotient.gradient(grad)

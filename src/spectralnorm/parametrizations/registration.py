@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from spectralnorm.errors import UserError
-from spectralnorm.parametrizations import foreign, fsdp
+from spectralnorm.parametrizations import foreign, fsdp, recurrent
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 from spectralnorm.parametrizations.state_dict import accept_other_formats, forget_other_formats
 
-__all__ = ["is_normalized", "normalization_of", "register", "spectral_norm", "unregister"]
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def spectral_norm(
-    module: M,
-    name: str = "weight",
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    dim: int | None = None,
-    *,
-    norm: str = "matrix",
-    mode: str = "normalize",
-    coefficient: float = 1.0,
-    strict: bool = False,
-    update: str = "step",
-) -> M:
-    """Normalize one weight of a layer by its spectral norm, at every use.
-
-    The raw weight stays the same parameter object, under ``module.parametrizations[name].original``; an optimizer that
-    holds it stays valid. The arguments are those of `SpectralNorm`.
-
-    Returns:
-        The module.
-
-    Raises:
-        UserError: the weight is normalized already, or an argument cannot be.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> layer = spectral_norm(nn.Conv2d(3, 16, 3))
-    >>> round(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item(), 4)
-    1.0
-    """
-    if is_normalized(module, name):
-        raise UserError(
-            f"The weight {name!r} of this {type(module).__name__} is spectrally normalized already; "
-            "add_spectral_norm takes over what torch's functions have normalized."
-        )
-    normalization = SpectralNorm(
-        module,
-        name,
-        n_power_iterations,
-        eps,
-        dim,
-        norm=norm,
-        mode=mode,
-        coefficient=coefficient,
-        strict=strict,
-        update=update,
-    )
-    register(module, name, normalization)
-    return module
+__all__ = ["normalization_of", "register", "unregister"]
 
 
 def normalization_of(module: nn.Module, name: str = "weight") -> SpectralNorm | None:
@@ -77,12 +23,6 @@ def normalization_of(module: nn.Module, name: str = "weight") -> SpectralNorm | 
         return None
     found = (part for part in module.parametrizations[name] if isinstance(part, SpectralNorm))  # type: ignore[index]
     return next(found, None)
-
-
-def is_normalized(module: nn.Module, name: str = "weight") -> bool:
-    """Whether a weight is spectrally normalized, by this package or by one of torch's two functions."""
-    found = normalization_of(module, name) or foreign.parametrization_of(module, name) or foreign.hook_of(module, name)
-    return found is not None
 
 
 def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
@@ -126,3 +66,4 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     fsdp.move((parts, "original"), (module, name))
     if not parametrize.is_parametrized(module):
         forget_other_formats(module)
+    recurrent.restore_flat_weights(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from spectralnorm.linalg import (
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.options import Options
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
@@ -92,21 +93,22 @@ class SpectralNorm(nn.Module):
         update: str = "step",
     ) -> None:
         super().__init__()
-        if n_power_iterations < 1:
-            raise UserError(f"n_power_iterations must be at least 1, got {n_power_iterations}.")
-        if not eps > 0:
-            raise UserError(f"eps must be a positive number, got {eps}.")
-        _require_choice("norm", norm, NORMS)
-        _require_choice("mode", mode, MODES)
-        _require_choice("update", update, UPDATES)
-        if strict:
-            raise UserError("strict=True is not offered yet: the norm is an estimate, not a bound; leave strict out.")
+        self.check_options(
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+            norm=norm,
+            mode=mode,
+            coefficient=coefficient,
+            strict=strict,
+            update=update,
+        )
         weight = _weight_of(module, name)
         self.name = name
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.norm = norm
         self.mode = mode
+        self.strict = strict
         self.update = update
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
@@ -115,11 +117,13 @@ class SpectralNorm(nn.Module):
         self._handed: tuple[Tensor | None, int] = (None, 0)
         self.scale: nn.Parameter | None = None
         if mode == "learnable":
-            self.scale = nn.Parameter(torch.ones((), dtype=weight.real.dtype if weight.is_complex() else weight.dtype))
-            self.scale.data = self.scale.data.to(weight.device)
-        self.coefficient = coefficient
+            dtype = weight.real.dtype if weight.is_complex() else weight.dtype
+            self.scale = nn.Parameter(torch.full((), float(coefficient), dtype=dtype, device=weight.device))
+        self._coefficient = float(coefficient)
         self.views = _views(view_of(module, weight, dim), norm)
         self._is_vector = weight.ndim < 2
+        # Of an embedding's gradient; only the slower of two ways to hand a weight out lets it through.
+        self._may_be_sparse = getattr(module, "sparse", False)
         self._keeps = update == "step" and not self._is_vector
         self.train(module.training)
         if not self._is_vector:
@@ -150,21 +154,67 @@ class SpectralNorm(nn.Module):
 
     @coefficient.setter
     def coefficient(self, value: float) -> None:
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise UserError(f"coefficient must be a positive number, got {value!r}.")
-        if self.scale is not None:
+        self.set_options(coefficient=value)
+
+    @staticmethod
+    def check_options(**options: Unpack[Options[float]]) -> None:
+        """Raise a `UserError` if one of the ``options`` has a value that is not offered."""
+        if (iterations := options.get("n_power_iterations", 1)) < 1:
+            raise UserError(f"n_power_iterations must be at least 1, got {iterations}.")
+        if not (eps := options.get("eps", 1)) > 0:
+            raise UserError(f"eps must be a positive number, got {eps}.")
+        coefficient = options.get("coefficient", 1.0)
+        if not (isinstance(coefficient, (int, float)) and 0 < coefficient < math.inf):
+            raise UserError(f"coefficient must be a positive number, got {coefficient!r}.")
+        for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES)):
+            if option in options:
+                _require_choice(option, options[option], choices)
+        if options.get("strict"):
+            raise UserError("strict=True is not offered yet: the norm is an estimate, not a bound; leave strict out.")
+
+    def check_change(self, **changes: Unpack[Options[float]]) -> None:
+        """Raise a `UserError` if the options cannot be changed to these in place."""
+        self.check_options(**changes)
+        for option in ("norm", "strict"):
+            if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
+                raise UserError(
+                    f"{option} cannot be changed from {getattr(self, option)!r} to {wanted!r} in place; "
+                    "remove_spectral_norm first."
+                )
+        if "learnable" in (modes := {self.mode, changes.get("mode", self.mode)}) and len(modes) > 1:
+            raise UserError(
+                "mode cannot be changed to or from 'learnable' in place, because that adds or removes a parameter that "
+                "an optimizer would not know; remove_spectral_norm first."
+            )
+
+    def set_options(self, **changes: Unpack[Options[float]]) -> None:
+        """Change options; those that are not given stay.
+
+        The parameter and the buffers stay the same objects. The norm is found anew only if ``eps`` or ``update`` has
+        changed: for another ``coefficient`` or ``mode`` the weight is divided again by the norm that is known.
+
+        Raises:
+            UserError: a value is not offered, or an option cannot be changed in place.
+
+        >>> layer = nn.Linear(4, 4)
+        >>> normalization = SpectralNorm(layer)
+        >>> normalization.set_options(coefficient=2.0, mode="cap")
+        >>> normalization
+        SpectralNorm(n_power_iterations=1, mode=cap, coefficient=2)
+        """
+        self.check_change(**changes)
+        if changes.get("update", self.update) != self.update:
+            self._hand_over_vectors()
+        if changes.get("eps", self.eps) != self.eps:
+            self.invalidate()
+        for option, value in changes.items():
+            setattr(self, "_coefficient" if option == "coefficient" else option, value)
+        self._coefficient = float(self._coefficient)
+        if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
-                self.scale.fill_(float(value))
-            return
-        self._coefficient = float(value)
-        if self._norm_alone is not None:
-            self._norm_alone.handed_out = None
-        kept = self._kept
-        if kept is not None:  # the same norm, and the same vectors to go on from
-            weight = kept.moment.clock.weight
-            if kept.is_current(weight):
-                with torch.no_grad():
-                    engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
+                self.scale.fill_(self._coefficient)
+        self._keeps = self.update == "step" and not self._is_vector
+        self._divide_again()
 
     @property
     def divided_to(self) -> float:
@@ -248,7 +298,7 @@ class SpectralNorm(nn.Module):
         if output is None:
             output = engine.connect(self, kept, weight)
         # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
-        return output.view_as(output)
+        return torch.ops.aten.alias(output) if self._may_be_sparse else output.view_as(output)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -260,6 +310,23 @@ class SpectralNorm(nn.Module):
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
         self._norm_alone = None
+
+    def _hand_over_vectors(self) -> None:
+        """Leave in the buffers what another update rule goes on from."""
+        if self._kept is not None:
+            engine.write_buffers(self, self._current(self._kept.moment.clock.weight))
+        if self._norm_alone is not None:
+            norm_alone.write_vectors(self, self._norm_alone)
+        self.invalidate()
+
+    def _divide_again(self) -> None:
+        """Renew the kept value, not the norm that it rests on. One that is not current is left for the next use."""
+        if self._norm_alone is not None:
+            norm_alone.divide_again(self, self._norm_alone)
+        kept = self._kept
+        if kept is not None and kept.is_current(weight := kept.moment.clock.weight):
+            with plain_arithmetic(weight):
+                engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -503,6 +570,10 @@ def _weight_of(module: nn.Module, name: str) -> Tensor:
     if is_lazy(weight):
         raise UserError(
             f"The weight {name!r} of {type(module).__name__} has no shape yet; run one forward with real inputs first."
+        )
+    if weight.ndim == 0:
+        raise UserError(
+            f"{name!r} of {type(module).__name__} is a single number; only vectors and matrices have a norm."
         )
     return weight
 

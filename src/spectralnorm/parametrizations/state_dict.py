@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -60,9 +61,9 @@ def _translate_weight(
         return
     weight = state_dict[original]
     missing = [side for side in normalization._buffers if vectors + side not in state_dict]
-    if missing and isinstance(weight, Tensor) and not weight.is_meta:
+    if missing and isinstance(weight, Tensor) and not weight.is_meta and not is_lazy(weight):
         with torch.no_grad():
             cold = [vector for pair in normalization.cold_vectors(weight) for vector in pair]
-        state_dict |= {
-            vectors + side: vector for side, vector in zip(normalization._buffers, cold, strict=True) if side in missing
-        }
+        for side, vector in zip(normalization._buffers, cold, strict=True):
+            if side in missing:
+                state_dict[vectors + side] = vector

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import view_of
 from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
+from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
+from spectralnorm.parametrizations.options import Options, refuse_unknown
 from spectralnorm.parametrizations.registration import register, unregister
-from spectralnorm.transform.selection import Candidate, Pattern, select
-from spectralnorm.transform.upkeep import normalized_weights, raw_weight, weight_label
+from spectralnorm.transform.selection import Candidate, Pattern, names, select
+from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
 __all__ = ["add_spectral_norm", "remove_spectral_norm"]
 
@@ -23,71 +27,125 @@ def add_spectral_norm(
     *,
     include: Pattern | None = None,
     exclude: Pattern | None = None,
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    norm: str = "matrix",
-    mode: str = "normalize",
-    coefficient: float = 1.0,
-    strict: bool = False,
-    update: str = "step",
+    **options: Unpack[Options[float | Mapping[str, float]]],
 ) -> M:
     """Normalize every weight of a model that makes sense, in place.
 
-    Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, Embedding and their subclasses. Weights that are normalized already
-    stay as they are, those of torch's two functions are taken over. A weight that several layers share is normalized
-    once. Parameters stay the same objects, so optimizers made before stay valid. `summary` tells what was done.
+    The weights of Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, Embedding and EmbeddingBag, the in and out projections
+    of MultiheadAttention, every matrix of RNN, LSTM, GRU and their cells; of subclasses and lazy layers too. Any other
+    matrix where ``include`` names it. A weight that several layers share is normalized once. Parameters stay the same
+    objects, so optimizers made before stay valid. `summary` tells what was done.
+
+    What is normalized already stays, and only the options that are given change, in place. What torch's two functions
+    have normalized is taken over, with their options where none are given.
 
     Args:
         model: any module; a single layer too.
-        include: only these layers: a glob for their names, several, or ``predicate(name, layer)``.
+        include: only these: a glob or several, for names of layers (``"blocks.*"``) or of weights
+            (``"*.weight_hh_l*"``), or ``predicate(name, layer)``. A glob that ends with the very name of a tensor
+            (``"*.my_matrix"``) adds it, whatever the layer; a vector needs its whole name.
         exclude: not these; given as ``include``.
-        n_power_iterations: this and what follows are the options of `spectralnorm.SpectralNorm`.
-        eps: a norm up to here counts as zero.
-        norm: which norm.
-        mode: always, or only above ``coefficient``.
-        coefficient: the norm that is wanted.
-        strict: whether the bound is guaranteed.
-        update: when power iteration advances.
+        options: ``n_power_iterations``, ``eps``, ``norm``, ``mode``, ``coefficient``, ``strict`` and ``update`` as for
+            `spectralnorm.SpectralNorm`. ``coefficient`` may also map globs to values: a weight gets that of the first
+            glob that fits its layer's name or its own. Where none fits, a new normalization gets 1 and an existing one
+            keeps what it has.
 
     Returns:
         The model.
 
     Raises:
-        UserError: an option has a value that is not offered, ``include`` matches nothing, or layers share a weight that
-            they read as different matrices.
+        UserError: an option has a value that is not offered or cannot be changed in place, a glob of ``include`` or
+            ``coefficient`` matches nothing, or layers share a weight that they read as different matrices. Nothing has
+            been changed then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1))
-    >>> model = add_spectral_norm(model, exclude="3")
+    >>> model = add_spectral_norm(model, coefficient={"0": 2.0, "*": 1.0})
     >>> [type(layer).__name__ for layer in model]
-    ['ParametrizedConv2d', 'ReLU', 'Flatten', 'Linear']
+    ['ParametrizedConv2d', 'ReLU', 'Flatten', 'ParametrizedLinear']
+    >>> model = add_spectral_norm(model, include="0", mode="cap")  # changes the one that is there
+    >>> model[0].parametrizations.weight[0]
+    SpectralNorm(n_power_iterations=1, mode=cap, coefficient=2)
     """
+    refuse_unknown("add_spectral_norm", options)
     chosen = select(model, include, exclude)
+    by_weight = _existing(model)
+    wanted = _options_of_each(options, chosen)
     _refuse_disagreeing_views(chosen)
-    # One normalization per parameter: layers that share a weight share the value that is kept of it.
-    by_weight = {id(raw_weight(module, name)): found for _, module, name, found in normalized_weights(model)}
     for candidate in chosen:
-        module, name, weight = candidate.module, candidate.tensor_name, candidate.weight
-        if normalization_of(module, name) is not None:
-            continue
-        dim = foreign.foreign_dim(module, name)
-        if foreign.hook_of(module, name) is not None:
-            foreign.undo_hook(module, name)
-        normalization = by_weight.get(id(weight))
-        if normalization is None:
-            normalization = by_weight[id(weight)] = SpectralNorm(
-                module,
-                name,
-                n_power_iterations,
-                eps,
-                dim,
-                norm=norm,
-                mode=mode,
-                coefficient=coefficient,
-                strict=strict,
-                update=update,
-            )
-        register(module, name, normalization)
+        changes = wanted[id(candidate.weight)]
+        existing = by_weight.get(id(candidate.weight))
+        if isinstance(existing, SpectralNorm):
+            existing.check_change(**changes)
+        else:
+            SpectralNorm.check_options(**changes)
+
+    for candidate in chosen:
+        # One normalization per parameter: layers that share a weight share the value that is kept of it.
+        changes = wanted.pop(id(candidate.weight), {})
+        existing = by_weight.get(id(candidate.weight))
+        if isinstance(existing, SpectralNorm):
+            existing.set_options(**changes)
+        elif existing is not None:
+            existing.set_options(changes)
+        else:
+            existing = by_weight[id(candidate.weight)] = _made(candidate, changes)
+        _put_on(candidate, existing)
     return model
+
+
+def _existing(model: nn.Module) -> dict[int, SpectralNorm | PendingNorm]:
+    """The normalizations in the model, by the id of the parameter."""
+    found: dict[int, SpectralNorm | PendingNorm] = {
+        id(raw_weight(module, name)): normalization for _, module, name, normalization in normalized_weights(model)
+    }
+    for module in model.modules():
+        found |= {id(module._parameters[pending.name]): pending for pending in pending_of_module(module)}
+    return found
+
+
+def _options_of_each(
+    options: Options[float | Mapping[str, float]], chosen: list[Candidate]
+) -> dict[int, Options[float]]:
+    """The options that are given for each weight, by its id."""
+    shared: Any = dict(options)
+    coefficient = shared.pop("coefficient", {})
+    by_glob = coefficient if isinstance(coefficient, Mapping) else {"*": coefficient}
+    if isinstance(coefficient, Mapping):
+        for glob in by_glob:
+            if not any(names(glob, candidate) for candidate in chosen):
+                raise UserError(
+                    f"coefficient={{{glob!r}: ...}} matches none of the weights; those are: "
+                    f"{', '.join(candidate.label for candidate in chosen) or 'none'}."
+                )
+    found: dict[int, Options[float]] = {}
+    for candidate in chosen:
+        fitting = (value for glob, value in by_glob.items() if names(glob, candidate))
+        own: Any = {**shared, **dict(zip(("coefficient",), fitting, strict=False))}
+        if found.setdefault(id(candidate.weight), own) != own:
+            raise UserError(f"{candidate.label} shares its weight with a layer for which coefficient is another.")
+    return found
+
+
+def _made(candidate: Candidate, options: Options[float]) -> SpectralNorm | PendingNorm:
+    """A new normalization of a weight."""
+    module, name = candidate.module, candidate.tensor_name
+    if can_wait(module, name):
+        return PendingNorm(name, None, options)
+    dim = foreign.foreign_dim(module, name)
+    options = {**foreign.foreign_options(module, name), **options}
+    if foreign.hook_of(module, name) is not None:
+        foreign.undo_hook(module, name)
+    return SpectralNorm(module, name, dim=dim, **options)
+
+
+def _put_on(candidate: Candidate, normalization: SpectralNorm | PendingNorm) -> None:
+    module, name = candidate.module, candidate.tensor_name
+    if normalization_of(module, name) is not None or pending_of(module, name) is not None:
+        return
+    if isinstance(normalization, PendingNorm):
+        normalization.wait(module)
+    else:
+        register(module, name, normalization)
 
 
 def remove_spectral_norm(model: M) -> M:
@@ -105,6 +163,9 @@ def remove_spectral_norm(model: M) -> M:
     >>> torch.equal(remove_spectral_norm(model)(inputs), before)
     True
     """
+    for module in model.modules():
+        for pending in pending_of_module(module):
+            pending.cancel(module)
     baked: set[int] = set()
     for _, module, name, _ in list(normalized_weights(model)):
         weight = raw_weight(module, name)
@@ -116,14 +177,15 @@ def remove_spectral_norm(model: M) -> M:
 def _refuse_disagreeing_views(chosen: list[Candidate]) -> None:
     first_by_weight: dict[int, Candidate] = {}
     for candidate in chosen:
+        if is_lazy(candidate.weight):
+            continue
         first = first_by_weight.setdefault(id(candidate.weight), candidate)
         views = [
             view_of(each.module, each.weight, foreign.foreign_dim(each.module, each.tensor_name))
             for each in (first, candidate)
         ]
         if views[0] != views[1]:
-            names = [weight_label(each.path, each.tensor_name) for each in (first, candidate)]
             raise UserError(
-                f"{names[0]} and {names[1]} share a weight but read it as different matrices, so no one norm is right "
-                "for both; exclude one of them."
+                f"{first.label} and {candidate.label} share a weight but read it as different matrices, so no one norm "
+                "is right for both; exclude one of them."
             )

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.parametrizations import foreign, normalization_of
+from spectralnorm.parametrizations import foreign, is_normalized, normalization_of
 from spectralnorm.parametrizations.layer_class import plain_class
+from spectralnorm.parametrizations.lazy import can_wait
+from spectralnorm.transform.upkeep import weight_label
 
-__all__ = ["Candidate", "Pattern", "candidates", "select"]
+__all__ = ["Candidate", "Pattern", "candidates", "names", "select"]
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -31,18 +35,22 @@ _LAYERS = (
     nn.Embedding,
     nn.EmbeddingBag,
 )
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+# The output projection is a Linear of its own. Of the others a layer has either the first or the rest.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One weight of a model.
+    """One parameter of a model.
 
     Attributes:
         path: the layer's name in the model.
         module: the layer.
-        tensor_name: the weight's name in it.
+        tensor_name: the parameter's name in it.
         weight: the raw parameter.
-        obstacle: why it is not normalized by default; None if it is.
+        obstacle: why it cannot be normalized; None if it can.
+        reason: why it is not unless it is named; None if it is.
     """
 
     path: str
@@ -50,57 +58,135 @@ class Candidate:
     tensor_name: str
     weight: Tensor
     obstacle: str | None
+    reason: str | None
+
+    @property
+    def label(self) -> str:
+        """How it is called in tables."""
+        return weight_label(self.path, self.tensor_name)
+
+    @property
+    def full_name(self) -> str:
+        """Its name among the parameters of the model before anything was normalized."""
+        return f"{self.path}.{self.tensor_name}".removeprefix(".")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is added and not multiplied with, going by its name."""
+        return self.tensor_name.startswith("bias") or self.tensor_name.endswith("_bias")
 
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Every weight of ``model`` in order; biases are left out."""
+    """Every parameter of ``model`` in order."""
     for path, module in model.named_modules():
-        if isinstance(module, (parametrize.ParametrizationList, nn.ParameterList, nn.ParameterDict)):
+        if isinstance(module, parametrize.ParametrizationList):
             continue
         for tensor_name, weight in _raw_weights(module):
-            yield Candidate(path, module, tensor_name, weight, _obstacle(module, tensor_name, weight))
+            obstacle = _obstacle(module, tensor_name, weight)
+            yield Candidate(path, module, tensor_name, weight, obstacle, _reason(module, tensor_name, weight))
+
+
+def names(glob: str, candidate: Candidate) -> bool:
+    """Whether a glob fits the layer's name or the weight's own."""
+    return fnmatchcase(candidate.path, glob) or fnmatchcase(candidate.full_name, glob)
+
+
+def _asks_for(glob: str, candidate: Candidate) -> bool:
+    """Whether a glob wants this weight normalized.
+
+    What is normalized by default it only has to fit. Any other weight is asked for only by a glob that ends with the
+    tensor's very name, and a vector only by its whole name, so that ``blocks.*`` or ``*.weight`` does not take the
+    scales of LayerNorm along.
+    """
+    if candidate.reason is None:
+        return names(glob, candidate)
+    if _is_vector(candidate.weight):
+        return glob == candidate.full_name
+    layer_glob, _, tensor_name = glob.rpartition(".")
+    return tensor_name == candidate.tensor_name and fnmatchcase(candidate.path, layer_glob)
 
 
 def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -> list[Candidate]:
     """The weights to normalize.
 
     Raises:
-        UserError: ``include`` matches none of those that can be.
+        UserError: ``include`` matches nothing that can be normalized; of several globs each has to.
     """
-    possible = [candidate for candidate in candidates(model) if candidate.obstacle is None]
-    chosen = possible
-    if include is not None:
-        is_included = _predicate(include)
-        chosen = [candidate for candidate in chosen if is_included(candidate.path, candidate.module)]
+    everything = list(candidates(model))
+    chosen = [candidate for candidate in everything if candidate.obstacle is None]
+    if include is None:
+        chosen = [candidate for candidate in chosen if candidate.reason is None]
+    elif callable(include):
+        chosen = [each for each in chosen if each.reason is None and include(each.path, each.module)]
         if not chosen:
-            names = ", ".join(candidate.path or "(the model itself)" for candidate in possible) or "none"
-            raise UserError(f"include matches no layer that can be normalized; those are: {names}.")
-    if exclude is not None:
-        is_excluded = _predicate(exclude)
-        chosen = [candidate for candidate in chosen if not is_excluded(candidate.path, candidate.module)]
-    return chosen
+            raise UserError(_nothing_matches(None, everything))
+    else:
+        possible, globs = chosen, _globs(include)
+        chosen = [candidate for candidate in possible if any(_asks_for(glob, candidate) for glob in globs)]
+        for glob in globs:
+            if not any(_asks_for(glob, candidate) for candidate in possible):
+                raise UserError(_nothing_matches(glob, everything))
+    if callable(exclude):
+        return [candidate for candidate in chosen if not exclude(candidate.path, candidate.module)]
+    globs = _globs(exclude or ())
+    return [candidate for candidate in chosen if not any(names(glob, candidate) for glob in globs)]
+
+
+def _globs(pattern: str | Iterable[str]) -> list[str]:
+    return [pattern] if isinstance(pattern, str) else list(pattern)
+
+
+def _nothing_matches(glob: str | None, everything: list[Candidate]) -> str:
+    for candidate in everything:
+        if glob is not None and candidate.obstacle is not None and _asks_for(glob, candidate):
+            return f"include matches only what cannot be normalized: {candidate.label} {candidate.obstacle}."
+    known = [each.label for each in everything if each.obstacle is None and each.reason is None]
+    others = [each.full_name for each in everything if each.obstacle is None and each.reason and not each.is_bias]
+    which = "include" if glob is None else f"include={glob!r}"
+    message = f"{which} matches no layer that can be normalized; those are: {', '.join(known) or 'none'}"
+    return message + (f"; by their full names also: {', '.join(others)}." if others else ".")
 
 
 def _raw_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     under_hooks = foreign.names_under_hooks(module)
     for name, parameter in module._parameters.items():
         name = name.removesuffix("_orig") if name.removesuffix("_orig") in under_hooks else name
-        if parameter is not None and not name.startswith("bias"):
+        if parameter is not None:
             yield name, parameter
     if parametrize.is_parametrized(module):
-        for name, parts in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            original = getattr(parts, "original", None)
-            if isinstance(original, Tensor) and not name.startswith("bias"):
-                yield name, original
+        lists: Any = module.parametrizations
+        for name, parts in lists.items():
+            if isinstance(getattr(parts, "original", None), Tensor):
+                yield name, parts.original
+            else:  # made of several tensors
+                with torch.no_grad():
+                    yield name, getattr(module, name)
+    if hasattr(module, "_packed_params") and callable(getattr(module, "weight", None)):
+        yield "weight", module.weight()  # type: ignore[operator]  # a quantized layer
+
+
+def _reason(module: nn.Module, name: str, weight: Tensor) -> str | None:
+    is_known = (
+        (isinstance(module, _LAYERS) and name == "weight")
+        or (isinstance(module, _RECURRENT) and name.startswith("weight_"))
+        or (isinstance(module, nn.MultiheadAttention) and name in _PROJECTIONS)
+    )
+    if is_known or is_normalized(module, name):
+        return None
+    if _is_vector(weight):
+        return "a vector, not a matrix"
+    return f"not a known weight of {_kind(module)}; include can name it"
 
 
 def _obstacle(module: nn.Module, name: str, weight: Tensor) -> str | None:
-    if not isinstance(module, _LAYERS) or name != "weight":
-        return f"{_kind(module)}.{name} is not among the weights that are normalized"
     if is_lazy(weight):
-        return "has no shape yet: run one forward first"
+        return None if can_wait(module, name) else "has no shape yet: run one forward first"
     if not (weight.is_floating_point() or weight.is_complex()):
         return f"holds {weight.dtype}, not real or complex numbers"
+    if weight.ndim == 0:
+        return "is a single number"
+    if weight.numel() == 0:
+        return "is empty"
     is_ours = normalization_of(module, name) is not None
     is_torchs = foreign.parametrization_of(module, name) is not None
     if parametrize.is_parametrized(module, name) and not is_ours and not is_torchs:
@@ -109,12 +195,9 @@ def _obstacle(module: nn.Module, name: str, weight: Tensor) -> str | None:
     return None
 
 
+def _is_vector(weight: Tensor) -> bool:
+    return not is_lazy(weight) and weight.ndim < 2
+
+
 def _kind(module: nn.Module) -> str:
     return plain_class(module).__name__
-
-
-def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
-    if callable(pattern):
-        return pattern
-    globs = [pattern] if isinstance(pattern, str) else list(pattern)
-    return lambda path, module: any(fnmatchcase(path, glob) for glob in globs)

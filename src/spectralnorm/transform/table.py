@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 from spectralnorm.linalg import compute_dtype, refine, seeded_direction
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
 from spectralnorm.parametrizations.layer_class import plain_class
+from spectralnorm.parametrizations.lazy import pending_of
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.transform.selection import candidates
-from spectralnorm.transform.upkeep import weight_label
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -72,28 +72,41 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Every weight of a model: its shape, the norm it has, the norm its layer uses, or why it was skipped.
 
+    Biases are left out unless they are normalized.
+
     >>> from spectralnorm import add_spectral_norm
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> _ = layer.weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
     >>> print(summary(add_spectral_norm(nn.Sequential(layer, nn.LayerNorm(2)))))
     layer  type       shape  sigma   norm
     0      Linear     2x2    3.000  1.000  normalize to 1
-    1      LayerNorm  2                    LayerNorm.weight is not among the weights that are normalized
+    1      LayerNorm  2                    a vector, not a matrix
     1 of 2 weights normalized
     """
     rows = []
-    for candidate in candidates(model):
+    found = list(candidates(model))  # held together, so that no two weights can have the same id
+    first_by_weight: dict[int, str] = {}
+    for candidate in found:
         module, name, weight = candidate.module, candidate.tensor_name, candidate.weight
         normalization = normalization_of(module, name)
+        pending = pending_of(module, name)
+        if candidate.is_bias and normalization is None and pending is None:
+            continue
         sigma = norm = None
-        note = candidate.obstacle or "not normalized"
+        note = candidate.obstacle or candidate.reason or "not normalized"
+        if pending is not None:
+            options = pending.options
+            note = f"{options.get('mode', 'normalize')} to {options.get('coefficient', 1):g} once it has a shape"
         if normalization is not None:
             sigma = float(normalization.sigma(weight))
             norm = _norm(getattr(module, name), normalization)
             note = f"{normalization.mode} to {normalization.coefficient:g}"
+        first = first_by_weight.setdefault(id(weight), candidate.label)
+        if first != candidate.label:
+            note += f", shared with {first}"
         kind = plain_class(module).__name__
         shape = () if is_lazy(weight) else tuple(weight.shape)
-        rows.append(Row(weight_label(candidate.path, name), kind, shape, sigma, norm, note))
+        rows.append(Row(candidate.label, kind, shape, sigma, norm, note))
     return Summary(tuple(rows))
 
 

@@ -1,0 +1,111 @@
+"""Lazy layers: a normalization that waits until the layer's first forward has given its weight a shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from spectralnorm.parametrizations.options import Options
+from spectralnorm.parametrizations.registration import register
+from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+
+__all__ = ["PendingNorm", "can_wait", "pending_of", "pending_of_module"]
+
+
+class PendingNorm:
+    """A normalization to come, as a hook of its layer.
+
+    Torch's own hook, registered at the layer's construction and so called before this one, gives the parameters of a
+    lazy layer their shapes at the first forward. The same forward already uses the normalized weight.
+
+    Layers that share a weight share this object too, and then the normalization.
+
+    Attributes:
+        name: the weight's name in the layer.
+        dim: its output dimension, as for `SpectralNorm`.
+        options: the others of `SpectralNorm`'s arguments.
+    """
+
+    def __init__(self, name: str, dim: int | None, options: Options[float]) -> None:
+        self.name = name
+        self.dim = dim
+        self.options: Options[float] = {}
+        self.set_options(options)
+        self._loaded: dict[str, Tensor] = {}
+        self._normalization: SpectralNorm | None = None
+
+    def set_options(self, changes: Options[float]) -> None:
+        """Change options; those that are not given stay."""
+        SpectralNorm.check_options(**changes)
+        self.options = {**self.options, **changes}
+
+    def wait(self, module: nn.Module) -> None:
+        """Normalize the weight of ``module`` as soon as it has a shape."""
+        module.register_forward_pre_hook(self)
+        if not _load_hooks(module):
+            module._register_load_state_dict_pre_hook(_load, with_module=True)
+
+    def cancel(self, module: nn.Module) -> None:
+        """Undo `wait`."""
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is self:
+                del module._forward_pre_hooks[key]
+        if not pending_of_module(module):
+            for key in _load_hooks(module):
+                del module._load_state_dict_pre_hooks[key]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        parameter: Any = module._parameters[self.name]
+        if is_lazy(parameter):  # the first forward failed, and torch has told why
+            return
+        self.cancel(module)
+        if self._normalization is None:
+            self._normalization = SpectralNorm(module, self.name, dim=self.dim, **self.options)
+            self._normalization.load_state_dict(self._loaded, strict=False)
+        register(module, self.name, self._normalization)
+
+    def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Let the layer load the state of one that is normalized already; what belongs to the norm is put by."""
+        own = f"{prefix}parametrizations.{self.name}."
+        vectors = own + "0."
+        weight = state_dict.pop(own + "original", None)
+        if weight is None:  # plain; or of torch's older hook, whose vectors are found anew
+            weight = state_dict.pop(f"{prefix}{self.name}_orig", None)
+            for side in ("_u", "_v"):
+                state_dict.pop(f"{prefix}{self.name}{side}", None)
+        for key in [key for key in state_dict if key.startswith(vectors)]:
+            self._loaded[key.removeprefix(vectors)] = state_dict.pop(key)
+        if weight is None:
+            return
+        parameter: Any = module._parameters[self.name]
+        if is_lazy(parameter):
+            parameter.materialize(weight.shape)
+        state_dict[prefix + self.name] = weight
+
+
+def can_wait(module: nn.Module, name: str) -> bool:
+    """Whether a parameter has no shape yet and will get it before the layer's first forward begins."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and is_lazy(parameter) and isinstance(module, LazyModuleMixin)
+
+
+def pending_of(module: nn.Module, name: str = "weight") -> PendingNorm | None:
+    """The normalization that waits for a weight; None if there is none."""
+    return next((pending for pending in pending_of_module(module) if pending.name == name), None)
+
+
+def pending_of_module(module: nn.Module) -> list[PendingNorm]:
+    """The normalizations that wait for weights of one layer."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PendingNorm)]
+
+
+def _load_hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._load_state_dict_pre_hooks.items() if getattr(hook, "hook", None) is _load]
+
+
+def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for pending in pending_of_module(module):
+        pending.load(module, state_dict, prefix)
