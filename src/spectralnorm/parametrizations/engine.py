@@ -31,7 +31,17 @@ from spectralnorm.parametrizations.quotient import (
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["Member", "connect", "keep_triplets", "refresh_together", "stepped_together", "write_buffers"]
+__all__ = [
+    "Member",
+    "connect",
+    "divisors_of",
+    "keep_triplets",
+    "probe_at",
+    "refresh_together",
+    "stepped_together",
+    "wholes",
+    "write_buffers",
+]
 
 # Matrices up to this many entries are copied into one batch if their shapes are equal, and share one node of the graph:
 # below it the calls cost more than the work. Larger ones stay where they are and have nodes of their own, so that each
@@ -85,9 +95,9 @@ def refresh_together(members: Sequence[Member]) -> None:
     for batch, of_batch in zip(batches, found, strict=True):
         for place, triplet in zip(batch.places, _taken_apart(batch, of_batch), strict=True):
             triplets[place].append(triplet)
-    sigmas, pairs = _wholes(members, triplets)
+    sigmas, pairs = wholes(members, triplets)
     verdict = Verdict(sigmas, first.eps)
-    divisors = _divisors([member.normalization for member in members], sigmas, verdict)
+    divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
     for batch, of_batch in zip(batches, found, strict=True):
         if batch.is_stack and all(active is True for _, active in (divisors[place] for place in batch.places)):
@@ -126,9 +136,9 @@ def keep_triplets(normalization: SpectralNorm, weight: Tensor, triplets: Sequenc
             `MatrixView.memory_matrix`, sigma of (blocks,).
         age: refreshes since the frames were computed anew.
     """
-    sigmas, pairs = _wholes([(normalization, weight)], [triplets])
+    sigmas, pairs = wholes([(normalization, weight)], [triplets])
     verdict = Verdict(sigmas, normalization.eps)
-    (divisor,) = _divisors([normalization], sigmas, verdict)
+    (divisor,) = divisors_of([normalization], sigmas, verdict)
     quotient = _quotient(normalization, weight, triplets, sigmas[0], pairs[0], divisor, None)
     normalization.keep(
         Kept(
@@ -149,7 +159,7 @@ _Divisor = tuple["float | Tensor", "bool | Tensor"]
 _Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 
-def _wholes(
+def wholes(
     members: Sequence[tuple[Any, ...]], triplets: Sequence[Sequence[TrackedTriplet]]
 ) -> tuple[Tensor, list[_Pairs]]:
     """The norms of weights, one tensor for all, and the whole vectors of their views."""
@@ -164,7 +174,8 @@ def _wholes(
     return sigmas[0].reshape(1) if len(sigmas) == 1 else torch.stack(sigmas), pairs
 
 
-def _divisors(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[_Divisor]:
+def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[_Divisor]:
+    """What each weight is divided by, and whether that depends on its norm."""
     if verdict.is_immediate and verdict.sigmas is not None:
         return [
             host_divisor_of(sigma, each.divided_to, cap=each.mode == "cap", eps=each.eps)
@@ -329,7 +340,7 @@ def _batch(group: list[tuple[int, Tensor, Frame]], age: int, is_plain: bool) -> 
         matrices = torch.cat([each for _, each, _ in group])
         frame = Frame(torch.cat([each.rows for _, _, each in group]), frame.is_left)
     places = [place for place, *_ in group]
-    return _Batch(matrices, frame, _probe(frame, age), places, blocks, is_plain and len(group) > 1)
+    return _Batch(matrices, frame, probe_at(frame, age), places, blocks, is_plain and len(group) > 1)
 
 
 def _taken_apart(batch: _Batch, found: TrackedTriplet) -> list[TrackedTriplet]:
@@ -344,7 +355,7 @@ def _taken_apart(batch: _Batch, found: TrackedTriplet) -> list[TrackedTriplet]:
 _probes: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
 
-def _probe(frame: Frame, age: int) -> Tensor:
+def probe_at(frame: Frame, age: int) -> Tensor:
     """What a frame is stirred with at its age: rolled, it is another direction each time, without random numbers."""
     rows = frame.rows
     key = (rows.shape[-2], rows.shape[-1], rows.dtype, rows.device)

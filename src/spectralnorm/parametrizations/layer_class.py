@@ -19,16 +19,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectralnorm.parametrizations import recurrent
+from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
+from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["share_class"]
+__all__ = ["plain_class", "share_class"]
 
 _shared: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
 
 def share_class(module: nn.Module) -> None:
     """Move a parametrized module from the class that torch made for it to the one for all of its kind."""
-    _adopt(module, parametrize.type_before_parametrizations(module), list(module.parametrizations))  # type: ignore
+    names: list[str] = list(module.parametrizations)  # type: ignore[arg-type]
+    shared = fsdp.inner_class(type(module))
+    if shared is not None:  # normalized before it was sharded, and once more since
+        return _add_properties(shared, names)
+    _adopt(module, parametrize.type_before_parametrizations(module), names)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the user wrote, without what parametrizations and `fully_shard` put before it."""
+    kind = type(module)
+    if parametrize.is_parametrized(module) and not isinstance(kind, _SharedClass):
+        kind = parametrize.type_before_parametrizations(module)
+    return next(each for each in kind.__mro__ if not isinstance(each, _SharedClass) and not fsdp.is_wrapped(each))
 
 
 class _SharedClass(type):
@@ -57,18 +70,24 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
+            "_replicate_for_data_parallel": _replicate,
+            "_distribute_module_applied": tensor_parallel.distribute_module_applied,
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
             methods["__deepcopy__"] = _deepcopy
         if issubclass(base, nn.RNNBase):
             methods |= recurrent.METHODS
         shared = _shared[base] = metaclass(f"Parametrized{base.__name__}", (base,), methods)
-    for name in names:
-        if not isinstance(shared.__dict__.get(name), property):
-            setattr(shared, name, property())
+    _add_properties(shared, names)
     module.__class__ = shared
     if isinstance(module, nn.RNNBase) and hasattr(module, "_flat_weights_names"):  # not while it is being restored
         recurrent.forget_flat_weights(module)
+
+
+def _add_properties(shared: type[nn.Module], names: list[str]) -> None:
+    for name in names:
+        if not isinstance(shared.__dict__.get(name), property):
+            setattr(shared, name, property())
 
 
 def _tensor_property(name: str, read: Callable[[Any, str], Any]) -> property:
@@ -142,6 +161,15 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(self)] = replica
     replica.__dict__.update(deepcopy(self.__dict__, memo))
     return replica
+
+
+def _replicate(self: Any) -> nn.Module:
+    """A copy for one forward in DataParallel; what it needs is brought up to date here, once for all copies."""
+    for parts in self.parametrizations.values():
+        for part in parts:
+            if isinstance(part, SpectralNorm):
+                norm_alone.refresh_for_replicas(part, parts.original)
+    return nn.Module._replicate_for_data_parallel(self)
 
 
 def _baked(self: nn.Module) -> nn.Module:

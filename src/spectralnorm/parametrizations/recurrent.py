@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spectralnorm.parametrizations.fsdp import class_before_parametrizations
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["METHODS", "forget_flat_weights", "restore_flat_weights"]
@@ -40,7 +41,7 @@ def restore_flat_weights(module: nn.Module) -> None:
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        return parametrize.type_before_parametrizations(self).forward(self, *args, **kwargs)
+        return class_before_parametrizations(self).forward(self, *args, **kwargs)
     finally:
         forget_flat_weights(self)
 

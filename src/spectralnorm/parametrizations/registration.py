@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from spectralnorm.parametrizations import foreign, recurrent
+from spectralnorm.parametrizations import foreign, fsdp, recurrent
 from spectralnorm.parametrizations.layer_class import share_class
+from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 from spectralnorm.parametrizations.state_dict import accept_other_formats, forget_other_formats
 
@@ -28,7 +30,9 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
     if foreign.hook_of(module, name) is not None:
         foreign.undo_hook(module, name)
     if foreign.parametrization_of(module, name) is None:
+        fsdp.require_sharded(module, name)
         parametrize.register_parametrization(module, name, normalization)
+        fsdp.move((module, name), (module.parametrizations[name], "original"))  # type: ignore[index]
     else:
         parts: Any = module.parametrizations[name]  # type: ignore[index]
         index = next(i for i, part in enumerate(parts) if part is foreign.parametrization_of(module, name))
@@ -46,7 +50,20 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
         name: its weight.
         bake: write the normalized weight into the parameter; else it keeps the raw one.
     """
+    parts: Any = module.parametrizations[name]  # type: ignore[index]
+    fsdp.require_sharded(parts, "original")
+    if bake and is_distributed(parts.original):
+        with torch.no_grad():
+            parts.original.copy_(getattr(module, name))
+        bake = False
+    kind = type(module)
+    inner = fsdp.inner_class(kind)
+    if inner is not None:  # torch takes the first base for the class before parametrizations
+        module.__class__ = inner
     parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
+    if inner is not None:
+        module.__class__ = kind if type(module) is inner else fsdp.wrapped_as(kind, type(module))
+    fsdp.move((parts, "original"), (module, name))
     if not parametrize.is_parametrized(module):
         forget_other_formats(module)
     recurrent.restore_flat_weights(module)

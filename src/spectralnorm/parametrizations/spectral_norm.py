@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Unpack
 
@@ -24,10 +23,12 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
-from spectralnorm.parametrizations import engine
+from spectralnorm.parametrizations import engine, norm_alone
+from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.options import Options
 from spectralnorm.parametrizations.quotient import divided, divisor_of
+from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -110,6 +111,8 @@ class SpectralNorm(nn.Module):
         self.strict = strict
         self.update = update
         self._kept: Kept | None = None
+        self._norm_alone: norm_alone.NormAlone | None = None
+        self.keeps_value_when_sharded = False
         # The last weight that was handed out scaled, and its version, by which a user's write into it is noticed.
         self._handed: tuple[Tensor | None, int] = (None, 0)
         self.scale: nn.Parameter | None = None
@@ -137,7 +140,7 @@ class SpectralNorm(nn.Module):
                 self._write(*self._current(weight).quotient.pairs)
                 self._kept.is_in_buffers = True  # type: ignore[union-attr]
             else:
-                self._write(*self.cold_vectors(weight.detach()))
+                self._write(*self.cold_vectors(whole(weight)))
 
     @property
     def view(self) -> MatrixView:
@@ -242,7 +245,10 @@ class SpectralNorm(nn.Module):
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
             return self._current(weight).sigma
-        return self._rayleigh(weight, self._pairs())
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.sigma_of(self, weight, parameter)
+        return self._rayleigh(whole(weight), self.pairs())
 
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
@@ -277,6 +283,7 @@ class SpectralNorm(nn.Module):
         """The normalized ``weight``, of its shape and type."""
         if self.scale is None:
             return self._divided(weight)
+        norm_alone.refuse_scale(weight)
         handed, version = self._handed
         if handed is not None and handed._version != version and self._can_keep(weight):
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
@@ -287,7 +294,7 @@ class SpectralNorm(nn.Module):
 
     def _divided(self, weight: Tensor) -> Tensor:
         if self._is_vector:
-            return self._quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
+            return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
             return self._unkept(weight)
         kept = self._kept
@@ -317,41 +324,49 @@ class SpectralNorm(nn.Module):
     def invalidate(self) -> None:
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
+        self._norm_alone = None
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""
         if self._kept is not None:
             engine.write_buffers(self, self._current(self._kept.moment.clock.weight))
-            self.invalidate()
+        if self._norm_alone is not None:
+            norm_alone.write_vectors(self, self._norm_alone)
+        self.invalidate()
 
     def _divide_again(self) -> None:
         """Renew the kept value, not the norm that it rests on. One that is not current is left for the next use."""
+        if self._norm_alone is not None:
+            norm_alone.divide_again(self, self._norm_alone)
         kept = self._kept
         if kept is not None and kept.is_current(weight := kept.moment.clock.weight):
-            with _plain_arithmetic(weight):
+            with plain_arithmetic(weight):
                 engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
 
         Not: any other tensor in its place (`functional_call`, DataParallel's replicas, another parametrization below
-        this one), wrappers such as DTensor, and whatever is being traced, captured or transformed.
+        this one), wrappers such as DTensor, what FSDP2 puts there for one forward, and whatever is being traced,
+        captured or transformed.
         """
         return (
             self._keeps
-            and not torch.compiler.is_compiling()
             and type(weight) is nn.Parameter
-            and not torch._C._are_functorch_transforms_active()
-            and torch._C._get_tracing_state() is None
-            and not weight.is_meta
-            and not weight.is_inference()
+            and is_eager(weight)
             and weight.numel() > 0
-            and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+            and norm_alone.changing_parameter(self, weight) is None
         )
+
+    def _changing_parameter(self, weight: Tensor) -> Tensor | None:
+        """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
+        if not self._keeps or not is_eager(weight) or weight.numel() == 0:
+            return None
+        return norm_alone.changing_parameter(self, weight)
 
     def _current(self, weight: Tensor) -> Kept:
         """The kept value, renewed if the weight has changed."""
-        with _plain_arithmetic(weight):
+        with plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
                 weight.copy_(kept.value)
@@ -362,13 +377,14 @@ class SpectralNorm(nn.Module):
             if kept is not None and self.kept_to_follow(clock) is kept:
                 engine.refresh_together(engine.stepped_together(self, weight, kept))
             else:
-                refined = [self._refined(view, weight.detach()) for view in self.views]
-                engine.keep_triplets(self, weight, refined, age=0)
+                found = [self.refined(view, weight.detach()) for view in self.views]
+                engine.keep_triplets(self, weight, found, age=0)
         assert self._kept is not None
         return self._kept
 
-    def _refined(self, view: MatrixView, weight: Tensor) -> TrackedTriplet:
+    def refined(self, view: MatrixView, weight: Tensor) -> TrackedTriplet:
         """To full accuracy, from the weight alone."""
+        self.require_all_of(weight)
         blocks = view.memory_blocks(weight)
         blocks = blocks.to(compute_dtype(blocks.dtype))
         start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
@@ -379,7 +395,7 @@ class SpectralNorm(nn.Module):
         """What belongs into each buffer for a ``weight`` of which nothing is known, in its type; to full accuracy."""
         vectors = {}
         for view, names in zip(self.views, _BUFFERS, strict=False):
-            found = self._refined(view, weight)
+            found = self.refined(view, weight)
             whole = view.whole_vectors(found.u, found.v, found.sigma, weight)[:2]
             vectors |= {name: vector.to(weight.dtype) for name, vector in zip(names, whole, strict=True)}
         return vectors
@@ -418,25 +434,36 @@ class SpectralNorm(nn.Module):
 
     def buffers_of_views(self) -> list[Tensor]:
         """The buffers u and v, view by view."""
-        return [buffer for pair in self._pairs() for buffer in pair]
+        return [buffer for pair in self.pairs() for buffer in pair]
 
     # Not keeping: free of branches on values, in torch's ordinary operations
 
     def _unkept(self, weight: Tensor) -> Tensor:
-        pairs = self._pairs()
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.use(self, weight, parameter)
+        self.require_all_of(weight)
+        full = whole(weight) if is_distributed(weight) else weight
+        pairs = self.pairs()
         if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
             with torch.no_grad():
-                pairs = self._iterated(weight.detach(), pairs, self.n_power_iterations)
+                pairs = self._iterated(full.detach(), pairs, self.n_power_iterations)
                 if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
                     self._write(*pairs)
         else:
             # The graph must not see a later write to the buffers.
             pairs = [(u.clone(), v.clone()) for u, v in pairs]
-        return self._quotient(weight, self._rayleigh(weight, pairs))
+        sigma = self._rayleigh(full, pairs)
+        if is_distributed(weight):
+            return scaled_part(weight, sigma, pairs, self.views, self.quotient)
+        return self.quotient(weight, sigma)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
-        return [(getattr(self, u), getattr(self, v)) for (u, v), _ in zip(_BUFFERS, self.views, strict=False)]
+        return [
+            (local_part(getattr(self, u)), local_part(getattr(self, v)))
+            for (u, v), _ in zip(_BUFFERS, self.views, strict=False)
+        ]
 
     def cold_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Whole vectors u and v of each view for a weight that nothing is known about, in its type."""
@@ -490,23 +517,40 @@ class SpectralNorm(nn.Module):
         """Power iteration now, whatever the update rule: `spectralnorm.update_` calls it."""
         if self._is_vector:
             return
+        parameter = self._changing_parameter(weight)
+        if parameter is not None:
+            return norm_alone.advance(self, weight, parameter)
         if not self._can_keep(weight) or weight.is_complex():
-            return self._write(*self._iterated(weight.detach(), self._pairs(), self.n_power_iterations))
+            return self._write(*self._iterated(whole(weight), self.pairs(), self.n_power_iterations))
         kept = self._current(weight)
-        with _plain_arithmetic(weight):
+        with plain_arithmetic(weight):
             engine.refresh_together([engine.Member(self, weight, kept)])
         engine.write_buffers(self, self._kept)  # type: ignore[arg-type]
 
     # Shared
 
-    def _quotient(self, weight: Tensor, sigma: Tensor) -> Tensor:
+    def require_all_of(self, weight: Tensor) -> None:
+        """Refuse what is left of a weight while its entries are elsewhere."""
+        if not is_eager(weight):
+            return
+        expected = self._u.numel() * self._v.numel()
+        is_freed = not is_distributed(weight) and weight.untyped_storage().nbytes() == 0 < expected
+        if weight.numel() != expected or is_freed:
+            raise UserError(
+                f"The weight {self.name!r} should have {expected} entries, but {0 if is_freed else weight.numel()} are "
+                "here; where FSDP1 shards a model, read its weights within "
+                "FullyShardedDataParallel.summon_full_params(model)."
+            )
+
+    def quotient(self, weight: Tensor, sigma: Tensor) -> Tensor:
+        """The value of ``weight`` if its norm is ``sigma``."""
         divisor, _ = divisor_of(sigma, self.divided_to, cap=self.mode == "cap", eps=self.eps)
         return divided(weight, divisor)
 
     @torch.no_grad()
     def _write(self, *pairs: tuple[Tensor, Tensor]) -> None:
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
-        for buffers, vectors in zip(self._pairs(), pairs, strict=True):
+        for buffers, vectors in zip(self.pairs(), pairs, strict=True):
             for buffer, vector in zip(buffers, vectors, strict=True):
                 buffer.copy_(vector)
 
@@ -518,7 +562,7 @@ class SpectralNorm(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_handed": (None, 0)}
+        return {**self.__dict__, "_kept": None, "_norm_alone": None, "_handed": (None, 0)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
@@ -538,19 +582,6 @@ def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:
     if norm == "matrix":
         return (view,)
     return view, MatrixView(out_dim=1 if view.out_dim == 0 else 0, groups=view.groups)
-
-
-@contextmanager
-def _plain_arithmetic(weight: Tensor) -> Iterator[None]:
-    """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
-    kind = weight.device.type
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.no_grad())
-        yield
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:

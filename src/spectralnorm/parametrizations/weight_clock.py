@@ -8,7 +8,7 @@ storage is compared beside the version. A write through ``.data`` into the same 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-__all__ = ["Moment", "WeightClock", "watch"]
+from spectralnorm.parametrizations.shards import is_distributed, local_part
+
+__all__ = ["Moment", "WeightClock", "version_of", "watch"]
 
 
 class WeightClock:
@@ -28,8 +30,8 @@ class WeightClock:
         weight: the parameter. Held, so that its id cannot be taken by another one while it is watched.
         steps: number of optimizer steps that changed it.
         writes: number of other changes that were seen.
-        version: ``weight._version`` when it was last looked at.
-        data_ptr: address of its storage then.
+        version: `version_of` it when it was last looked at.
+        data_ptr: address of its storage then; of a distributed tensor, of this process's part.
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
         watchers: weak references to whoever wants to be found through a step.
@@ -56,13 +58,14 @@ class WeightClock:
         self._look()
 
     def _look(self) -> None:
-        self.version = self.weight._version
-        self.data_ptr = self.weight.data_ptr()
-        self.storage = self.weight.detach()
+        self.version = version_of(self.weight)
+        memory = local_part(self.weight)
+        self.data_ptr = memory.data_ptr()
+        self.storage = memory.detach()
 
     def is_unmoved(self) -> bool:
         """Whether nothing was written since it was last looked at; optimizer steps are counted apart."""
-        return self.weight._version == self.version and self.weight.data_ptr() == self.data_ptr
+        return version_of(self.weight) == self.version and local_part(self.weight).data_ptr() == self.data_ptr
 
     def observe(self) -> None:
         """Count a write if there was one. Several writes without a look in between count as one."""
@@ -70,8 +73,9 @@ class WeightClock:
             self.writes += 1
             self._look()
 
-    def count_step(self, step: _Step) -> None:
-        self.steps += 1
+    def count_step(self, step: _Step, steps_before: int) -> None:
+        """Count a step of an optimizer that began when there were ``steps_before``."""
+        self.steps = steps_before + 1
         self.last_step = step
         if not self.is_unmoved():
             self._look()
@@ -128,6 +132,11 @@ class _Step:
         self.parameter_ids: list[int] = []
 
 
+def version_of(weight: Tensor) -> int:
+    """A number that each write in place makes larger; of a distributed tensor also one into this process's part."""
+    return weight._version + local_part(weight)._version if is_distributed(weight) else weight._version
+
+
 # By id: looked up for every parameter at every optimizer step. Who needs a clock holds it; the clock holds the
 # parameter, so an id found here is that parameter's.
 _clocks: WeakValueDictionary[int, WeightClock] = WeakValueDictionary()
@@ -147,6 +156,11 @@ def watch(weight: Tensor) -> WeightClock:
     return clock
 
 
+# Steps on the clocks when an optimizer's step began. Optimizers can be nested: one that shards its state over processes
+# (ZeroRedundancyOptimizer) runs another one for its share of the parameters, and the two together are one step.
+_steps_before: WeakKeyDictionary[Optimizer, dict[int, int]] = WeakKeyDictionary()
+
+
 def _watched(optimizer: Optimizer) -> list[WeightClock]:
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     found = (_clocks.get(id(parameter)) for parameter in parameters)
@@ -156,16 +170,19 @@ def _watched(optimizer: Optimizer) -> list[WeightClock]:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # a compiled step moves `_version`, which is noticed without a hook
         return
-    for clock in _watched(optimizer):
+    clocks = _watched(optimizer)
+    for clock in clocks:
         clock.observe()
+    _steps_before[optimizer] = {id(clock): clock.steps for clock in clocks}
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     step = _Step()
+    before = _steps_before.pop(optimizer, {})
     for clock in _watched(optimizer):
         # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
         if clock.weight.grad is not None or not clock.is_unmoved():
-            clock.count_step(step)
+            clock.count_step(step, before.get(id(clock), clock.steps))
             step.parameter_ids.append(id(clock.weight))

@@ -4,7 +4,7 @@ from spectralnorm.transform.apply import add_spectral_norm, remove_spectral_norm
 from spectralnorm.transform.export import export_state_dict
 from spectralnorm.transform.table import Row, Summary, summary
 from spectralnorm.transform.tracking import load_tracking_state, tracking_state
-from spectralnorm.transform.upkeep import invalidate, monitor, normalized_weights, update_
+from spectralnorm.transform.upkeep import invalidate, keep_values, monitor, normalized_weights, update_
 
 __all__ = [
     "Row",
@@ -12,6 +12,7 @@ __all__ = [
     "add_spectral_norm",
     "export_state_dict",
     "invalidate",
+    "keep_values",
     "load_tracking_state",
     "monitor",
     "normalized_weights",

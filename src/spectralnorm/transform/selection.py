@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign, is_normalized, normalization_of
+from spectralnorm.parametrizations.layer_class import plain_class
 from spectralnorm.parametrizations.lazy import can_wait
 from spectralnorm.transform.upkeep import weight_label
 
@@ -199,4 +200,4 @@ def _is_vector(weight: Tensor) -> bool:
 
 
 def _kind(module: nn.Module) -> str:
-    return parametrize.type_before_parametrizations(module).__name__
+    return plain_class(module).__name__

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from spectralnorm.linalg import compute_dtype, refine, seeded_direction
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
+from spectralnorm.parametrizations.layer_class import plain_class
 from spectralnorm.parametrizations.lazy import pending_of
+from spectralnorm.parametrizations.shards import whole
 from spectralnorm.transform.selection import candidates
 
 __all__ = ["Row", "Summary", "summary"]
@@ -103,7 +104,7 @@ def summary(model: nn.Module) -> Summary:
         first = first_by_weight.setdefault(id(weight), candidate.label)
         if first != candidate.label:
             note += f", shared with {first}"
-        kind = parametrize.type_before_parametrizations(module).__name__
+        kind = plain_class(module).__name__
         shape = () if is_lazy(weight) else tuple(weight.shape)
         rows.append(Row(candidate.label, kind, shape, sigma, norm, note))
     return Summary(tuple(rows))
@@ -111,7 +112,7 @@ def summary(model: nn.Module) -> Summary:
 
 def _norm(weight: Tensor, normalization: SpectralNorm) -> float:
     """Norm of the weight in use, from nothing but the weight."""
-    matrix = normalization.weight_matrix(weight)
+    matrix = normalization.weight_matrix(whole(weight))
     matrix = matrix.to(compute_dtype(matrix.dtype))
     return float(refine(matrix, seeded_direction("summary", matrix.shape[-1], matrix), rtol=1e-6).sigma.max())
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
 
-__all__ = ["invalidate", "monitor", "normalized_weights", "raw_weight", "update_"]
+__all__ = ["invalidate", "keep_values", "monitor", "normalized_weights", "raw_weight", "update_"]
 
 
 def normalized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
@@ -74,6 +74,25 @@ def invalidate(model: nn.Module) -> None:
     True
     """
     for *_, normalization in normalized_weights(model):
+        normalization.invalidate()
+
+
+def keep_values(model: nn.Module, keep: bool = True) -> None:
+    """Say whether normalized weights that FSDP2 shards are kept whole between uses. At first they are not.
+
+    The norm is kept in any case, so the values are the same. Kept, each layer has a whole normalized weight on every
+    process all the time, which is the memory that FSDP2 saves, and what it saves is one division per use. For weights
+    that are not sharded by FSDP2 it changes nothing.
+
+    Args:
+        model: with normalized weights; it goes for those that it has now.
+        keep: whether to.
+
+    >>> from spectralnorm import spectral_norm
+    >>> keep_values(spectral_norm(nn.Linear(2, 2)), False)
+    """
+    for *_, normalization in normalized_weights(model):
+        normalization.keeps_value_when_sharded = keep
         normalization.invalidate()
 
 

@@ -1,0 +1,36 @@
+"""The circumstances in which norms are computed, whatever the user's code is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_eager", "plain_arithmetic"]
+
+
+@contextmanager
+def plain_arithmetic(weight: Tensor) -> Iterator[None]:
+    """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
+    kind = weight.device.type
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def is_eager(weight: Tensor) -> bool:
+    """Whether ``weight`` holds numbers and nothing traces, captures or transforms what is done with it."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not weight.is_meta
+        and not weight.is_inference()
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
