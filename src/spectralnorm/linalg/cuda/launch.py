@@ -1,0 +1,62 @@
+"""Starting kernels, and sending them integers without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uploaded"]
+
+_PER_LAUNCH = 8
+
+
+def launch(kernel: Any, num_programs: int, *arguments: object, num_warps: int = 4) -> None:
+    """Start a kernel; its last arguments may be constants to compile for."""
+    kernel[(num_programs,)](*arguments, num_warps=num_warps)
+
+
+def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
+    """``values`` as an int64 tensor.
+
+    One asynchronous copy. While a graph is being captured the host's memory would be read at every replay, when it
+    holds something else: there the integers travel as arguments of kernels, eight in a launch.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    if not is_capturing(device):
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    table = torch.empty(len(values), dtype=torch.int64, device=device)
+    for start in range(0, len(values), _PER_LAUNCH):
+        some = list(values[start : start + _PER_LAUNCH])
+        launch(_write_kernel, 1, table, start, len(some), *some, *[0] * (_PER_LAUNCH - len(some)), num_warps=1)
+    return table
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured: what is computed then has no value before the graph is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def relative_addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Bytes from the first tensor to each."""
+    first = tensors[0].data_ptr()
+    return [tensor.data_ptr() - first for tensor in tensors]
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches: on the current device, whatever the tensors' is."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit(do_not_specialize=["start", "number", "a", "b", "c", "d", "e", "f", "g", "h"])
+def _write_kernel(table, start, number, a, b, c, d, e, f, g, h):
+    index = tl.arange(0, 8)
+    values = tl.where(index == 0, a, tl.where(index == 1, b, tl.where(index == 2, c, d))).to(tl.int64)
+    others = tl.where(index == 4, e, tl.where(index == 5, f, tl.where(index == 6, g, h))).to(tl.int64)
+    tl.store(table + start + index, tl.where(index < 4, values, others), mask=index < number)
