@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from spectralnorm.linalg.cuda import tiles
 
 __all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uploaded"]
 
@@ -18,7 +23,19 @@ _PER_LAUNCH = 8
 
 def launch(kernel: Any, num_programs: int, *arguments: object, num_warps: int = 4) -> None:
     """Start a kernel; its last arguments may be constants to compile for."""
-    kernel[(num_programs,)](*arguments, num_warps=num_warps)
+    kernel[(num_programs,)](*arguments, REVISION=_revision(kernel.fn.__module__), num_warps=num_warps)
+
+
+@cache
+def _revision(module: str) -> int:
+    """A number for the values of a module's constants.
+
+    Triton 3.2 finds what it has compiled before by the source of a kernel, and does not look at constants from outside
+    of it. What another version of this package left in the cache must not be taken for ours.
+    """
+    constants = vars(sys.modules[module]) | vars(tiles)
+    values = sorted((name, each.value) for name, each in constants.items() if isinstance(each, tl.constexpr))
+    return zlib.crc32(repr(values).encode()) % 2**31
 
 
 def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
@@ -34,7 +51,7 @@ def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
     table = torch.empty(len(values), dtype=torch.int64, device=device)
     for start in range(0, len(values), _PER_LAUNCH):
         some = list(values[start : start + _PER_LAUNCH])
-        launch(_write_kernel, 1, table, start, len(some), *some, *[0] * (_PER_LAUNCH - len(some)), num_warps=1)
+        _write_kernel[(1,)](table, start, len(some), *some, *[0] * (_PER_LAUNCH - len(some)))
     return table
 
 

@@ -3,7 +3,8 @@
 The division does not ask what an entry means: it goes through each weight's memory in pieces. The gradient adds u v^T,
 so it goes through the matrix in tiles of its slow and its fast side, as the products of `tracking_kernels` do; sums go
 to memory of their own for each program and are added up in a fixed order. Block sizes are chosen, not measured: a
-program of the division has eight 128-bit loads under way in each thread, one of the gradient four and four.
+program of the division has eight 128-bit loads under way in each thread, one of the inner product four, one of the
+gradient two, which leaves registers for four programs to a multiprocessor.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -42,8 +43,8 @@ __all__ = [
 ]
 
 PIECE = 4096  # entries of a weight that one program divides
-SLOW = 16
-STEPS = 8  # tiles along the slow side in one program
+SLOW = 8
+STEPS = 16  # tiles along the slow side in one program
 
 
 class Rule(IntEnum):
@@ -148,7 +149,9 @@ def _divide_piece(entry, target_field, out, start_field, divisor, DTYPE: tl.cons
 
 
 @triton.jit
-def divide_kernel(weights, rules, targets, blocks, sigmas, out, divisors, actives, DTYPE: tl.constexpr):
+def divide_kernel(
+    weights, rules, targets, blocks, sigmas, out, divisors, actives, DTYPE: tl.constexpr, REVISION: tl.constexpr
+):
     """A piece of a weight divided; a weight's first program says by what."""
     block = blocks + 2 * tl.program_id(0)
     which = tl.load(block)
@@ -191,7 +194,7 @@ def _inner_product(entry, call, block, DTYPE: tl.constexpr, FAST_IS_COLUMNS: tl.
 
 
 @triton.jit
-def inner_kernel(weights, calls, blocks, parts, DTYPE: tl.constexpr):
+def inner_kernel(weights, calls, blocks, parts, DTYPE: tl.constexpr, REVISION: tl.constexpr):
     """Parts of <G, W'>: one program for each block."""
     block = blocks + 4 * tl.program_id(0)
     entry = weights + tl.load(block) * _WIDTH
@@ -250,7 +253,9 @@ def _gradient(entry, call, block, targets, out, divisor, is_active, along,
 
 
 @triton.jit
-def gradients_kernel(weights, rules, targets, calls, blocks, sigmas, parts, out, DTYPE: tl.constexpr):
+def gradients_kernel(
+    weights, rules, targets, calls, blocks, sigmas, parts, out, DTYPE: tl.constexpr, REVISION: tl.constexpr
+):
     """The gradient of one block, with the inner product from its parts."""
     block = blocks + 4 * tl.program_id(0)
     which = tl.load(block)

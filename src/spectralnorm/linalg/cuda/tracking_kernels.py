@@ -277,7 +277,7 @@ def _image_over_fast(entry, block, frames, direction, back, parts,
 
 @triton.jit(do_not_specialize=["step"])
 def images_kernel(maps, blocks, frames, directions, shifts, step, parts,
-                  IS_STIRRED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                  IS_STIRRED: tl.constexpr, DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
     """Parts of Y = F A: one program for each block of N and part of M."""
     block = blocks + tl.program_id(0) * 5
     which = tl.load(block)
@@ -298,7 +298,7 @@ def images_kernel(maps, blocks, frames, directions, shifts, step, parts,
 
 @triton.jit(do_not_specialize=["step", "num_image_spans"])
 def grams_kernel(maps, spans, num_image_spans, frames, directions, shifts, step, parts, images, grams,
-                 IS_STIRRED: tl.constexpr):  # fmt: skip
+                 IS_STIRRED: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
     """Y from its parts; the shares of spans of Y in Y Y^T, and of spans of F in F F^T."""
     span = tl.program_id(0)
     which = tl.load(spans + 2 * span)
@@ -405,7 +405,7 @@ def _total_gram(grams, first, number):
 
 
 @triton.jit
-def turns_kernel(maps, grams, turns):
+def turns_kernel(maps, grams, turns, REVISION: tl.constexpr):
     """As `tracking._ritz_turns`: one program for each matrix."""
     which = tl.program_id(0)
     entry = maps + which * _WIDTH
@@ -421,7 +421,7 @@ def turns_kernel(maps, grams, turns):
 
 
 @triton.jit
-def frames_kernel(maps, spans, images, turns, frames, squares):
+def frames_kernel(maps, spans, images, turns, frames, squares, REVISION: tl.constexpr):
     """The next frame T Y, and the shares of spans in the square of its first row's length."""
     span = tl.program_id(0)
     which = tl.load(spans + 2 * span)
@@ -503,7 +503,7 @@ def _other_over_fast(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNE
 
 
 @triton.jit
-def others_kernel(maps, blocks, frames, parts, DTYPE: tl.constexpr):
+def others_kernel(maps, blocks, frames, parts, DTYPE: tl.constexpr, REVISION: tl.constexpr):
     """Parts of z = A x for the frame's first row x: one program for each block of M and part of N."""
     block = blocks + tl.program_id(0) * 5
     entry = maps + tl.load(block) * _WIDTH
@@ -520,7 +520,7 @@ def others_kernel(maps, blocks, frames, parts, DTYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_span"])
-def sums_kernel(maps, spans, first_span, parts, others, squares):
+def sums_kernel(maps, spans, first_span, parts, others, squares, REVISION: tl.constexpr):
     """z from its parts, and the shares of spans in the square of its length."""
     span = first_span + tl.program_id(0)
     entry = maps + tl.load(spans + 2 * span) * _WIDTH
@@ -554,7 +554,9 @@ def _at_least(value, bound):
 
 
 @triton.jit(do_not_specialize=["num_lead_spans"])
-def vectors_kernel(maps, spans, num_lead_spans, frames, others, squares, leads, ends, sigmas, eps):
+def vectors_kernel(
+    maps, spans, num_lead_spans, frames, others, squares, leads, ends, sigmas, eps, REVISION: tl.constexpr
+):
     """Both vectors at unit length and in the tensor's order, and sigma."""
     span = tl.program_id(0)
     which = tl.load(spans + 2 * span)
@@ -581,7 +583,7 @@ def vectors_kernel(maps, spans, num_lead_spans, frames, others, squares, leads, 
 
 
 @triton.jit
-def wholes_kernel(table, spans, vectors, sigmas, wholes, whole_sigmas):
+def wholes_kernel(table, spans, vectors, sigmas, wholes, whole_sigmas, REVISION: tl.constexpr):
     """The vectors of each weight's largest block among zeros: one program for each span of a whole vector."""
     span = spans + 2 * tl.program_id(0)
     entry = table + tl.load(span) * _WHOLE_WIDTH
