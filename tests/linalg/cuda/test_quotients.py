@@ -19,6 +19,7 @@ WEIGHTS = {
     "odd": lambda: (torch.randn(3, 5), 0),
     "a first convolution": lambda: (torch.randn(64, 3, 3, 3), 0),
     "more than one block": lambda: (torch.randn(130, 132), 0),
+    "more than 128 parts": lambda: (torch.randn(1, 129 * 128), 0),
     "channels_last": lambda: (torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last), 0),
     "transposed": lambda: (torch.randn(6, 10, 3, 3), 1),
     "transposed channels_last": lambda: (torch.randn(6, 12, 3, 3).to(memory_format=torch.channels_last), 1),

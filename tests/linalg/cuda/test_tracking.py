@@ -21,7 +21,7 @@ SHAPES = {
     "smaller than the frame": lambda: torch.randn(1, 3, 5),
     "a first convolution": lambda: torch.randn(1, 64, 3, 3, 3),
     "more than one part of either side": lambda: torch.randn(1, 130, 70),
-    "a long row": lambda: torch.randn(1, 2, 2100),
+    "more than 32 spans": lambda: torch.randn(1, 2, 8300),
     "aligned": lambda: torch.randn(1, 24, 136),
     "channels_last": lambda: torch.randn(1, 20, 3, 3, 8).permute(0, 1, 4, 2, 3),
     "transposed": lambda: torch.randn(1, 12, 10, 3, 3).transpose(1, 2),
@@ -110,7 +110,7 @@ def test_directions_are_rolled_by_each_ones_age(device: torch.device) -> None:
     directions = [(torch.randn(10, device=device), torch.randn(14, device=device))]
     directions += [(torch.randn(9, device=device), torch.randn(3, device=device))]
     plan = TrackingPlan(matrices, directions)
-    for ages in ((17, 5), (18, 6), (3, 30)):
+    for ages in ((17, 5), (3, 30)):
         frames = [random_frame(matrices[0], True), random_frame(matrices[1], False)]
         tracked = plan.track(frames, ages)
         for each, frame, pair, age, found in zip(matrices, frames, directions, ages, tracked.triplets, strict=True):

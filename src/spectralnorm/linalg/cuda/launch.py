@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.cuda import tiles
 
-__all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uploaded"]
+__all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uploaded", "written"]
 
 _PER_LAUNCH = 8
 
@@ -48,10 +48,17 @@ def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
     if not is_capturing(device):
         return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return written(values, device)
+
+
+def written(values: Sequence[int], device: torch.device) -> Tensor:
+    """As `uploaded`, by kernels. Compiled at the first call, which must not be in a capture."""
     table = torch.empty(len(values), dtype=torch.int64, device=device)
     for start in range(0, len(values), _PER_LAUNCH):
-        some = list(values[start : start + _PER_LAUNCH])
-        _write_kernel[(1,)](table, start, len(some), *some, *[0] * (_PER_LAUNCH - len(some)))
+        some = [*values[start : start + _PER_LAUNCH], *[0] * _PER_LAUNCH][:_PER_LAUNCH]
+        # In halves, because Triton compiles anew for each combination of short and long integers.
+        halves = [half for value in some for half in (value >> 32, (value & 0xFFFFFFFF) - (value << 1 & 1 << 32))]
+        _write_kernel[(1,)](table, start, min(len(values) - start, _PER_LAUNCH), *halves)
     return table
 
 
@@ -71,9 +78,19 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
-@triton.jit(do_not_specialize=["start", "number", "a", "b", "c", "d", "e", "f", "g", "h"])
-def _write_kernel(table, start, number, a, b, c, d, e, f, g, h):
-    index = tl.arange(0, 8)
-    values = tl.where(index == 0, a, tl.where(index == 1, b, tl.where(index == 2, c, d))).to(tl.int64)
-    others = tl.where(index == 4, e, tl.where(index == 5, f, tl.where(index == 6, g, h))).to(tl.int64)
-    tl.store(table + start + index, tl.where(index < 4, values, others), mask=index < number)
+@triton.jit
+def _joined(high, low):
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit(do_not_specialize="start number a0 a1 b0 b1 c0 c1 d0 d1 e0 e1 f0 f1 g0 g1 h0 h1".split())
+def _write_kernel(table, start, number, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1, f0, f1, g0, g1, h0, h1):
+    table += start
+    tl.store(table, _joined(a0, a1))
+    tl.store(table + 1, _joined(b0, b1), mask=number > 1)
+    tl.store(table + 2, _joined(c0, c1), mask=number > 2)
+    tl.store(table + 3, _joined(d0, d1), mask=number > 3)
+    tl.store(table + 4, _joined(e0, e1), mask=number > 4)
+    tl.store(table + 5, _joined(f0, f1), mask=number > 5)
+    tl.store(table + 6, _joined(g0, g1), mask=number > 6)
+    tl.store(table + 7, _joined(h0, h1), mask=number > 7)

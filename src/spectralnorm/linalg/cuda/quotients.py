@@ -5,8 +5,12 @@
     gradients = plan.gradients(grads, divided.values, us, vs, sigmas)
 
 The division reads and writes each entry once. The gradient reads G and W' for the inner products, then reads G again
-and writes dL/dW; where the gradients lie is sent ahead in one small copy. While a CUDA graph is being captured that
-copy becomes a launch for every eight numbers, of which there are five for each weight.
+and writes dL/dW; where the gradients lie is sent ahead in one small copy. Weights of several types make a launch for
+each type.
+
+In a captured CUDA graph the small copy becomes a launch for every eight numbers, of which there are five for each
+weight. What is captured must have run once before, so that it is compiled. The mean of two views' gradients, for a
+weight divided by the mean of two norms, is that of two plans with other output dimensions and the same ``sigmas``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses, uploaded
+from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses, uploaded, written
 from spectralnorm.linalg.cuda.layout import Layout, layout_of
 from spectralnorm.linalg.cuda.quotient_kernels import (
     PIECE,
@@ -102,6 +106,9 @@ class QuotientPlan:
             [weight for weight, _ in weights], self._layouts
         )
         self._targets = self._weights[:, Entry.TARGET].contiguous()
+        if self.device.type == "cuda":
+            with on_device_of(self._rules):
+                written([0], self.device)  # compiled, for a capture
 
     def fits(self, weights: Sequence[tuple[Tensor, int]]) -> bool:
         """Whether the plan is for these weights, where they are now."""

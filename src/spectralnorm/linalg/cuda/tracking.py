@@ -19,7 +19,9 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 
 So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places.
 `TrackingPlan.whole`, for weights in blocks, is one launch more. All sums have a fixed order: the same inputs give the
-same bits, whatever else is in the plan.
+same bits, whatever else is in the plan. Matrices of several types make a launch of images and one of others for each.
+
+The first call compiles the kernels, which takes seconds; Triton keeps them on the disk.
 """
 
 from __future__ import annotations
