@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, MatrixView, TrackedTriplet, probe_rows, track_together
+from spectralnorm.linalg.tracking import complete_frame
 
 pytest.importorskip("triton")
 from spectralnorm.linalg.cuda import tracking_kernels
@@ -94,15 +95,36 @@ def test_an_iteration_is_that_of_track_together(name: str, is_left: bool, device
     assert_same(found, reference(matrices, frame, probe), matrices)
 
 
-def test_iterations_that_go_on_from_each_other_find_the_largest_singular_value(device: torch.device) -> None:
-    matrices = torch.randn(1, 14, 19, device=device)
-    plan = TrackingPlan([matrices])
-    tracked = plan.track([random_frame(matrices, True)], num_iterations=3)
-    tracked = plan.track([each.frame for each in tracked.triplets], num_iterations=3)
-    expected = torch.linalg.matrix_norm(matrices.double(), 2)
-    torch.testing.assert_close(tracked.triplets[0].sigma.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(tracked.triplets[0].u.norm(dim=-1), torch.ones(1, device=device))
-    torch.testing.assert_close(tracked.triplets[0].v.norm(dim=-1), torch.ones(1, device=device))
+def test_iterations_that_go_on_from_each_other_find_the_largest_singular_values(device: torch.device) -> None:
+    # The frames of the last two are complete: they span the short side, and stay there.
+    matrices = [torch.randn(shape, device=device) for shape in ((1, 14, 19), (2, 5, 11), (1, 9, 8))]
+    u, _, vh = torch.linalg.svd(matrices[0], full_matrices=False)
+    matrices[0] = (u * 0.7 ** torch.arange(14, device=device)) @ vh
+    plan = TrackingPlan(matrices)
+    frames = [complete_frame(each) or random_frame(each, True) for each in matrices]
+    tracked = plan.track(frames, num_iterations=2)
+    tracked = plan.track([each.frame for each in tracked.triplets], num_iterations=2)
+    for each, frame, found in zip(matrices, frames, tracked.triplets, strict=True):
+        torch.testing.assert_close(found.sigma.double(), torch.linalg.matrix_norm(each.double(), 2), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.u.norm(dim=-1), torch.ones(len(each), device=device))
+        torch.testing.assert_close(found.v.norm(dim=-1), torch.ones(len(each), device=device))
+        if frame is not frames[0]:
+            assert found.frame.is_left is frame.is_left
+            assert torch.equal(found.frame.rows, frame.rows)
+
+
+def test_frames_that_come_from_a_plan_are_read_where_they_are(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = [torch.randn(2, 4, 6, device=device), torch.randn(1, 9, 10, device=device)]
+    plan = TrackingPlan(matrices)
+    tracked = plan.track([random_frame(each, True) for each in matrices])
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("frames were copied together")
+
+    monkeypatch.setattr(torch, "cat", refuse)
+    plan.track([each.frame for each in tracked.triplets])
 
 
 def test_directions_are_rolled_by_each_ones_age(device: torch.device) -> None:

@@ -143,11 +143,12 @@ class TrackingPlan:
         shifts, step = self._rolled(ages)
         with on_device_of(frames[0].rows):
             rows = self._packed(frames, sides)
-            for iteration in range(num_iterations):
-                if iteration:
-                    sides, shifts = tuple(not side for side in sides), None
+            tables = self._tables_of(sides)
+            rows, vectors, sigmas = self._iterated(tables, rows, shifts, step, eps)
+            for _ in range(num_iterations - 1):
+                sides = tables.next_sides
                 tables = self._tables_of(sides)
-                rows, vectors, sigmas = self._iterated(tables, rows, shifts, step, eps)
+                rows, vectors, sigmas = self._iterated(tables, rows, None, 0, eps)
         return Tracked(self._taken_apart(tables, rows, vectors, sigmas, sides), sigmas, vectors, sides)
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -177,7 +178,7 @@ class TrackingPlan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The next frames, the vectors (leading ones first) and the norms, each kind in one piece."""
         num_spans, num_maps = tables.spans.shape[0], tables.maps.shape[0]
-        images, rows = self._empty(8 * tables.num_lead), self._empty(8 * tables.num_lead)
+        images, rows = self._empty(8 * tables.num_lead), self._empty(8 * tables.num_turned)
         parts, others = self._empty(tables.num_parts), self._empty(tables.num_end)
         grams, turns = self._empty(64 * num_spans), self._empty(64 * num_maps)
         squares, sigmas = self._empty(num_spans), self._empty(num_maps)
@@ -192,7 +193,7 @@ class TrackingPlan:
             grams_kernel, num_spans, maps, spans, num_lead_spans, frames, *stirring, parts, images, grams, is_stirred
         )
         launch(turns_kernel, num_maps, maps, grams, turns, num_warps=1)
-        launch(frames_kernel, num_lead_spans, maps, spans, images, turns, rows, squares)
+        launch(frames_kernel, num_lead_spans, maps, spans, images, turns, frames, rows, squares)
         for dtype, blocks in tables.other_blocks:
             launch(others_kernel, blocks.shape[0], maps, blocks, rows, parts, dtype)
         launch(sums_kernel, num_spans - num_lead_spans, maps, spans, num_lead_spans, parts, others, squares)
@@ -249,14 +250,15 @@ class TrackingPlan:
         batches = [layout.batch for layout in self._layouts]
         leads = vectors[: tables.num_lead].split(tables.lead_sizes)
         ends = vectors[tables.num_lead :].split(tables.end_sizes)
-        of_rows = rows.split([8 * size for size in tables.lead_sizes])
+        next_sizes = [8 * size for size in tables.next_sizes]
+        of_rows = rows[: sum(next_sizes)].split(next_sizes)
         found = []
-        for batch, lead, end, sigma, each, is_left in zip(
-            batches, leads, ends, sigmas.split(batches), of_rows, sides, strict=True
+        for batch, lead, end, sigma, each, is_left, is_left_next in zip(
+            batches, leads, ends, sigmas.split(batches), of_rows, sides, tables.next_sides, strict=True
         ):
             lead, end = lead.view(batch, -1), end.view(batch, -1)
             u, v = (end, lead) if is_left else (lead, end)
-            found.append(TrackedTriplet(u, v, sigma, Frame(each.view(batch, NUM_TRACKED, -1), not is_left)))
+            found.append(TrackedTriplet(u, v, sigma, Frame(each.view(batch, NUM_TRACKED, -1), is_left_next)))
         return found
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
@@ -310,10 +312,16 @@ def track_together_cuda(
     """
     plan = TrackingPlan(matrices) if plan is None else plan
     starts = [
-        frame if probe is None else Frame(frame.rows + probe, frame.is_left)
+        # A complete frame has every direction, and comes back as it was given.
+        frame if probe is None or _is_complete(frame.rows.shape[-1]) else Frame(frame.rows + probe, frame.is_left)
         for frame, probe in zip(frames, probes, strict=True)
     ]
     return plan.track(starts, None, num_iterations, eps=eps).triplets
+
+
+def _is_complete(size: int) -> bool:
+    """Whether a frame on a side of that size spans all of it, and stays as it is (`complete_frame`)."""
+    return size <= NUM_TRACKED
 
 
 _Identity = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], ...]
@@ -339,6 +347,9 @@ class _Tables(NamedTuple):
     num_end: int
     lead_sizes: list[int]  # entries of each tensor's leading vectors
     end_sizes: list[int]
+    next_sizes: list[int]  # an eighth of the entries of each tensor's next frames
+    next_sides: tuple[bool, ...]
+    num_turned: int  # an eighth of the entries of all next frames, and of those turned ones that are none
 
 
 def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool], device: torch.device) -> _Tables:
@@ -347,7 +358,9 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     other_blocks: dict[torch.dtype, list[list[int]]] = {}
     lead_spans: list[list[int]] = []
     end_spans: list[list[int]] = []
-    lead_sizes, end_sizes = [], []
+    lead_sizes, end_sizes, next_sizes, next_sides = [], [], [], []
+    complete: list[list[int]] = []
+    num_next = 0
     num_lead = num_end = num_image_parts = num_other_parts = direction = 0
     for (address, dtype, *_), layout, is_left in zip(identity, layouts, sides, strict=True):
         rows, columns = layout.rows, layout.columns
@@ -355,6 +368,7 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
         of_columns = columns, layout.column_levels, layout.column_places
         (m, m_levels, m_places), (n, n_levels, n_places) = (of_rows, of_columns) if is_left else (of_columns, of_rows)
         fast_is_m = layout.fast_is_columns != is_left
+        is_complete = _is_complete(m)
         for index in range(layout.batch):
             entry = [0] * Field.WIDTH
             entry[Field.ADDRESS] = address + index * layout.batch_stride * dtype.itemsize
@@ -371,6 +385,11 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
             entry[Field.M_SPANS : Field.M_SPANS + 2] = len(end_spans), math.ceil(m / SPAN)
             entry[Field.N_SPANS : Field.N_SPANS + 2] = len(lead_spans), math.ceil(n / SPAN)
             entry[Field.DIRECTION] = direction if is_left else direction + rows
+            entry[Field.TURNED], entry[Field.KEPT] = num_next, -1
+            if is_complete:
+                entry[Field.KEPT] = num_next
+                complete.append(entry)
+            num_next += m if is_complete else n
             of_images = _blocks(len(maps), n, m, fast_is_m, num_image_parts, NUM_TRACKED * n)
             of_others = _blocks(len(maps), m, n, not fast_is_m, num_other_parts, m)
             for field, blocks, first, size in (
@@ -388,9 +407,16 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
             maps.append(entry)
         lead_sizes.append(layout.batch * n)
         end_sizes.append(layout.batch * m)
+        next_sizes.append(layout.batch * (m if is_complete else n))
+        next_sides.append(is_left if is_complete else not is_left)
         direction += rows + columns
     for entry in maps:
         entry[Field.M_SPANS] += len(lead_spans)
+    # Next frames lie one after the other, so that they can be read where they are; what is turned for its first row
+    # alone comes after them.
+    for entry in complete:
+        entry[Field.TURNED] = num_next
+        num_next += entry[Field.N]
     return _Tables(
         maps=torch.tensor(maps, device=device),
         image_blocks=_on_device(image_blocks, device),
@@ -402,6 +428,9 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
         num_end=num_end,
         lead_sizes=lead_sizes,
         end_sizes=end_sizes,
+        next_sizes=next_sizes,
+        next_sides=tuple(next_sides),
+        num_turned=num_next,
     )
 
 

@@ -77,7 +77,9 @@ class Field(IntEnum):
     IMAGE_PARTS = 23  # where the parts of Y are, and their number
     OTHER_PARTS = 25  # of z
     DIRECTION = 27  # where in the directions its own begins
-    WIDTH = 28  # of the table
+    TURNED = 28  # where T Y goes, in eights
+    KEPT = 29  # where a complete frame goes that stays as it is, in eights; else -1
+    WIDTH = 30  # of the table
 
 
 class WholeField(IntEnum):
@@ -109,6 +111,8 @@ _N_SPANS = tl.constexpr(int(Field.N_SPANS))
 _IMAGE_PARTS = tl.constexpr(int(Field.IMAGE_PARTS))
 _OTHER_PARTS = tl.constexpr(int(Field.OTHER_PARTS))
 _DIRECTION = tl.constexpr(int(Field.DIRECTION))
+_TURNED = tl.constexpr(int(Field.TURNED))
+_KEPT = tl.constexpr(int(Field.KEPT))
 _WIDTH = tl.constexpr(int(Field.WIDTH))
 
 _WHOLE_FIRST = tl.constexpr(int(WholeField.FIRST))
@@ -421,8 +425,11 @@ def turns_kernel(maps, grams, turns, REVISION: tl.constexpr):
 
 
 @triton.jit
-def frames_kernel(maps, spans, images, turns, frames, squares, REVISION: tl.constexpr):
-    """The next frame T Y, and the shares of spans in the square of its first row's length."""
+def frames_kernel(maps, spans, images, turns, frames, next_frames, squares, REVISION: tl.constexpr):
+    """The turned frame T Y, and the shares of spans in the square of its first row's length.
+
+    T Y is the next frame, unless the frame is complete.
+    """
     span = tl.program_id(0)
     which = tl.load(spans + 2 * span)
     entry = maps + which * _WIDTH
@@ -435,16 +442,23 @@ def frames_kernel(maps, spans, images, turns, frames, squares, REVISION: tl.cons
     for index in tl.static_range(8):
         factor = tl.load(turns + which * 64 + row * 8 + index)
         rows += factor[:, None] * tl.load(images + before + index * N + n, mask=is_n, other=0.0)[None, :]
-    tl.store(frames + before + row[:, None] * N + n[None, :], rows, mask=is_n[None, :] & (row < 8)[:, None])
+    turned = next_frames + 8 * tl.load(entry + _TURNED)
+    tl.store(turned + row[:, None] * N + n[None, :], rows, mask=is_n[None, :] & (row < 8)[:, None])
     first = tl.sum(tl.where(row[:, None] == 0, rows, 0.0), axis=0)
     tl.store(squares + span, tl.sum(first * first, axis=0))
+    kept = tl.load(entry + _KEPT)
+    if (kept >= 0) & (tl.load(spans + 2 * span + 1) == 0):
+        place = tl.arange(0, 64)  # a complete frame has at most eight columns
+        is_entry = place < 8 * tl.load(entry + _M)
+        frame = tl.load(frames + 8 * tl.load(entry + _M_BEFORE) + place, mask=is_entry, other=0.0)
+        tl.store(next_frames + 8 * kept + place, frame, mask=is_entry)
 
 
 @triton.jit
 def _other_over_slow(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """The first row of a frame times a part of a matrix, summed over its slow side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    lead = _frame(frames, entry + _N_BEFORE)
+    lead = _frame(frames, entry + _TURNED)
     M = size_at(entry + _M, IS_ALIGNED)
     m_inner, m_outer, m_stride = levels_at(entry + _M_INNER)
     n_inner, n_outer = tl.load(entry + _N_INNER), tl.load(entry + _N_INNER + 1)
@@ -474,7 +488,7 @@ def _other_over_slow(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNE
 def _other_over_fast(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """The first row of a frame times a part of a matrix, summed over its fast side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    lead = _frame(frames, entry + _N_BEFORE)
+    lead = _frame(frames, entry + _TURNED)
     M = tl.load(entry + _M).to(tl.int32)
     m_inner, m_outer = tl.load(entry + _M_INNER), tl.load(entry + _M_INNER + 1)
     m_stride = stride_at(entry + _M_INNER + 2, IS_ALIGNED)
@@ -568,7 +582,7 @@ def vectors_kernel(
         mask = index < tl.load(entry + _N).to(tl.int32)
         before = tl.load(entry + _N_BEFORE)
         inner, outer, stride = levels_at(entry + _N_PLACE_INNER)
-        x = tl.load(frames + 8 * before + index, mask=mask, other=0.0)
+        x = tl.load(frames + 8 * tl.load(entry + _TURNED) + index, mask=mask, other=0.0)
         tl.store(leads + before + offsets(index.to(tl.int64), inner, outer, stride), x / length, mask=mask)
     else:
         mask = index < tl.load(entry + _M).to(tl.int32)
