@@ -23,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device must be cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+    if device.type != "cuda":
+        # Triton's kernels then run on the CPU. It looks at this once, when it is imported: not before the first test.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

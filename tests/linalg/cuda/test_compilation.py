@@ -1,0 +1,68 @@
+"""What the interpreter cannot see: whether the kernels compile for a GPU, and to what. No GPU is needed for that."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.3")  # whose compiler is called as below
+
+# In a process of its own: here the kernels are the interpreter's.
+COMPILE = r"""
+import re, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from spectralnorm.linalg.cuda import quotient_kernels, tracking_kernels
+
+dtype = getattr(tl, sys.argv[1])
+constants = {"IS_STIRRED": True, "DTYPE": dtype, "REVISION": 0}
+integers = {"maps", "blocks", "spans", "shifts", "table", "weights", "targets", "calls"}
+scalars = {"step", "num_image_spans", "first_span", "num_lead_spans"}
+others = {"eps": "fp32", "out": "*u8", "actives": "*i8"} | dict.fromkeys(scalars, "i32")
+for module in (tracking_kernels, quotient_kernels):
+    for name in module.__all__:
+        if name.endswith("_kernel"):
+            kernel = getattr(module, name)
+            types = {
+                arg: "constexpr" if arg in constants else "*i64" if arg in integers else others.get(arg, "*fp32")
+                for arg in kernel.arg_names
+            }
+            source = triton.compiler.ASTSource(
+                kernel,
+                types,
+                {(place,): constants[arg] for place, arg in enumerate(types) if arg in constants},
+                {(place,): [["tt.divisibility", 16]] for place, arg in enumerate(types) if types[arg][0] == "*"},
+            )
+            ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4}).asm["ptx"]
+            atomics = len(re.findall(r"\b(?:atom|red)\.", ptx))
+            print(name, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), atomics)
+"""
+
+
+def compiled(dtype: str, folder: object) -> dict[str, tuple[int, ...]]:
+    """For each kernel its 128-bit loads and stores, and its atomic operations."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, dtype], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = re.findall(r"^(\w+_kernel) (\d+) (\d+) (\d+)$", done.stdout, re.MULTILINE)
+    return {name: tuple(map(int, counts)) for name, *counts in lines}
+
+
+@pytest.mark.slow
+def test_kernels_compile_with_wide_loads_for_aligned_matrices_alone(tmp_path: object) -> None:
+    counts = compiled("float32", tmp_path)
+    assert len(counts) == 11
+    wide_loads = {name: loads for name, (loads, *_) in counts.items()}
+    # Per form of the product, and only in those for aligned matrices: four tiles summed over the slow side; over the
+    # fast side two tiles, and eight rows of the frame or the one leading vector.
+    assert wide_loads["images_kernel"] == 4 + 2 + 8
+    assert wide_loads["others_kernel"] == 4 + 2 + 1
+    wide_stores = {name: stores for name, (_, stores, *_) in counts.items()}
+    assert wide_stores["divide_kernel"] == wide_loads["divide_kernel"] == 8
+    assert wide_stores["gradients_kernel"] == wide_loads["gradients_kernel"] == 4
+    # The order of atomic operations, and with it the result, would change from run to run.
+    assert all(atomics == 0 for *_, atomics in counts.values())
