@@ -1,6 +1,6 @@
 """Run the tests that show where torch's spectral norms fail, and write what they found to the docs.
 
-    python tools/write_failures_page.py           # runs tests/contracts, writes docs/library/torchs-failures.md
+    python tools/write_failures_page.py           # runs TESTS, writes docs/library/torchs-failures.md
 
 A test stands in the table if it is parametrized by ``sn``, one of the three implementations. The number is from its
 name, what must hold is the first line of its docstring.
@@ -18,7 +18,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests" / "contracts"
+TESTS = (
+    ROOT / "tests" / "contracts" / "test_torch_failures.py",
+    ROOT / "tests" / "distributed" / "test_torch_failures.py",
+)
 PAGE = ROOT / "docs" / "library" / "torchs-failures.md"
 CONTENDERS = ("ours", "P", "O")
 
@@ -40,7 +43,8 @@ Observed on {date} with torch {torch}:
 
 {table}
 
-{missing}The tests are in `tests/contracts`; `python tools/write_failures_page.py` runs them and writes this page.
+{missing}The tests are the files `test_torch_failures.py` in `tests/contracts` and `tests/distributed`;
+`python tools/write_failures_page.py` runs them and writes this page.
 """
 
 
@@ -112,7 +116,7 @@ class Observer:
 
 def main() -> None:
     observer = Observer()
-    status = pytest.main([str(TESTS), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"], plugins=[observer])
+    status = pytest.main([*map(str, TESTS), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"], plugins=[observer])
     if status != 0:
         sys.exit("Something went otherwise than the tests expect; the page is left as it was.")
     failures = list(observer.failures.values())

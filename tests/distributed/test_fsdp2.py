@@ -396,6 +396,13 @@ def check_state_dicts(folder):
     reference.load_state_dict(full_state_on_all(model))
     torch.testing.assert_close(reference(images), expected, rtol=1e-7, atol=1e-9)
 
+    # From a sharded model without normalization.
+    torch.manual_seed(3)
+    plain, reference = shard(Critic().double()), normalized().eval()
+    loaded.load_state_dict(plain.state_dict())
+    reference.load_state_dict(full_state_on_all(plain))
+    torch.testing.assert_close(loaded(images), reference(images), rtol=1e-7, atol=1e-9)
+
 
 def test_state_dicts_move_whole_and_in_parts(pair, tmp_path):
     pair.run(check_state_dicts, folder=str(tmp_path))

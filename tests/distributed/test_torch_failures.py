@@ -1,7 +1,8 @@
 """What goes wrong with torch's two spectral norms on several processes, and does not with ours.
 
-As in `tests/contracts/test_torch_failures.py`: P is `torch.nn.utils.parametrizations.spectral_norm`, O the hook
-`torch.nn.utils.spectral_norm`; both must fail where they are known to.
+As in `tests/contracts/test_torch_failures.py`, and in the same table: P is
+`torch.nn.utils.parametrizations.spectral_norm`, O the hook `torch.nn.utils.spectral_norm`, and both must fail where
+they are known to.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from rank_checks import assert_ranks_agree
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -77,6 +77,7 @@ def whole_on_each_rank():
 @contenders("P", "O")
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
 def test_21a_normalized_layer_can_be_split_over_processes(pair, sn, style):
+    """A normalized layer can be split over processes by rows and by columns, and has norm 1, to 5%."""
     pair.run(use_in_tensor_parallel, normalize=sn.normalize, style=style)
 
 
@@ -89,6 +90,7 @@ def normalize_after_sharding(normalize):
 
 @contenders("P", "O")
 def test_21b_layer_that_is_sharded_can_be_normalized(pair, sn):
+    """A layer that FSDP2 has sharded can be normalized, used and trained."""
     pair.run(normalize_after_sharding, normalize=sn.normalize)
 
 
@@ -101,10 +103,13 @@ def seed_ranks_differently(normalize, u_name, wrap):
         outputs = layer(inputs())
     else:
         outputs = DistributedDataParallel(layer, broadcast_buffers=False, init_sync=False)(inputs())
+    from rank_checks import assert_ranks_agree  # on the ranks alone
+
     assert_ranks_agree([("u", layer.get_buffer(u_name)), ("outputs", outputs)])
 
 
 @contenders("P", "O")
 @pytest.mark.parametrize("wrap", ["FSDP2", "DDP"])
 def test_22_ranks_with_other_seeds_have_the_same_vectors_and_outputs(pair, sn, wrap):
+    """Under FSDP2, and under DDP without broadcasts, processes with other seeds have the same vectors and outputs."""
     pair.run(seed_ranks_differently, normalize=sn.normalize, u_name=sn.u_name, wrap=wrap)

@@ -29,7 +29,7 @@ def writer() -> ModuleType:
 
 def comparisons() -> Iterator[tuple[Callable, list[Any]]]:
     """Each test that asks all implementations the same, with its case for each of them."""
-    for path in sorted((ROOT / "tests" / "contracts").glob("test_*.py")):
+    for path in load(ROOT / "tools" / "write_failures_page.py").TESTS:
         for function in vars(load(path)).values():
             for mark in getattr(function, "pytestmark", []):
                 if mark.name == "parametrize" and mark.args[0] == "sn":

@@ -393,11 +393,11 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def refined_vectors(self, weight: Tensor) -> dict[str, Tensor]:
         """What belongs into each buffer for a ``weight`` of which nothing is known, in its type; to full accuracy."""
-        vectors = {}
+        weight, vectors = whole(weight), {}
         for view, names in zip(self.views, _BUFFERS, strict=False):
             found = self.refined(view, weight)
-            whole = view.whole_vectors(found.u, found.v, found.sigma, weight)[:2]
-            vectors |= {name: vector.to(weight.dtype) for name, vector in zip(names, whole, strict=True)}
+            pair = view.whole_vectors(found.u, found.v, found.sigma, weight)[:2]
+            vectors |= {name: vector.to(weight.dtype) for name, vector in zip(names, pair, strict=True)}
         return vectors
 
     # What the engine asks for
