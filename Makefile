@@ -8,9 +8,6 @@ WORKERS ?= 2
 # Of training time; none: as long as the default recipe says
 MINUTES ?=
 OUT ?= runs/demo
-# How torch's threads wait for one another. ACTIVE lets them spin, which is about a tenth faster on an idle machine; as
-# soon as another program needs a core, it makes training several times slower than PASSIVE does.
-WAIT ?= PASSIVE
 
 BIN := $(VENV)/bin
 # Through the constraints whatever is installed: they pin torch, and with it the choice of a CPU build where one is found.
@@ -26,7 +23,7 @@ help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and write a report.
-	OMP_WAIT_POLICY=$(WAIT) $(BIN)/spectralnorm train --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/spectralnorm train --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES))
 	@echo
 	@echo "Open the report: $(abspath $(OUT))/report.html"
 

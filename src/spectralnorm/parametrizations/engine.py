@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
-from spectralnorm.parametrizations.kept import Kept, Verdict, host_has
+from spectralnorm.parametrizations.kept import Alone, Kept, Verdict, host_has
 from spectralnorm.parametrizations.quotient import (
     NormalizedWeights,
     Quotient,
@@ -82,33 +82,25 @@ def refresh_together(members: Sequence[Member]) -> None:
     # Old graphs of ours end here; only those of the user still hold old values.
     for member in members:
         member.kept.output = None
+    before = members[0].kept.followed
+    together = before.again() if isinstance(before, _Together) and before.is_of(members) else _Together.of(members)
     first = members[0].normalization
-    batches = _batches(members)
-    found = track_together(
-        [batch.matrices for batch in batches],
-        [batch.frame for batch in batches],
-        [batch.probe for batch in batches],
-        first.n_power_iterations,
-        eps=first.eps,
-    )
-    triplets: list[list[TrackedTriplet]] = [[] for _ in members]
-    for batch, of_batch in zip(batches, found, strict=True):
-        for place, triplet in zip(batch.places, _taken_apart(batch, of_batch), strict=True):
-            triplets[place].append(triplet)
-    sigmas, pairs = wholes(members, triplets)
+    together.follow(first.n_power_iterations, first.eps)
+    sigmas, pairs = together.wholes(members)
     verdict = Verdict(sigmas, first.eps)
     divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
-    for batch, of_batch in zip(batches, found, strict=True):
+    for batch, found in zip(together.batches, together.found, strict=True):
         if batch.is_stack and all(active is True for _, active in (divisors[place] for place in batch.places)):
-            for place, quotient in zip(batch.places, _stacked(batch, of_batch, members, divisors), strict=True):
+            for place, quotient in zip(batch.places, _stacked(batch, found, members, divisors, pairs), strict=True):
                 quotients[place] = quotient
-    for place, (member, of_member) in enumerate(zip(members, triplets, strict=True)):
+    for place, member in enumerate(members):
         quotient = quotients[place]
         if quotient is None:
             memory, gradient_memory = _free_memory(member.kept)
+            flat_v = together.flat_v_of(place)
             quotient = _quotient(
-                member.normalization, member.weight, of_member, sigmas[place], pairs[place], divisors[place], memory
+                member.normalization, member.weight, flat_v, sigmas[place], pairs[place], divisors[place], memory
             )
             quotient.gradient_memory = gradient_memory
         member.normalization.keep(
@@ -117,7 +109,7 @@ def refresh_together(members: Sequence[Member]) -> None:
                 quotient=quotient,
                 value_version=quotient.value._version,
                 output=None,
-                triplets=tuple(of_member),
+                followed=together,
                 age=member.kept.age + 1,
                 is_in_buffers=False,
                 verdict=verdict,
@@ -139,14 +131,14 @@ def keep_triplets(normalization: SpectralNorm, weight: Tensor, triplets: Sequenc
     sigmas, pairs = wholes([(normalization, weight)], [triplets])
     verdict = Verdict(sigmas, normalization.eps)
     (divisor,) = divisors_of([normalization], sigmas, verdict)
-    quotient = _quotient(normalization, weight, triplets, sigmas[0], pairs[0], divisor, None)
+    quotient = _quotient(normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None)
     normalization.keep(
         Kept(
             moment=quotient.moment,
             quotient=quotient,
             value_version=quotient.value._version,
             output=None,
-            triplets=tuple(triplets),
+            followed=Alone(tuple(triplets)),
             age=age,
             is_in_buffers=False,
             verdict=verdict,
@@ -190,7 +182,7 @@ def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict:
 def _quotient(
     normalization: SpectralNorm,
     weight: Tensor,
-    triplets: Sequence[TrackedTriplet],
+    flat_v: Tensor,
     sigma: Tensor,
     pairs: _Pairs,
     divisor: _Divisor,
@@ -208,7 +200,7 @@ def _quotient(
         active=divisor[1],
         pairs=pairs,
         views=normalization.views,
-        flat_v=triplets[0].v[0] if is_dense else None,
+        flat_v=flat_v if is_dense else None,
         coefficient=normalization.divided_to,
         cap=normalization.mode == "cap",
         eps=normalization.eps,
@@ -216,23 +208,20 @@ def _quotient(
 
 
 def _stacked(
-    batch: _Batch, found: TrackedTriplet, members: Sequence[Member], divisors: Sequence[_Divisor]
+    batch: _Batch,
+    found: TrackedTriplet,
+    members: Sequence[Member],
+    divisors: Sequence[_Divisor],
+    pairs: Sequence[_Pairs],
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
     numbers = torch.tensor([divisors[place][0] for place in batch.places], dtype=found.sigma.dtype)
-    values = batch.matrices / numbers[:, None, None]
+    values = batch.matrices() / numbers[:, None, None]
     stack = Stack(values, found.u, found.v, found.sigma, numbers)
     shape = members[batch.places[0]].weight.shape
-    parts = zip(
-        batch.places,
-        values.view(-1, *shape).unbind(),
-        found.sigma.unbind(),
-        found.u.unbind(),
-        found.v.unbind(),
-        strict=True,
-    )
+    parts = zip(batch.places, values.view(-1, *shape).unbind(), found.sigma.unbind(), strict=True)
     quotients = []
-    for index, (place, value, sigma, u, v) in enumerate(parts):
+    for index, (place, value, sigma) in enumerate(parts):
         normalization, weight, kept = members[place]
         divisor, active = divisors[place]
         quotients.append(
@@ -243,9 +232,9 @@ def _stacked(
                 sigma=sigma,
                 divisor=divisor,
                 active=active,
-                pairs=((u, v),),
+                pairs=pairs[place],
                 views=normalization.views,
-                flat_v=v,
+                flat_v=pairs[place][0][1],
                 coefficient=normalization.divided_to,
                 cap=normalization.mode == "cap",
                 eps=normalization.eps,
@@ -295,61 +284,116 @@ class _Batch(NamedTuple):
     """Matrices of one shape that go through the products together.
 
     Attributes:
-        matrices: (batch, out, in).
-        frame: of rows (batch, k, out or in).
-        probe: (k, out or in).
-        places: for each weight in the batch its place among the members.
+        parts: for each weight its (blocks, out, in).
+        places: for each weight its place among the members.
         blocks: matrices per weight.
         is_stack: whether the weights are these matrices, in the same order in memory, and known to the host.
+        age: refreshes since the frames were computed anew.
     """
 
-    matrices: Tensor
-    frame: Frame
-    probe: Tensor
+    parts: list[Tensor]
     places: list[int]
     blocks: int
     is_stack: bool
+    age: int
+
+    def matrices(self) -> Tensor:
+        """(batch, out, in)."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
 
-def _batches(members: Sequence[Member]) -> list[_Batch]:
-    groups: dict[tuple[Any, ...], list[tuple[int, Tensor, Frame]]] = {}
-    ages: dict[tuple[Any, ...], int] = {}
-    plain: set[tuple[Any, ...]] = set()
-    for place, (normalization, weight, kept) in enumerate(members):
-        detached = weight.detach()
-        for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
-            frame = triplet.frame
-            matrices = view.memory_blocks(detached)
-            matrices = matrices.to(compute_dtype(matrices.dtype))
-            is_small = matrices.numel() <= _SMALL
-            is_plain = detached.is_contiguous() and view.is_dense_in(detached) and len(normalization.views) == 1
-            key = (matrices.shape, weight.shape, weight.dtype, is_plain, kept.age, frame.is_left, number)
-            key = key if is_small else (place, number)
-            groups.setdefault(key, []).append((place, matrices, frame))
-            ages[key] = kept.age
-            if is_small and is_plain and matrices.dtype == weight.dtype and host_has(weight.device):
-                plain.add(key)
-    # The triplets of a weight's views are collected in the order of the batches: first views first.
-    return [_batch(groups[key], ages[key], key in plain) for key in sorted(groups, key=lambda key: key[-1])]
+class _Together:
+    """Weights that are followed together, and what came of it; next time the same ones need no sorting.
 
+    Attributes:
+        batches: of the weights.
+        frames: of each batch, to start from.
+        found: of each batch, after `follow`.
+        addresses: of the weights' memory; None where the batches hold copies.
+    """
 
-def _batch(group: list[tuple[int, Tensor, Frame]], age: int, is_plain: bool) -> _Batch:
-    _, matrices, frame = group[0]
-    blocks = matrices.shape[0]
-    if len(group) > 1:
-        matrices = torch.cat([each for _, each, _ in group])
-        frame = Frame(torch.cat([each.rows for _, _, each in group]), frame.is_left)
-    places = [place for place, *_ in group]
-    return _Batch(matrices, frame, probe_at(frame, age), places, blocks, is_plain and len(group) > 1)
+    def __init__(self, batches: list[_Batch], frames: list[Frame], addresses: list[int] | None, size: int) -> None:
+        self.batches, self.frames, self.addresses, self.size = batches, frames, addresses, size
+        self.found: list[TrackedTriplet] = []
+        # For each weight, view by view: which batch it is in, and where.
+        self._where: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+        for number, batch in enumerate(batches):
+            for slot, place in enumerate(batch.places):
+                self._where[place].append((number, slot))
 
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> _Together:
+        """Sort the matrices of the weights into batches."""
+        groups: dict[tuple[Any, ...], list[tuple[int, Tensor, Frame]]] = {}
+        stacks: set[tuple[Any, ...]] = set()
+        are_views = True
+        for place, (normalization, weight, kept) in enumerate(members):
+            detached = weight.detach()
+            for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
+                matrices = view.memory_blocks(detached)
+                matrices = matrices.to(compute_dtype(matrices.dtype))
+                are_views &= matrices.data_ptr() == weight.data_ptr()
+                is_small = matrices.numel() <= _SMALL
+                is_plain = detached.is_contiguous() and view.is_dense_in(detached) and len(normalization.views) == 1
+                is_left = triplet.frame.is_left
+                key = (number, kept.age, matrices.shape, weight.shape, weight.dtype, is_plain, is_left)
+                key = key if is_small else (number, kept.age, place)
+                groups.setdefault(key, []).append((place, matrices, triplet.frame))
+                if is_small and is_plain and matrices.dtype == weight.dtype and host_has(weight.device):
+                    stacks.add(key)
+        batches, frames = [], []
+        # The triplets of a weight's views are collected in the order of the batches: first views first.
+        for key in sorted(groups, key=lambda key: key[0]):
+            places, parts, of_weights = (list(each) for each in zip(*groups[key], strict=True))
+            batches.append(_Batch(parts, places, len(parts[0]), key in stacks and len(parts) > 1, key[1]))
+            rows = [frame.rows for frame in of_weights]
+            frames.append(Frame(rows[0] if len(rows) == 1 else torch.cat(rows), of_weights[0].is_left))
+        addresses = [member.weight.data_ptr() for member in members] if are_views else None
+        return cls(batches, frames, addresses, len(members))
 
-def _taken_apart(batch: _Batch, found: TrackedTriplet) -> list[TrackedTriplet]:
-    """The triplets of each weight of a batch."""
-    if len(batch.places) == 1:
-        return [found]
-    u, v, sigma, rows = (part.split(batch.blocks) for part in (*found[:3], found.frame.rows))
-    frames = [Frame(each, found.frame.is_left) for each in rows]
-    return [TrackedTriplet(*parts) for parts in zip(u, v, sigma, frames, strict=True)]
+    def is_of(self, members: Sequence[Member]) -> bool:
+        """Whether ``members`` are the very weights that were followed here, in the same memory."""
+        return (
+            self.addresses is not None
+            and len(members) == self.size
+            and all(
+                member.kept.followed is self and member.kept.index == place and member.weight.data_ptr() == address
+                for place, (member, address) in enumerate(zip(members, self.addresses, strict=True))
+            )
+        )
+
+    def again(self) -> _Together:
+        """The same weights, to be followed from where they are now."""
+        batches = [batch._replace(age=batch.age + 1) for batch in self.batches]
+        return _Together(batches, [found.frame for found in self.found], self.addresses, self.size)
+
+    def follow(self, num_iterations: int, eps: float) -> None:
+        """One step of power iteration for all."""
+        probes = [probe_at(frame, batch.age) for frame, batch in zip(self.frames, self.batches, strict=True)]
+        matrices = [batch.matrices() for batch in self.batches]
+        self.found = track_together(matrices, self.frames, probes, num_iterations, eps=eps)
+        self.frames = []
+
+    def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
+        """For each view of a weight the triplets of its blocks."""
+        triplets = []
+        for number, slot in self._where[index]:
+            blocks, (u, v, sigma, (rows, is_left)) = self.batches[number].blocks, self.found[number]
+            its = slice(slot * blocks, (slot + 1) * blocks)
+            triplets.append(TrackedTriplet(u[its], v[its], sigma[its], Frame(rows[its], is_left)))
+        return tuple(triplets)
+
+    def flat_v_of(self, index: int) -> Tensor:
+        """v of the first block of a weight's first view, in memory order."""
+        number, slot = self._where[index][0]
+        return self.found[number].v[slot * self.batches[number].blocks]
+
+    def wholes(self, members: Sequence[Member]) -> tuple[Tensor, list[_Pairs]]:
+        """The norms of the weights, one tensor for all, and the whole vectors of their views."""
+        if len(self.batches) == 1 and self.batches[0].is_stack:
+            u, v, sigma, _ = self.found[0]
+            return sigma, [(pair,) for pair in zip(u.unbind(), v.unbind(), strict=True)]
+        return wholes(members, [self.triplets_of(index) for index in range(self.size)])
 
 
 _probes: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}

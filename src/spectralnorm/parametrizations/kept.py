@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from spectralnorm.linalg import TrackedTriplet
 from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, watch
 
-__all__ = ["Kept", "Verdict"]
+__all__ = ["Alone", "Followed", "Kept", "Verdict", "host_has"]
 
 
 def host_has(device: torch.device) -> bool:
@@ -58,6 +59,25 @@ class Verdict:
         return sigmas is not None and not self.eps < sigmas[index] < math.inf
 
 
+class Followed(Protocol):
+    """What came of following the singular vectors of one or several weights."""
+
+    def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
+        """For each view of a weight the triplets of its blocks."""
+        ...
+
+
+class Alone(NamedTuple):
+    """The triplets of one weight, ``index`` in whatever it was renewed with."""
+
+    triplets: tuple[TrackedTriplet, ...]
+    index: int = 0
+
+    def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
+        assert index == self.index
+        return self.triplets
+
+
 @dataclass(slots=True)
 class Kept:
     """The value of a normalized weight, and what the next one starts from.
@@ -67,7 +87,7 @@ class Kept:
         quotient: the value, and what its derivative needs.
         value_version: the value's version, by which a write of the user's into it is noticed.
         output: the value as a node of the graph, made at the first use under grad.
-        triplets: for each view of the weight those of its blocks, in memory order, with the frame to go on from.
+        followed: where the triplets are to be found.
         age: refreshes since the frames were computed anew.
         is_in_buffers: whether the buffers hold u and v.
         verdict: which weights of the batch had a norm.
@@ -78,11 +98,16 @@ class Kept:
     quotient: Quotient
     value_version: int
     output: Tensor | None
-    triplets: tuple[TrackedTriplet, ...]
+    followed: Followed
     age: int
     is_in_buffers: bool
     verdict: Verdict
     index: int
+
+    @property
+    def triplets(self) -> tuple[TrackedTriplet, ...]:
+        """For each view of the weight those of its blocks, in memory order, with the frame to go on from."""
+        return self.followed.triplets_of(self.index)
 
     @property
     def value(self) -> Tensor:
@@ -130,4 +155,11 @@ class Kept:
         moment = watch(weight).now()
         value = self.value.clone()
         quotient = replace(self.quotient, weight=weight, moment=moment, value=value)
-        return replace(self, moment=moment, quotient=quotient, value_version=value._version, output=None)
+        return replace(
+            self,
+            moment=moment,
+            quotient=quotient,
+            value_version=value._version,
+            output=None,
+            followed=Alone(self.triplets, self.index),
+        )
