@@ -40,6 +40,7 @@ docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 benchmark: $(VENV)/dev.stamp  ## Measure on this machine what README and docs claim (about half an hour).
+	$(BIN)/python benchmarks/normalization.py
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/default_recipe.py
 

@@ -60,7 +60,7 @@ def test_whole_vectors_of_the_largest_block_give_its_norm_on_torchs_matrix(layer
 def test_vectors_of_one_block_are_told_from_those_of_torchs_matrix(layer):
     weight = layer.weight.detach()
     view = view_of(layer, weight)
-    left, values, right = torch.linalg.svd(view.memory_matrix(weight), full_matrices=False)
+    left, values, right = torch.linalg.svd(view.memory_blocks(weight), full_matrices=False)
     u, v, _ = view.whole_vectors(left[..., 0], right[..., 0, :], values[..., 0], weight)
     assert view.is_of_one_block(u, v)
     largest = int(values[..., 0].argmax())
