@@ -24,7 +24,7 @@ from spectralnorm.gan.pictures import image_grid, save_png
 from spectralnorm.gan.run_folder import CHECKPOINTS
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
-from spectralnorm.gan.weight_norms import largest_singular_values
+from spectralnorm.gan.weight_norms import LargestSingularValues
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
 
@@ -94,6 +94,7 @@ class ScalarLog:
     def __init__(self, log: RecordLog, also: Callable[[Trainer, Scalars], None], *, trainer: Trainer) -> None:
         self._log = log
         self._also = also
+        self._sigmas = LargestSingularValues(trainer.discriminator)
         self._last = (trainer.images_seen, trainer.clock.seconds)
 
     def __call__(self, trainer: Trainer) -> None:
@@ -105,8 +106,7 @@ class ScalarLog:
         # The gradients are still those of the update just done: they are cleared at the start of the next.
         values["gradient_norm/discriminator"] = _gradient_norm(trainer.discriminator)
         values["gradient_norm/generator"] = _gradient_norm(trainer.generator)
-        sigmas = largest_singular_values(trainer.discriminator)
-        values |= {f"sigma/{layer}": sigma for layer, sigma in sigmas.items()}
+        values |= {f"sigma/{layer}": sigma for layer, sigma in self._sigmas().items()}
         seconds = trainer.clock.seconds
         values["images_per_second"] = (trainer.images_seen - self._last[0]) / max(seconds - self._last[1], 1e-9)
         self._last = (trainer.images_seen, seconds)

@@ -10,20 +10,31 @@ from spectralnorm.parametrizations import normalization_of
 from spectralnorm.transform import monitor
 from spectralnorm.transform.selection import Candidate, candidates
 
-__all__ = ["largest_singular_values", "spectra"]
+__all__ = ["LargestSingularValues", "spectra"]
 
 
-@torch.no_grad()
-def largest_singular_values(model: nn.Module) -> dict[str, float]:
-    """Sigma of each raw weight by its layer's name: as the layer divides by it, or to 1e-3 where none does."""
-    normalized = monitor(model)
-    plain = {
-        name: refine(matrix, _direction(matrix), rtol=1e-3).sigma.max()
-        for name, candidate in _layers(model)
-        if name not in normalized
-        for matrix in [_matrix(candidate, candidate.weight)]
-    }
-    return normalized | {name: float(sigma) for name, sigma in plain.items()}
+class LargestSingularValues:
+    """Sigma of each raw weight of a model by its layer's name: as the layer divides by it, or to 1e-3 where none does.
+
+    Args:
+        model: looked through once; which of its weights are normalized must not change afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._plain = [
+            (name, candidate)
+            for name, candidate in _layers(model)
+            if normalization_of(candidate.module, candidate.tensor_name) is None
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        plain = {}
+        for name, candidate in self._plain:
+            matrix = _matrix(candidate, candidate.weight)
+            plain[name] = float(refine(matrix, _direction(matrix), rtol=1e-3).sigma.max())
+        return monitor(self._model) | plain
 
 
 @torch.no_grad()
