@@ -156,6 +156,20 @@ def test_memory_of_an_old_value_is_not_overwritten_while_somebody_holds_it(size)
     assert torch.equal(held, expected)
 
 
+@pytest.mark.parametrize("size", [6, 300], ids=["small", "large"])
+def test_gradient_that_somebody_holds_is_not_overwritten_by_the_next(size):
+    layers = nn.ModuleList(spectral_norm(nn.Linear(size, size)) for _ in range(2))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    pull(layers, optimizer, seed=0)
+    held = []
+    for step in range(3):
+        optimizer.zero_grad()
+        (layers[0].weight.square().sum() * (step + 1) + layers[1].weight.sum()).backward()
+        held.append((raw(layers[0]).grad, raw(layers[0]).grad.clone()))
+        optimizer.step()
+    assert all(torch.equal(grad, copied) for grad, copied in held)
+
+
 def test_memory_of_a_large_value_that_nobody_holds_is_used_again():
     layer = spectral_norm(nn.Linear(300, 300))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

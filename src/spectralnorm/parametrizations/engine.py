@@ -90,9 +90,10 @@ def refresh_together(members: Sequence[Member]) -> None:
     verdict = Verdict(sigmas, first.eps)
     divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
-    for batch, found in zip(together.batches, together.found, strict=True):
+    for batch, matrices, found in zip(together.batches, together.take_matrices(), together.found, strict=True):
         if batch.is_stack and all(active is True for _, active in (divisors[place] for place in batch.places)):
-            for place, quotient in zip(batch.places, _stacked(batch, found, members, divisors, pairs), strict=True):
+            stacked = _stacked(batch, matrices, found, members, divisors, pairs)
+            for place, quotient in zip(batch.places, stacked, strict=True):
                 quotients[place] = quotient
     for place, member in enumerate(members):
         quotient = quotients[place]
@@ -209,6 +210,7 @@ def _quotient(
 
 def _stacked(
     batch: _Batch,
+    matrices: Tensor,
     found: TrackedTriplet,
     members: Sequence[Member],
     divisors: Sequence[_Divisor],
@@ -216,7 +218,7 @@ def _stacked(
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
     numbers = torch.tensor([divisors[place][0] for place in batch.places], dtype=found.sigma.dtype)
-    values = batch.matrices() / numbers[:, None, None]
+    values = matrices / numbers[:, None, None]
     stack = Stack(values, found.u, found.v, found.sigma, numbers)
     shape = members[batch.places[0]].weight.shape
     parts = zip(batch.places, values.view(-1, *shape).unbind(), found.sigma.unbind(), strict=True)
@@ -315,6 +317,7 @@ class _Together:
     def __init__(self, batches: list[_Batch], frames: list[Frame], addresses: list[int] | None, size: int) -> None:
         self.batches, self.frames, self.addresses, self.size = batches, frames, addresses, size
         self.found: list[TrackedTriplet] = []
+        self._matrices: list[Tensor] = []
         # For each weight, view by view: which batch it is in, and where.
         self._where: list[list[tuple[int, int]]] = [[] for _ in range(size)]
         for number, batch in enumerate(batches):
@@ -370,9 +373,14 @@ class _Together:
     def follow(self, num_iterations: int, eps: float) -> None:
         """One step of power iteration for all."""
         probes = [probe_at(frame, batch.age) for frame, batch in zip(self.frames, self.batches, strict=True)]
-        matrices = [batch.matrices() for batch in self.batches]
-        self.found = track_together(matrices, self.frames, probes, num_iterations, eps=eps)
+        self._matrices = [batch.matrices() for batch in self.batches]
+        self.found = track_together(self._matrices, self.frames, probes, num_iterations, eps=eps)
         self.frames = []
+
+    def take_matrices(self) -> list[Tensor]:
+        """Of each batch (batch, out, in), after `follow`; once, because copies of the weights are not kept."""
+        matrices, self._matrices = self._matrices, []
+        return matrices
 
     def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
         """For each view of a weight the triplets of its blocks."""
