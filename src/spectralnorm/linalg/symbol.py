@@ -227,13 +227,17 @@ class _Grams:
 
 def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rayleigh quotients after power iteration, (batch,), and the vectors, (batch, rows)."""
-    if vectors is None:
-        diagonal = grams.diagonal(dim1=-2, dim2=-1).real
-        index = diagonal.argmax(-1)[:, None, None].expand(-1, grams.shape[-1], 1)
-        vectors = grams.gather(-1, index)[..., 0]
+    started = _start(grams) if vectors is None else vectors
     tiny = torch.finfo(grams.dtype).tiny
     for _ in range(num_iterations):
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(tiny)
-        vectors = (grams @ vectors[..., None])[..., 0]
-    vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(tiny)
-    return torch.linalg.vecdot(vectors, (grams @ vectors[..., None])[..., 0]).real, vectors
+        started = started / torch.linalg.vector_norm(started, dim=-1, keepdim=True).clamp_min(tiny)
+        started = (grams @ started[..., None])[..., 0]
+    started = started / torch.linalg.vector_norm(started, dim=-1, keepdim=True).clamp_min(tiny)
+    return torch.linalg.vecdot(started, (grams @ started[..., None])[..., 0]).real, started
+
+
+def _start(grams: Tensor) -> Tensor:
+    """The column with the largest diagonal entry of each, (batch, rows): no stranger to the leading eigenvector."""
+    diagonal = grams.diagonal(dim1=-2, dim2=-1).real
+    index = diagonal.argmax(-1)[:, None, None].expand(-1, grams.shape[-1], 1)
+    return grams.gather(-1, index)[..., 0]

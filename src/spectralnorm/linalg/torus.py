@@ -116,8 +116,7 @@ def _grid(num_taps: int, excess: float) -> tuple[int, float]:
 def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
     """Zeros between dilated taps; then the taps of each phase of the stride as input channels of their own.
 
-    Args:
-        blocks: (groups, out, in, *taps)
+    ``blocks`` is (groups, out, in, *taps).
     """
     dim = 3 + axis
     taps = blocks.shape[dim]
@@ -138,8 +137,7 @@ def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
 def _padding_rule(geometry: ConvolutionGeometry, axis: int, n: int | None) -> tuple[int, int | None]:
     """How many copies padding makes of a pixel at most, and the size of the torus after it; None: any size.
 
-    Args:
-        n: pixels of the convolution's input along the axis; None: any number.
+    ``n`` is the number of pixels of the convolution's input along the axis; None: any number.
     """
     stride, extent, ends = geometry.stride[axis], geometry.extent[axis], geometry.padding[axis]
     if geometry.padding_mode == "zeros":
