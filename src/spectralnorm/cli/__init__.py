@@ -1,4 +1,4 @@
-"""The command line: ``spectralnorm train | sample | evaluate | certify | report``. Thin: it parses, calls and prints."""
+"""The command line: ``spectralnorm train | sample | evaluate | certify | report``. It parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``spectralnorm``; None: those of the process.
 
     Returns:
-        The exit status: 0 done, 1 certified above the given maximum, 2 a request that cannot be carried out, 130 interrupted.
+        The exit status: 0 done, 1 certified above the given maximum, 2 a request that cannot be carried out, 130
+        interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
