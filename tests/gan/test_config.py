@@ -19,11 +19,11 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
     ("settings", "message"),
     [
         ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
-        ({"architecture": "resnet"}, "Unknown architecture 'resnet'; choose one of dcgan, sncnn, sndcgan"),
+        ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
         ({"normalization": "batch"}, "choose one of spectral, none"),
         ({"device": "tpu"}, "choose one of auto, cpu, cuda"),
         ({"augmentation": "shift,swirl"}, "Unknown augmentation 'swirl'"),
-        ({"image_size": 40}, "choose one of 32, 48, 64"),
+        ({"image_size": 40}, "choose one of 32, 48, 64, 128"),
         ({"channels": 4}, "choose one of 1, 3"),
         ({"batch_size": -1}, "batch_size must be a number at least 2, got -1"),
         ({"generator_lr": float("nan")}, "generator_lr must be a number above 0, got nan"),
