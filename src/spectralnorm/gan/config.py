@@ -38,7 +38,7 @@ class Config:
     data: str | None = _setting(None)
     """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
     image_size: int = _setting(32)
-    """Height and width in pixels: 32, 48, 64 or 128."""
+    """Height and width in pixels: 32, 48, 64 or 128 (sagan: not 48)."""
     channels: int = _setting(1)
     """1 for gray, 3 for colour."""
     augmentation: str = _setting("none")
@@ -46,7 +46,7 @@ class Config:
 
     # Networks.
     architecture: str = _setting("dcgan")
-    """dcgan, sncnn, sndcgan or resnet."""
+    """dcgan, sncnn, sndcgan, resnet, sagan or mlp."""
     generator_width: int = _setting(64)
     """Of the generator: 64 gives the published channels, another number scales them."""
     discriminator_width: int = _setting(64)

@@ -4,8 +4,9 @@ A generator maps latents ``(batch, latent_dim)`` to images ``(batch, channels, s
 maps images to logits ``(batch,)``. Neither is normalized here: `NORMALIZATIONS` is applied by the trainer. ``width=64``
 gives the published number of channels everywhere.
 
-Every discriminator takes ``lipschitz=``: a number asks for the form whose parts without weights have norm at most 1, so
-that dividing every weight by a guaranteed bound of its norm makes that number the Lipschitz constant of the whole.
+Every discriminator but SAGAN's takes ``lipschitz=``: a number asks for the form whose parts without weights have norm
+at most 1, so that dividing every weight by a guaranteed bound of its norm makes that number a Lipschitz constant of the
+whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from spectralnorm.gan.models.mlp import ImageMLPDiscriminator, ImageMLPGenerator
 from spectralnorm.gan.models.resnet import ResNetDiscriminator, ResNetGenerator
+from spectralnorm.gan.models.sagan import SAGANDiscriminator, SAGANGenerator
 from spectralnorm.gan.models.sncnn import SNCNNDiscriminator, SNCNNGenerator, SNDCGANDiscriminator
 from spectralnorm.transform import add_spectral_norm
 
@@ -40,6 +43,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sncnn": Architecture(SNCNNGenerator, SNCNNDiscriminator),
     "sndcgan": Architecture(SNCNNGenerator, SNDCGANDiscriminator),
     "resnet": Architecture(ResNetGenerator, ResNetDiscriminator),
+    "sagan": Architecture(SAGANGenerator, SAGANDiscriminator, image_sizes=(32, 64, 128)),
+    "mlp": Architecture(ImageMLPGenerator, ImageMLPDiscriminator),
 }
 """Architectures by name."""
 
