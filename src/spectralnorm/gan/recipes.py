@@ -124,8 +124,8 @@ def _sngan_resnet(image_size: int) -> Callable[..., Config]:
         return _config(name, settings, defaults)
 
     recipe.__doc__ = (
-        f"The residual networks at {image_size} px with the settings of Miyato et al. 2018: hinge loss, five updates of "
-        "D for one of G, step sizes that fall from the start. For CIFAR-10 the paper updates G on 128 images; here "
+        f"The residual networks at {image_size} px with the settings of Miyato et al. 2018: hinge loss, five updates "
+        "of D for one of G, step sizes that fall from the start. For CIFAR-10 the paper updates G on 128 images; here "
         "both networks see 64."
     )
     return recipe
