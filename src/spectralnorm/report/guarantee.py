@@ -44,7 +44,7 @@ def guarantee(certificate: Mapping[str, Any]) -> Guarantee:
         KeyError, TypeError, ValueError: it is not one.
     """
     layers = certificate["layers"]
-    longest = max((float(layer["upper_bound"]) for layer in layers), default=1.0)
+    longest = max((float(layer["upper"]) for layer in layers if layer["upper"] is not None), default=0.0)
     return Guarantee(
         upper=number_text(_up(float(certificate["upper_bound"]))),
         lower=number_text(float(certificate["lower_bound"])),
@@ -55,15 +55,15 @@ def guarantee(certificate: Mapping[str, Any]) -> Guarantee:
 
 
 def _bar(layer: Mapping[str, Any], longest: float) -> LayerBar:
-    lower, upper = layer["lower_bound"], float(layer["upper_bound"])
+    lower, upper = (None if layer[side] is None else float(layer[side]) for side in ("lower", "upper"))
     return LayerBar(
         name=str(layer["name"]),
-        operation=str(layer["operation"]),
-        lower="" if lower is None else number_text(float(lower)),
-        upper=number_text(_up(upper)),
-        product=number_text(_up(float(layer["running_product"]))),
-        lower_percent=0.0 if lower is None else 100 * float(lower) / longest if longest else 0.0,
-        upper_percent=100 * upper / longest if longest else 0.0,
+        operation=str(layer["op"]),
+        lower="" if lower is None else number_text(lower),
+        upper="" if upper is None else number_text(_up(upper)),
+        product=number_text(_up(float(layer["product"]))),
+        lower_percent=100 * lower / longest if lower is not None and longest else 0.0,
+        upper_percent=100 * upper / longest if upper is not None and longest else 0.0,
     )
 
 
