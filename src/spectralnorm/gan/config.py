@@ -14,6 +14,7 @@ from spectralnorm.gan.augment import AUGMENTATIONS
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.penalties import PENALTIES
 
 __all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
@@ -60,7 +61,13 @@ class Config:
 
     # Optimization.
     loss: str = _setting("hinge")
-    """hinge or nonsaturating."""
+    """hinge, nonsaturating, minimax, wasserstein, least-squares or relativistic."""
+    penalty: str | None = _setting(None)
+    """Of the discriminator's gradients: none, r1, r2, r1-r2, gradient-penalty (WGAN-GP, GAN-GP) or dragan."""
+    penalty_weight: float = _setting(10.0)
+    """Factor of the penalty: gamma of R1 and R2 (which carry a half of their own), lambda of the others."""
+    penalty_interval: int = _setting(1)
+    """Discriminator updates from one with the penalty to the next, whose penalty counts that many times."""
     batch_size: int = _setting(64)
     """Real images per discriminator update, and fake images per update of either network."""
     num_discriminator_steps: int = _setting(1)
@@ -105,6 +112,8 @@ class Config:
         choose("initialization", self.initialization, INITIALIZATIONS)
         choose("normalization", self.normalization, NORMALIZATIONS)
         choose("loss", self.loss, LOSSES)
+        if self.penalty is not None:
+            choose("penalty", self.penalty, PENALTIES)
         choose("device", self.device, ("auto", "cpu", "cuda"))
         for name in augmentation_names(self.augmentation):
             choose("augmentation", name, AUGMENTATIONS)
@@ -114,6 +123,8 @@ class Config:
             self._require(name, at_least=1)
         for name in ("num_sample_grids", "num_evaluations"):
             self._require(name, at_least=1)
+        self._require("penalty_interval", at_least=1)
+        self._require("penalty_weight", at_least=0)
         self._require("batch_size", at_least=2)
         self._require("num_evaluation_samples", at_least=100)
         self._require("seed", at_least=0, at_most=2**32 - 1)
