@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from spectralnorm.gan.config import Config
+from spectralnorm.gan.models.stylegan2_discriminator import MinibatchStddev
 from spectralnorm.gan.observers import Averaging, Milestones, StepSizeDecay
 from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.gan.trainer import Clock, RunningMeans, Trainer
@@ -211,11 +212,15 @@ def test_milestones_passed_before_a_resume_do_not_come_again():
     assert [step for step in range(60, 101) if milestones.reached(step / 100)] == [75, 100]
 
 
-def test_batch_normalization_in_the_discriminator_never_sees_real_and_fake_together(device: torch.device):
+@pytest.mark.parametrize(
+    "mixing", [nn.Sequential(nn.BatchNorm2d(1)), nn.Sequential(MinibatchStddev())], ids=["norm", "stddev"]
+)
+def test_what_mixes_the_images_of_a_batch_never_sees_real_and_fake_together(mixing: nn.Module, device: torch.device):
     torch.manual_seed(0)
     seen = []
-    discriminator = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 1), nn.Flatten(0))
-    discriminator[1].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    discriminator = nn.Sequential(mixing, nn.Flatten(), nn.LazyLinear(1), nn.Flatten(0)).to(device)
+    discriminator(torch.zeros(2, 1, 8, 8, device=device))
+    mixing[0].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     generator = nn.Sequential(nn.Linear(5, 64), nn.Unflatten(1, (1, 8, 8)))
     images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     Trainer(
