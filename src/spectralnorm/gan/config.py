@@ -47,7 +47,7 @@ class Config:
 
     # Networks.
     architecture: str = _setting("dcgan")
-    """dcgan, sncnn, sndcgan, stylegan2 or stylegan2-lipschitz."""
+    """dcgan, sncnn, sndcgan, stylegan2, stylegan2-lipschitz or r3gan."""
     generator_width: int = _setting(64)
     """Channels of the generator's last feature map; earlier ones double, up to 8x."""
     discriminator_width: int = _setting(64)

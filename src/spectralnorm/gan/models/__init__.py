@@ -14,6 +14,7 @@ from functools import partial
 from torch import nn
 
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from spectralnorm.gan.models.r3gan import R3GANDiscriminator, R3GANGenerator
 from spectralnorm.gan.models.sncnn import SNCNNDiscriminator, SNCNNGenerator, SNDCGANDiscriminator
 from spectralnorm.gan.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from spectralnorm.transform import add_spectral_norm
@@ -39,6 +40,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stylegan2-lipschitz": Architecture(
         StyleGAN2Generator, partial(StyleGAN2Discriminator, lipschitz=1.0, stddev_group=0)
     ),
+    "r3gan": Architecture(R3GANGenerator, R3GANDiscriminator),
 }
 """Architectures by name."""
 
