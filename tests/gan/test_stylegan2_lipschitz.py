@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
+from spectralnorm.gan.models.filters import Blur, Downsample
 from spectralnorm.gan.models.stylegan2_discriminator import MinibatchStddev, StyleGAN2Discriminator
 
 # Jacobians and norms are exact to float64's rounding, some 1e-13 for these sizes.
@@ -67,6 +68,25 @@ def test_no_jacobian_exceeds_the_constant(prepare, lipschitz: float, stddev_grou
         # The whole batch at once: with minibatch stddev a logit depends on the other images too.
         norm = _jacobian_norm(discriminator, scale * _images(device))
         assert 0 < norm <= lipschitz * (1 + TOLERANCE)
+
+
+def test_every_part_without_weights_has_norm_at_most_one(device: torch.device):
+    # Part by part, because the slack of the whole network would hide one that is a little too large.
+    discriminator = _discriminator(device, lipschitz=1.0)
+    filters = [module for module in discriminator.modules() if isinstance(module, Blur | Downsample)]
+    assert len(filters) == 4
+    for layer in filters:
+        norm = torch.linalg.matrix_norm(explicit_matrix(layer, (1, 8, 8), device), 2).item()
+        assert 0.7 < norm <= 1 + TOLERANCE
+    activations = [module for module in discriminator.modules() if isinstance(module, nn.LeakyReLU)]
+    assert len(activations) == 6
+    values = torch.linspace(-3, 3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    for activation in activations:
+        (slopes,) = torch.autograd.grad(activation(values).sum(), values)
+        assert slopes.abs().max() <= 1
+    assert discriminator.stddev is not None
+    features = torch.randn(4, 16, 2, 2, dtype=torch.float64, device=device)
+    assert _jacobian_norm(discriminator.stddev, features) <= 1 + TOLERANCE
 
 
 def test_the_constant_is_not_a_large_multiple_of_what_is_reached(device: torch.device):
