@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ CERTIFICATE = {
 }
 
 
+@pytest.fixture
+def copied_run(finished_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
 def test_an_upper_bound_is_never_shown_smaller_than_it_is():
     assert guarantee(CERTIFICATE).upper == "1.001"
 
@@ -30,17 +36,17 @@ def test_each_layer_has_its_bars_and_what_is_unknown_has_none():
     assert (joined.upper, joined.upper_percent) == ("", 0)
 
 
-def test_the_report_shows_the_certificate_of_its_run(finished_run: Path):
-    assert "Nothing is proved of this discriminator yet" in build_report(finished_run).read_text(encoding="utf-8")
-    (finished_run / "certificate.json").write_text(json.dumps(CERTIFICATE), encoding="utf-8")
-    page = build_report(finished_run).read_text(encoding="utf-8")
+def test_the_report_shows_the_certificate_of_its_run(copied_run: Path):
+    assert "Nothing is proved of this discriminator yet" in build_report(copied_run).read_text(encoding="utf-8")
+    (copied_run / "certificate.json").write_text(json.dumps(CERTIFICATE), encoding="utf-8")
+    page = build_report(copied_run).read_text(encoding="utf-8")
     assert "at most <strong>1.001</strong>" in page
     assert "layers.0" in page
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"upper_bound": 1}'])
-def test_a_broken_certificate_is_told_and_the_rest_is_shown(finished_run: Path, text: str):
-    (finished_run / "certificate.json").write_text(text, encoding="utf-8")
-    page = build_report(finished_run).read_text(encoding="utf-8")
+def test_a_broken_certificate_is_told_and_the_rest_is_shown(copied_run: Path, text: str):
+    (copied_run / "certificate.json").write_text(text, encoding="utf-8")
+    page = build_report(copied_run).read_text(encoding="utf-8")
     assert ("certificate.json" in page) is (text != "[]")
     assert "Nothing is proved of this discriminator yet" in page
