@@ -57,8 +57,8 @@ class Config:
     initialization: str = _setting("published")
     """Of the weights of both networks: published (the architecture's own) or orthogonal."""
     lipschitz: float | None = _setting(None)
-    """The discriminator in the form whose parts without weights have norm at most 1, its logits times this number; none:
-    as published."""
+    """The discriminator in the form whose parts without weights have norm at most 1, its logits times this number;
+    none: as published."""
     normalization: str = _setting("spectral")
     """Of the discriminator's weights: spectral or none."""
 

@@ -6,8 +6,8 @@ gives the published number of channels everywhere. A part that makes a logit dep
 the attribute ``mixes_images = True``.
 
 Every discriminator but those of SAGAN and R3GAN takes ``lipschitz=``: a number asks for the form whose parts without
-weights have norm at most 1, so that dividing every weight by a guaranteed bound of its norm makes that number a Lipschitz
-constant of the whole.
+weights have norm at most 1, so that dividing every weight by a guaranteed bound of its norm makes that number a
+Lipschitz constant of the whole.
 """
 
 from __future__ import annotations
