@@ -23,12 +23,14 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
+from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.options import Options
-from spectralnorm.parametrizations.quotient import divided, divisor_of
+from spectralnorm.parametrizations.quotient import NormalizedWeights, divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
+from spectralnorm.parametrizations.strict import Target, autocast_dtype, careful_divisor
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -44,6 +46,7 @@ _REFINED_RTOL = 1e-5
 _COLD_ITERATIONS = 15
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class SpectralNorm(nn.Module):
@@ -61,7 +64,9 @@ class SpectralNorm(nn.Module):
         mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
             trained parameter ``scale``, which starts at ``coefficient``.
         coefficient: the norm that is wanted.
-        strict: not offered yet: whether the norm is guaranteed.
+        strict: divide by a guaranteed upper bound of the norm in place of an estimate, so that the norm of the weight
+            that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
+            after autocast's rounding. Not with ``norm="bidirectional"`` or ``mode="learnable"``, nor for convolutions.
         update: ``"step"``: once per change of the weight; ``"forward"``: at every use in training mode, as torch;
             ``"manual"``: only by `spectralnorm.update_`.
 
@@ -103,6 +108,11 @@ class SpectralNorm(nn.Module):
             update=update,
         )
         weight = _weight_of(module, name)
+        if strict and isinstance(module, _CONVOLUTIONS) and name == "weight":
+            raise UserError(
+                "strict=True is not offered for convolutions yet, whose norm is not that of their reshaped kernel; "
+                "leave strict out, or exclude them."
+            )
         self.name = name
         self.n_power_iterations = n_power_iterations
         self.eps = eps
@@ -169,8 +179,14 @@ class SpectralNorm(nn.Module):
         for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES)):
             if option in options:
                 _require_choice(option, options[option], choices)
-        if options.get("strict"):
-            raise UserError("strict=True is not offered yet: the norm is an estimate, not a bound; leave strict out.")
+        if not isinstance(strict := options.get("strict", False), bool):
+            raise UserError(f"strict must be True or False, got {strict!r}.")
+        for option, value in (("norm", "bidirectional"), ("mode", "learnable")):
+            if strict and options.get(option) == value:
+                raise UserError(
+                    f'strict=True is not offered together with {option}="{value}", for which there is no guaranteed '
+                    "bound; leave one of them out."
+                )
 
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
@@ -250,6 +266,41 @@ class SpectralNorm(nn.Module):
             return norm_alone.sigma_of(self, weight, parameter)
         return self._rayleigh(whole(weight), self.pairs())
 
+    @torch.no_grad()
+    def sigma_upper(self, weight: Tensor) -> Tensor:
+        """A number that the norm of ``weight`` is guaranteed not to exceed: a float64 scalar.
+
+        Of a strict normalization it is what the weight is divided by, up to rounding.
+
+        Raises:
+            UserError: the norm is the mean of two.
+        """
+        if self.norm == "bidirectional":
+            raise UserError('There is no guaranteed bound for norm="bidirectional"; use norm="matrix".')
+        if self.strict and self._can_keep(weight):
+            upper = self._current(weight).quotient.upper
+            assert upper is not None
+            return upper
+        return self.upper_bound(whole(weight))
+
+    def upper_bound(self, weight: Tensor, leading: Tensor | None = None) -> Tensor:
+        """As `sigma_upper`, computed now for any tensor of the weight's shape.
+
+        Args:
+            weight: real or complex.
+            leading: vectors of the shorter side of each block near to the leading singular ones, in the order of
+                `MatrixView.memory_blocks`; they only tighten.
+        """
+        if leading is None:
+            blocks = self.weight_matrix(weight.detach())
+        else:
+            blocks = self.view.memory_blocks(weight.detach())
+        return gram_upper_bound(blocks, vector=leading).amax()
+
+    def target(self, dtype: torch.dtype) -> Target:
+        """What a strict value has to be whose entries are rounded to ``dtype``."""
+        return Target(self.divided_to, self.mode == "cap", self.eps, dtype)
+
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
         kept = self._kept
@@ -283,7 +334,7 @@ class SpectralNorm(nn.Module):
         """The normalized ``weight``, of its shape and type."""
         if self.scale is None:
             return self._divided(weight)
-        norm_alone.refuse_scale(weight)
+        norm_alone.refuse_sharded(weight, 'mode="learnable"')
         handed, version = self._handed
         if handed is not None and handed._version != version and self._can_keep(weight):
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
@@ -293,6 +344,8 @@ class SpectralNorm(nn.Module):
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if self.strict and not self._can_keep(weight):
+            return self._unkept_strict(weight)
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
@@ -304,9 +357,13 @@ class SpectralNorm(nn.Module):
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
         if not torch.is_grad_enabled():
+            if self.strict and (dtype := autocast_dtype(weight)) is not None:
+                return engine.rounded_for_autocast(self, kept, weight, dtype).quotient.value.detach()
             return kept.value.detach()
         if not kept.is_in_buffers and self.training:
             engine.write_buffers(self, kept)
+        if self.strict and (dtype := autocast_dtype(weight)) is not None:
+            return self._handed_out_rounded(weight, kept, dtype)
         if not weight.requires_grad:
             return kept.value.detach()
         output = kept.output
@@ -314,6 +371,14 @@ class SpectralNorm(nn.Module):
             output = engine.connect(self, kept, weight)
         # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
         return torch.ops.aten.alias(output) if self._may_be_sparse else output.view_as(output)
+
+    def _handed_out_rounded(self, weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
+        rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
+        if not weight.requires_grad:
+            return rounded.quotient.value.detach()
+        if rounded.output is None:
+            (rounded.output,) = NormalizedWeights.apply([rounded.quotient], weight)
+        return torch.ops.aten.alias(rounded.output)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -369,7 +434,7 @@ class SpectralNorm(nn.Module):
         with plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
-                weight.copy_(kept.value)
+                weight.copy_(kept.written_value())
             clock = self.watched(weight)
             clock.observe()
             if kept is not None and kept.is_current(weight):
@@ -444,19 +509,45 @@ class SpectralNorm(nn.Module):
             return norm_alone.use(self, weight, parameter)
         self.require_all_of(weight)
         full = whole(weight) if is_distributed(weight) else weight
-        pairs = self.pairs()
-        if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
-            with torch.no_grad():
-                pairs = self._iterated(full.detach(), pairs, self.n_power_iterations)
-                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
-                    self._write(*pairs)
-        else:
-            # The graph must not see a later write to the buffers.
-            pairs = [(u.clone(), v.clone()) for u, v in pairs]
+        pairs = self._pairs_for_use(full)
         sigma = self._rayleigh(full, pairs)
         if is_distributed(weight):
             return scaled_part(weight, sigma, pairs, self.views, self.quotient)
         return self.quotient(weight, sigma)
+
+    def _pairs_for_use(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
+        pairs = self.pairs()
+        if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
+            with torch.no_grad():
+                pairs = self._iterated(weight.detach(), pairs, self.n_power_iterations)
+                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
+                    self._write(*pairs)
+            return pairs
+        # The graph must not see a later write to the buffers.
+        return [(u.clone(), v.clone()) for u, v in pairs]
+
+    def _unkept_strict(self, weight: Tensor) -> Tensor:
+        """As `_unkept`. The bound is that of the weight that came, whoever put it there."""
+        if weight.numel() == 0:
+            return weight
+        norm_alone.refuse_sharded(weight, "strict=True")
+        if self._is_vector:
+            sigma = torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))
+        else:
+            self.require_all_of(weight)
+            sigma = self._rayleigh(weight, self._pairs_for_use(weight))
+        target = self.target(autocast_dtype(weight) or weight.dtype)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            detached = weight.detach()
+            divisor, active = careful_divisor(detached, self.upper_bound(detached), target)
+            divisor = divisor.to(sigma.dtype)
+            ratio = torch.where(active & (sigma != 0), divisor / sigma, 0)
+        # Its value is the divisor, its gradient sigma's times the ratio.
+        sigma = torch.where(active, sigma, 0)
+        divisor = divisor + (sigma - sigma.detach()) * ratio
+        value = divided(weight, divisor)
+        return value if target.dtype == weight.dtype else value.to(target.dtype).to(weight.dtype)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""

@@ -17,6 +17,9 @@ from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["restore_tracking", "tracking_of"]
 
+# What rounding changes in a bound that goes the same way; another weight differs by more.
+_SAME_BOUND_RTOL = 1e-6
+
 
 def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor]:
     """What is tracked of one weight, by name; empty where nothing is kept.
@@ -37,6 +40,8 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
             "is_left": torch.tensor(is_left),
         }
         state |= {f"{number}.{name}": part for name, part in parts.items()}
+    if kept.quotient.upper is not None:
+        state["upper"] = kept.quotient.upper
     return state
 
 
@@ -62,7 +67,18 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         v = view.in_memory_order(part(number, "v"), weight)
         triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
-        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]))
+        leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
+        upper = _same_bound(normalization, weight, leading, state.get("upper"))
+        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper)
+
+
+def _same_bound(normalization: SpectralNorm, weight: Tensor, leading: Tensor, saved: Tensor | None) -> Tensor | None:
+    """The bound that was saved, if it can be one of this weight: computed alone it may differ in the last digits."""
+    if not normalization.strict or saved is None:
+        return None
+    computed = normalization.upper_bound(weight, leading)
+    saved = saved.to(computed)
+    return saved if bool((saved / computed - 1).abs() < _SAME_BOUND_RTOL) else computed
 
 
 def _kept(normalization: SpectralNorm, weight: Tensor) -> Kept | None:

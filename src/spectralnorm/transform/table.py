@@ -26,7 +26,7 @@ class Row:
         layer: the layer's name in the model.
         kind: the layer's class.
         shape: the weight's shape.
-        sigma: the norm by which the raw weight is divided; None if it is not normalized.
+        sigma: the norm by which the raw weight is divided, of a strict one a bound of it; None if it is not normalized.
         norm: the norm of the weight that the layer computes with, computed anew; None if it is not normalized.
         note: the wanted norm and how it is kept, or why the weight is not normalized.
     """
@@ -101,6 +101,9 @@ def summary(model: nn.Module) -> Summary:
             sigma = float(normalization.sigma(weight))
             norm = _norm(getattr(module, name), normalization)
             note = f"{normalization.mode} to {normalization.coefficient:g}"
+            if normalization.strict:
+                sigma = float(normalization.sigma_upper(weight))
+                note = f"{normalization.mode} to at most {normalization.coefficient:g}"
         first = first_by_weight.setdefault(id(weight), candidate.label)
         if first != candidate.label:
             note += f", shared with {first}"
