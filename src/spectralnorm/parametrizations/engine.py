@@ -210,11 +210,15 @@ def _promises_of(members: Sequence[Member], together: _Together, matrices: Seque
         if not strict:
             continue
         leading = shorter_vectors(found.u, found.v).unflatten(0, (-1, batch.blocks))
-        uppers = gram_upper_bound(of_batch, vector=leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
+        uppers: Tensor | None = None
+        if any(members[place].normalization.geometry is None for place in strict):
+            uppers = gram_upper_bound(of_batch, vector=leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
         for slot, place in enumerate(batch.places):
             normalization, weight, _ = members[place]
             if normalization.strict:
-                promises[place] = _promise_of(normalization, weight, uppers[slot], leading[slot])
+                is_matrix = uppers is not None and normalization.geometry is None
+                upper = uppers[slot] if is_matrix else normalization.upper_bound(weight, leading[slot])
+                promises[place] = _promise_of(normalization, weight, upper, leading[slot])
     return promises
 
 

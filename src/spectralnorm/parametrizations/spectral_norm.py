@@ -23,9 +23,12 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
+from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
+from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.options import Options
 from spectralnorm.parametrizations.quotient import NormalizedWeights, divided, divisor_of
@@ -46,7 +49,6 @@ _REFINED_RTOL = 1e-5
 _COLD_ITERATIONS = 15
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class SpectralNorm(nn.Module):
@@ -66,7 +68,10 @@ class SpectralNorm(nn.Module):
         coefficient: the norm that is wanted.
         strict: divide by a guaranteed upper bound of the norm in place of an estimate, so that the norm of the weight
             that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
-            after autocast's rounding. Not with ``norm="bidirectional"`` or ``mode="learnable"``, nor for convolutions.
+            after autocast's rounding. Of a convolution it is the norm of the map of images. Not with
+            ``norm="bidirectional"`` or ``mode="learnable"``.
+        input_size: of a strict convolution, the size of the images (height, width) that the norm is meant for; another
+            one is refused. None: whatever their size.
         update: ``"step"``: once per change of the weight; ``"forward"``: at every use in training mode, as torch;
             ``"manual"``: only by `spectralnorm.update_`.
 
@@ -95,6 +100,7 @@ class SpectralNorm(nn.Module):
         mode: str = "normalize",
         coefficient: float = 1.0,
         strict: bool = False,
+        input_size: tuple[int, ...] | None = None,
         update: str = "step",
     ) -> None:
         super().__init__()
@@ -105,15 +111,19 @@ class SpectralNorm(nn.Module):
             mode=mode,
             coefficient=coefficient,
             strict=strict,
+            input_size=input_size,
             update=update,
         )
         weight = _weight_of(module, name)
-        if strict and isinstance(module, _CONVOLUTIONS) and name == "weight":
-            raise UserError(
-                "strict=True is not offered for convolutions yet, whose norm is not that of their reshaped kernel; "
-                "leave strict out, or exclude them."
-            )
         self.name = name
+        self.input_size = checked_input_size(input_size)
+        self.geometry = geometry_of(module, name, weight) if strict else None
+        self._gain = 1.0
+        if self.geometry is not None:
+            if weight.is_complex():
+                raise UserError("strict=True is not offered for complex convolutions; leave strict out.")
+            self.require_size_of(self.geometry)
+            self._gain = gain_of(self.geometry, self.input_size)
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.norm = norm
@@ -179,6 +189,7 @@ class SpectralNorm(nn.Module):
         for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES)):
             if option in options:
                 _require_choice(option, options[option], choices)
+        checked_input_size(options.get("input_size"))
         if not isinstance(strict := options.get("strict", False), bool):
             raise UserError(f"strict must be True or False, got {strict!r}.")
         for option, value in (("norm", "bidirectional"), ("mode", "learnable")):
@@ -191,7 +202,7 @@ class SpectralNorm(nn.Module):
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
         self.check_options(**changes)
-        for option in ("norm", "strict"):
+        for option in ("norm", "strict", "input_size"):
             if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
                 raise UserError(
                     f"{option} cannot be changed from {getattr(self, option)!r} to {wanted!r} in place; "
@@ -291,15 +302,30 @@ class SpectralNorm(nn.Module):
             leading: vectors of the shorter side of each block near to the leading singular ones, in the order of
                 `MatrixView.memory_blocks`; they only tighten.
         """
+        if self.geometry is not None and self._gain > 1 and is_eager(weight):
+            return convolution_upper_bound(weight.detach(), self.geometry, self.input_size)
         if leading is None:
             blocks = self.weight_matrix(weight.detach())
         else:
             blocks = self.view.memory_blocks(weight.detach())
-        return gram_upper_bound(blocks, vector=leading).amax()
+        # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel. That is looser
+        # than its symbol, but has no branch on values, which what is compiled or transformed cannot have.
+        return gram_upper_bound(blocks, vector=leading).amax() * self._gain
 
     def target(self, dtype: torch.dtype) -> Target:
         """What a strict value has to be whose entries are rounded to ``dtype``."""
-        return Target(self.divided_to, self.mode == "cap", self.eps, dtype)
+        return Target(self.divided_to, self.mode == "cap", self.eps, dtype, self._gain)
+
+    def require_size_of(self, geometry: ConvolutionGeometry) -> None:
+        """Refuse an ``input_size`` that is none of the convolution's inputs."""
+        size = self.input_size
+        if size is None:
+            return
+        if len(size) != geometry.num_axes or min(geometry.output_size(size)) < 1:
+            raise UserError(
+                f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
+                f"{geometry.kernel_size}, got {size}."
+            )
 
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
