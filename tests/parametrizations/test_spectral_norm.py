@@ -149,7 +149,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"norm": "nuclear"}, "norm must be one of 'matrix', 'bidirectional', got 'nuclear'"),
+            ({"norm": "nuclear"}, "norm must be one of 'matrix', 'operator', 'bidirectional', got 'nuclear'"),
             ({"mode": "soft"}, "mode must be one of 'normalize', 'cap', 'learnable', got 'soft'"),
             ({"update": "never"}, "update must be one of 'step', 'forward', 'manual', got 'never'"),
             ({"strict": "yes"}, "strict must be True or False, got 'yes'"),

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import spectralnorm as sn
 from spectralnorm import UserError, spectral_norm
+from spectralnorm.transform import load_tracking_state, tracking_state
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(3, 4, 5, padding=2), [(7,), (12,)]),
@@ -136,3 +137,87 @@ def test_shared_weight_of_two_convolutions_with_different_maps_is_refused():
 def test_input_size_that_does_not_fit_is_refused(input_size, message):
     with pytest.raises(UserError, match=message):
         spectral_norm(nn.Conv2d(2, 2, 3), strict=True, input_size=input_size)
+
+
+class TestEstimateOfTheMap:
+    """``norm="operator"``"""
+
+    @pytest.mark.parametrize(("make", "sizes"), LAYERS.values(), ids=LAYERS)
+    def test_norm_of_the_map_is_the_coefficient_at_the_size_of_the_first_image(self, make, sizes, device):
+        layer = spectral_norm(make().to(device), norm="operator", coefficient=0.8)
+        for size in sizes[:1]:
+            layer(torch.ones(1, layer.in_channels, *size, device=device))
+            assert exact_norm(layer, layer.weight, size) == pytest.approx(0.8, rel=1e-4)
+
+    @pytest.mark.parametrize(("make", "sizes"), LAYERS.values(), ids=LAYERS)
+    def test_norm_stays_near_while_the_weight_moves(self, make, sizes, device):
+        layer = spectral_norm(make().to(device), norm="operator", input_size=sizes[0])
+        optimizer = torch.optim.Adam([raw(layer)], lr=1e-3)
+        images = torch.randn(2, layer.in_channels, *sizes[0], device=device)
+        for _ in range(20):
+            optimizer.zero_grad()
+            layer(images).relu().mean().backward()
+            optimizer.step()
+            assert exact_norm(layer, layer.weight, sizes[0]) == pytest.approx(1, rel=2e-2)
+
+    def test_gradient_is_that_of_the_norm(self, device):
+        layer = spectral_norm(
+            nn.Conv2d(2, 3, 3, padding=1).to(device, torch.float64), norm="operator", input_size=(4, 4)
+        )
+        probe = torch.randn_like(raw(layer))
+        (found,) = torch.autograd.grad((layer.weight * probe).sum(), raw(layer))
+        weight = raw(layer).detach().clone().requires_grad_()
+        units = torch.eye(32, dtype=torch.float64, device=device).view(32, 2, 4, 4)
+        norm = torch.linalg.svdvals(nn.functional.conv2d(units, weight, padding=1).flatten(1))[0]
+        (expected,) = torch.autograd.grad((weight / norm * probe).sum(), weight)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("update", ["forward", "manual"])
+    def test_other_update_rule_is_refused(self, update):
+        with pytest.raises(UserError, match="offered with update"):
+            spectral_norm(nn.Conv2d(2, 3, 3), norm="operator", update=update)
+
+    def test_state_dict_has_torchs_keys(self):
+        layer = spectral_norm(nn.Conv2d(2, 3, 3), norm="operator")
+        plain = spectral_norm(nn.Conv2d(2, 3, 3))
+        assert layer.state_dict().keys() == plain.state_dict().keys()
+        plain.load_state_dict(layer.state_dict())
+
+    def test_of_other_layers_it_is_the_norm_of_the_matrix(self):
+        layer = spectral_norm(nn.Linear(5, 6), norm="operator")
+        assert torch.linalg.svdvals(layer.weight.detach())[0].item() == pytest.approx(1, rel=1e-5)
+
+    def test_resumed_training_is_the_same_to_the_last_bit(self):
+        def steps(model, optimizer, num):
+            torch.manual_seed(num)
+            for _ in range(num):
+                optimizer.zero_grad()
+                model(torch.randn(2, 2, 6, 6)).square().mean().backward()
+                optimizer.step()
+
+        def made():
+            model = spectral_norm(nn.Conv2d(2, 3, 3, padding=1), norm="operator")
+            return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+        model, optimizer = made()
+        steps(model, optimizer, 5)
+        again, its_optimizer = made()
+        again.load_state_dict(model.state_dict())
+        load_tracking_state(again, tracking_state(model))
+        its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        steps(model, optimizer, 4)
+        steps(again, its_optimizer, 4)
+        assert torch.equal(raw(model), raw(again))
+
+    def test_another_coefficient_divides_again_by_the_norm_that_is_known(self):
+        layer = spectral_norm(nn.Conv2d(2, 3, 3, padding=1), norm="operator", input_size=(6, 6))
+        layer.parametrizations.weight[0].coefficient = 3.0
+        assert exact_norm(layer, layer.weight, (6, 6)) == pytest.approx(3, rel=1e-4)
+        assert sn.summary(layer).rows[0].norm == pytest.approx(3, rel=1e-4)
+
+    def test_functional_call_divides_by_the_norm_of_what_it_is_given(self):
+        layer = spectral_norm(nn.Conv2d(2, 3, 3, padding=1), norm="operator", input_size=(6, 6))
+        before = layer.weight
+        value = layer.parametrizations.weight[0](torch.randn(3, 2, 3, 3))
+        assert exact_norm(layer, value, (6, 6)) == pytest.approx(1, rel=1e-4)
+        assert torch.equal(layer.weight, before)

@@ -21,6 +21,7 @@ from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, host_has
+from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.quotient import (
     NormalizedWeights,
     Quotient,
@@ -93,6 +94,13 @@ def refresh_together(members: Sequence[Member]) -> None:
     first = members[0].normalization
     together.follow(first.n_power_iterations, first.eps)
     sigmas, pairs = together.wholes(members)
+    maps = {
+        place: member.normalization.followed_map(member.weight)
+        for place, member in enumerate(members)
+        if member.normalization.follows_map
+    }
+    if maps:
+        sigmas = torch.stack([maps[place].sigma if place in maps else each for place, each in enumerate(sigmas)])
     verdict = Verdict(sigmas, first.eps)
     divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
@@ -101,7 +109,7 @@ def refresh_together(members: Sequence[Member]) -> None:
     for place, promise in promises.items():
         divisors[place] = promise.divisor
     for batch, matrices, found in zip(together.batches, all_matrices, together.found, strict=True):
-        if batch.is_stack and all(active is True for _, active in (divisors[place] for place in batch.places)):
+        if batch.is_stack and all(divisors[place][1] is True and place not in maps for place in batch.places):
             stacked = _stacked(batch, matrices, found, members, divisors, pairs, promises)
             for place, quotient in zip(batch.places, stacked, strict=True):
                 quotients[place] = quotient
@@ -119,6 +127,7 @@ def refresh_together(members: Sequence[Member]) -> None:
                 divisors[place],
                 memory,
                 promises.get(place),
+                maps[place].direction if place in maps else None,
             )
             quotient.gradient_memory = gradient_memory
         member.normalization.keep(
@@ -143,6 +152,7 @@ def keep_triplets(
     *,
     age: int,
     upper: Tensor | None = None,
+    found_map: MapNorm | None = None,
 ) -> None:
     """Keep the value that follows from singular triplets of one watched weight.
 
@@ -153,8 +163,13 @@ def keep_triplets(
             `MatrixView.memory_matrix`, sigma of (blocks,).
         age: refreshes since the frames were computed anew.
         upper: of a strict one the upper bound of its norm, where it is known already.
+        found_map: the same of the norm of its map, where that is followed.
     """
     sigmas, pairs = wholes([(normalization, weight)], [triplets])
+    direction = None
+    if normalization.follows_map:
+        sigma, direction = normalization.refined_map(weight) if found_map is None else found_map
+        sigmas = sigma.reshape(1)
     verdict = Verdict(sigmas, normalization.eps)
     (divisor,) = divisors_of([normalization], sigmas, verdict)
     promise = None
@@ -163,7 +178,9 @@ def keep_triplets(
         upper = normalization.upper_bound(weight, leading) if upper is None else upper
         promise = _promise_of(normalization, weight, upper, leading)
         divisor = promise.divisor
-    quotient = _quotient(normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise)
+    quotient = _quotient(
+        normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
+    )
     normalization.keep(
         Kept(
             moment=quotient.moment,
@@ -216,8 +233,10 @@ def _promises_of(members: Sequence[Member], together: _Together, matrices: Seque
         for slot, place in enumerate(batch.places):
             normalization, weight, _ = members[place]
             if normalization.strict:
-                is_matrix = uppers is not None and normalization.geometry is None
-                upper = uppers[slot] if is_matrix else normalization.upper_bound(weight, leading[slot])
+                if uppers is not None and normalization.geometry is None:
+                    upper = uppers[slot]
+                else:
+                    upper = normalization.upper_bound(weight, leading[slot])
                 promises[place] = _promise_of(normalization, weight, upper, leading[slot])
     return promises
 
@@ -298,6 +317,7 @@ def _quotient(
     divisor: _Divisor,
     memory: Tensor | None,
     promise: _Promise | None,
+    direction: Tensor | None,
 ) -> Quotient:
     """One weight divided, into ``memory`` if that may be overwritten."""
     detached = weight.detach()
@@ -311,11 +331,12 @@ def _quotient(
         active=divisor[1],
         pairs=pairs,
         views=normalization.views,
-        flat_v=flat_v if is_dense else None,
+        flat_v=flat_v if is_dense and direction is None else None,
         coefficient=normalization.divided_to,
         cap=normalization.mode == "cap",
         eps=normalization.eps,
         upper=None if promise is None else promise.upper,
+        direction=direction,
     )
 
 

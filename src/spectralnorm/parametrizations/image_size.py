@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 
-__all__ = ["InputSizeCheck", "checked_input_size", "gain_of", "geometry_of"]
+__all__ = ["InputSizeCheck", "InputSizeLearner", "checked_input_size", "gain_of", "geometry_of", "usual_input_size"]
+
+# Where no image has been seen: so large that most of it is far from the edges.
+_USUAL_SIZE = 16
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -24,7 +27,7 @@ def geometry_of(module: nn.Module, name: str, weight: Tensor) -> ConvolutionGeom
     return geometry if tuple(weight.shape[2:]) == geometry.kernel_size else None
 
 
-def checked_input_size(input_size: object) -> tuple[int, ...] | None:
+def checked_input_size(input_size: Any) -> tuple[int, ...] | None:
     """``input_size`` as a tuple.
 
     Raises:
@@ -56,6 +59,30 @@ def gain_of(geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> 
             elif geometry.padding_mode != "zeros" and any(ends):
                 patches *= 3
     return 1.0 if patches == 1 else math.sqrt(patches) * (1 + 2.0**-50)
+
+
+def usual_input_size(geometry: ConvolutionGeometry) -> tuple[int, ...]:
+    """A size to normalize for before the first image has come."""
+    return tuple(max(_USUAL_SIZE, extent) for extent in geometry.extent)
+
+
+class InputSizeLearner:
+    """A forward pre-hook of a convolution that is normalized for the size of the first image that comes.
+
+    Attributes:
+        normalization: a `SpectralNorm`.
+        num_axes: of the image.
+    """
+
+    def __init__(self, normalization: Any, num_axes: int) -> None:
+        self.normalization = normalization
+        self.num_axes = num_axes
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the first image."""
+        if self.normalization.learned_size is None:
+            images = args[0] if args else kwargs["input"]
+            self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
 
 
 class InputSizeCheck:

@@ -112,6 +112,7 @@ class Quotient:
         eps: a norm up to here counts as zero.
         upper: what the norm is guaranteed not to exceed, float64, if d was made from it; the derivative is that of
             sigma times a constant.
+        direction: of the weight's shape, the derivative of the norm where that is not the norm of ``views``: else None.
         stack: the batch that the weight was divided in; None if it was alone.
         place: its place there.
         gradient_memory: of the last gradient on the CPU; used again when nobody else holds it any more.
@@ -130,6 +131,7 @@ class Quotient:
     cap: bool
     eps: float
     upper: Tensor | None = None
+    direction: Tensor | None = None
     stack: Stack | None = None
     place: int = 0
     gradient_memory: Tensor | None = None
@@ -176,6 +178,8 @@ class Quotient:
         return result
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
+        if self.direction is not None:
+            return [(self.direction, torch.ones_like(self.sigma))]
         shape = self.value.shape
         return [view.outer_factors(u, v, shape) for view, (u, v) in zip(self.views, self.pairs, strict=True)]
 

@@ -25,11 +25,13 @@ from spectralnorm.linalg import (
 )
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
-from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of
+from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
 from spectralnorm.parametrizations.options import Options
 from spectralnorm.parametrizations.quotient import NormalizedWeights, divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
@@ -38,7 +40,7 @@ from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
-NORMS = ("matrix", "bidirectional")
+NORMS = ("matrix", "operator", "bidirectional")
 MODES = ("normalize", "cap", "learnable")
 UPDATES = ("step", "forward", "manual")
 
@@ -61,7 +63,8 @@ class SpectralNorm(nn.Module):
         eps: a norm up to here counts as zero.
         dim: the weight's output dimension; None: 1 for transposed convolutions, else 0.
         norm: ``"matrix"``: the norm of the weight reshaped to a matrix, outputs first (Miyato et al. 2018); of grouped
-            convolutions the largest of its blocks'. ``"bidirectional"``: the mean of that and the norm of the weight
+            convolutions the largest of its blocks'. ``"operator"``: of a convolution that of its map from image to
+            image, else the same. ``"bidirectional"``: the mean of that and the norm of the weight
             reshaped with inputs first (Lin, Sekar and Fanti 2021).
         mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
             trained parameter ``scale``, which starts at ``coefficient``.
@@ -70,8 +73,9 @@ class SpectralNorm(nn.Module):
             that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
             after autocast's rounding. Of a convolution it is the norm of the map of images. Not with
             ``norm="bidirectional"`` or ``mode="learnable"``.
-        input_size: of a strict convolution, the size of the images (height, width) that the norm is meant for; another
-            one is refused. None: whatever their size.
+        input_size: of a convolution with ``strict`` or ``norm="operator"``, the size of the images (height, width) that
+            the norm is meant for; another one is refused. None: if strict whatever their size, else that of the first
+            image that comes.
         update: ``"step"``: once per change of the weight; ``"forward"``: at every use in training mode, as torch;
             ``"manual"``: only by `spectralnorm.update_`.
 
@@ -116,19 +120,22 @@ class SpectralNorm(nn.Module):
         )
         weight = _weight_of(module, name)
         self.name = name
+        self.strict = strict
         self.input_size = checked_input_size(input_size)
-        self.geometry = geometry_of(module, name, weight) if strict else None
+        self.geometry = geometry_of(module, name, weight) if strict or norm == "operator" else None
         self._gain = 1.0
+        self.learned_size: tuple[int, ...] | None = None
+        self.leading_images: LeadingImages | None = None
         if self.geometry is not None:
             if weight.is_complex():
-                raise UserError("strict=True is not offered for complex convolutions; leave strict out.")
+                raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
             self.require_size_of(self.geometry)
+            self._refuse_other_updates(update)
             self._gain = gain_of(self.geometry, self.input_size)
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.norm = norm
         self.mode = mode
-        self.strict = strict
         self.update = update
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
@@ -208,6 +215,7 @@ class SpectralNorm(nn.Module):
                     f"{option} cannot be changed from {getattr(self, option)!r} to {wanted!r} in place; "
                     "remove_spectral_norm first."
                 )
+        self._refuse_other_updates(changes.get("update", self.update))
         if "learnable" in (modes := {self.mode, changes.get("mode", self.mode)}) and len(modes) > 1:
             raise UserError(
                 "mode cannot be changed to or from 'learnable' in place, because that adds or removes a parameter that "
@@ -272,6 +280,8 @@ class SpectralNorm(nn.Module):
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
             return self._current(weight).sigma
+        if self.follows_map:
+            return self.map_of(whole(weight)).sigma
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.sigma_of(self, weight, parameter)
@@ -315,6 +325,61 @@ class SpectralNorm(nn.Module):
     def target(self, dtype: torch.dtype) -> Target:
         """What a strict value has to be whose entries are rounded to ``dtype``."""
         return Target(self.divided_to, self.mode == "cap", self.eps, dtype, self._gain)
+
+    @property
+    def follows_map(self) -> bool:
+        """Whether the norm is an estimate of the norm of a map of images."""
+        return self.geometry is not None and not self.strict
+
+    def learn_size(self, size: tuple[int, ...]) -> None:
+        """From now on the norm is meant for images of ``size``."""
+        self.learned_size = size
+        if size != self._map_size():
+            self.leading_images = None
+        self.invalidate()
+
+    def _map_size(self) -> tuple[int, ...]:
+        assert self.geometry is not None
+        return self.input_size or self.learned_size or usual_input_size(self.geometry)
+
+    def followed_map(self, weight: Tensor) -> MapNorm:
+        """The norm of the map one step after it was looked at."""
+        return self._map_found(weight, self.leading_images, is_kept=True)
+
+    def refined_map(self, weight: Tensor) -> MapNorm:
+        """The norm of the map from nothing but the weight, to be followed from then on."""
+        return self._map_found(weight, None, is_kept=True)
+
+    def map_of(self, weight: Tensor) -> MapNorm:
+        """The norm of the map with any tensor of the weight's shape."""
+        return self._map_found(weight, None, is_kept=False)
+
+    def map_again(self, weight: Tensor, leading: LeadingImages | None = None) -> MapNorm:
+        """The norm of the map by the images that are there, or by those that are given."""
+        if leading is not None:
+            self.leading_images = leading
+        assert self.geometry is not None
+        assert self.leading_images is not None
+        with plain_arithmetic(weight):
+            return map_norm(weight.detach(), self.geometry, self.leading_images)
+
+    def _map_found(self, weight: Tensor, leading: LeadingImages | None, *, is_kept: bool) -> MapNorm:
+        assert self.geometry is not None
+        size = self._map_size()
+        if leading is not None and tuple(leading.images.shape[2:]) != size:
+            leading = None
+        with plain_arithmetic(weight):
+            detached = weight.detach()
+            leading = found_map(detached, self.geometry, size, leading, self.n_power_iterations)
+            if is_kept:
+                self.leading_images = leading
+            return map_norm(detached, self.geometry, leading)
+
+    def _refuse_other_updates(self, update: str) -> None:
+        if self.follows_map and update != "step":
+            raise UserError(
+                f'norm="operator" of a convolution is offered with update="step" alone, got {update!r}; leave it out.'
+            )
 
     def require_size_of(self, geometry: ConvolutionGeometry) -> None:
         """Refuse an ``input_size`` that is none of the convolution's inputs."""
@@ -375,7 +440,7 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
-            return self._unkept(weight)
+            return self._unkept_map(weight) if self.follows_map else self._unkept(weight)
         kept = self._kept
         if kept is None or not kept.is_current(weight):
             kept = self._current(weight)
@@ -432,7 +497,8 @@ class SpectralNorm(nn.Module):
         kept = self._kept
         if kept is not None and kept.is_current(weight := kept.moment.clock.weight):
             with plain_arithmetic(weight):
-                engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
+                found_map = self.map_again(weight) if self.follows_map else None
+                engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -539,6 +605,20 @@ class SpectralNorm(nn.Module):
         sigma = self._rayleigh(full, pairs)
         if is_distributed(weight):
             return scaled_part(weight, sigma, pairs, self.views, self.quotient)
+        return self.quotient(weight, sigma)
+
+    def _unkept_map(self, weight: Tensor) -> Tensor:
+        """As `_unkept`, for ``norm="operator"``."""
+        if weight.numel() == 0:
+            return weight
+        norm_alone.refuse_sharded(weight, 'norm="operator"')
+        if not is_eager(weight):
+            raise UserError(
+                'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
+                "its weight by remove_spectral_norm first, or use strict=True."
+            )
+        found = self.map_of(weight)
+        sigma = (found.direction * weight.to(found.direction.dtype)).sum()
         return self.quotient(weight, sigma)
 
     def _pairs_for_use(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -696,7 +776,7 @@ class SpectralNorm(nn.Module):
 
 def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:
     """The matrices whose norms are averaged."""
-    if norm == "matrix":
+    if norm != "bidirectional":
         return (view,)
     return view, MatrixView(out_dim=1 if view.out_dim == 0 else 0, groups=view.groups)
 

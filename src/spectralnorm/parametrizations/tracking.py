@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet
+from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.parametrizations import engine
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -42,6 +43,10 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
         state |= {f"{number}.{name}": part for name, part in parts.items()}
     if kept.quotient.upper is not None:
         state["upper"] = kept.quotient.upper
+    images = normalization.leading_images
+    if normalization.follows_map and images is not None:
+        state |= {f"map.{name}": part for name, part in images._asdict().items()}
+        state["map.is_learned"] = torch.tensor(normalization.learned_size is not None)
     return state
 
 
@@ -69,7 +74,15 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
     with torch.no_grad():
         leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
         upper = _same_bound(normalization, weight, leading, state.get("upper"))
-        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper)
+        found_map = None
+        if normalization.follows_map and "map.images" in state:
+            images = LeadingImages(
+                *(state[f"map.{name}"].to(weight.device, copy=True) for name in LeadingImages._fields)
+            )
+            if bool(state["map.is_learned"]):
+                normalization.learned_size = tuple(images.images.shape[2:])
+            found_map = normalization.map_again(weight, images)
+        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper, found_map=found_map)
 
 
 def _same_bound(normalization: SpectralNorm, weight: Tensor, leading: Tensor, saved: Tensor | None) -> Tensor | None:

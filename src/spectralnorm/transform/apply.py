@@ -71,7 +71,7 @@ def add_spectral_norm(
     chosen = select(model, include, exclude)
     by_weight = _existing(model)
     wanted = _options_of_each(options, chosen)
-    _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")))
+    _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
     for candidate in chosen:
         changes = wanted[id(candidate.weight)]
         existing = by_weight.get(id(candidate.weight))

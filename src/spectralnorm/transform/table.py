@@ -115,6 +115,8 @@ def summary(model: nn.Module) -> Summary:
 
 def _norm(weight: Tensor, normalization: SpectralNorm) -> float:
     """Norm of the weight in use, from nothing but the weight."""
+    if normalization.geometry is not None:
+        return float(normalization.map_of(whole(weight)).sigma)
     matrix = normalization.weight_matrix(whole(weight))
     matrix = matrix.to(compute_dtype(matrix.dtype))
     return float(refine(matrix, seeded_direction("summary", matrix.shape[-1], matrix), rtol=1e-6).sigma.max())
