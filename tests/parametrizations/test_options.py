@@ -116,7 +116,7 @@ def test_vector_takes_another_coefficient():
         ({"coefficient": 0}, "coefficient must be a positive number, got 0"),
         ({"mode": "cap", "update": "never"}, "update must be one of"),
         ({"n_power_iterations": 0}, "n_power_iterations must be at least 1"),
-        ({"strict": True}, "strict=True is not offered yet"),
+        ({"strict": True}, "strict cannot be changed from False to True in place"),
     ],
 )
 def test_refused_change_changes_nothing(changes, message):

@@ -149,10 +149,10 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"norm": "nuclear"}, "norm must be one of 'matrix', 'bidirectional', got 'nuclear'"),
+            ({"norm": "nuclear"}, "norm must be one of 'matrix', 'operator', 'bidirectional', got 'nuclear'"),
             ({"mode": "soft"}, "mode must be one of 'normalize', 'cap', 'learnable', got 'soft'"),
             ({"update": "never"}, "update must be one of 'step', 'forward', 'manual', got 'never'"),
-            ({"strict": True}, "strict=True is not offered yet"),
+            ({"strict": "yes"}, "strict must be True or False, got 'yes'"),
             ({"coefficient": -1.0}, "coefficient must be a positive number, got -1.0"),
             ({"coefficient": math.nan}, "coefficient must be a positive number, got nan"),
             ({"n_power_iterations": 0}, "n_power_iterations must be at least 1, got 0"),

@@ -10,6 +10,7 @@ renewed alone and anew (`spectralnorm.linalg.refine`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
-from spectralnorm.parametrizations.kept import Alone, Kept, Verdict, host_has
+from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.parametrizations.arithmetic import plain_arithmetic
+from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, host_has
+from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.quotient import (
     NormalizedWeights,
     Quotient,
@@ -27,6 +31,7 @@ from spectralnorm.parametrizations.quotient import (
     host_divisor_of,
     is_held_once,
 )
+from spectralnorm.parametrizations.strict import Bounded, bounded, careful_divisor
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -38,6 +43,8 @@ __all__ = [
     "keep_triplets",
     "probe_at",
     "refresh_together",
+    "rounded_for_autocast",
+    "shorter_vectors",
     "stepped_together",
     "wholes",
     "write_buffers",
@@ -87,12 +94,23 @@ def refresh_together(members: Sequence[Member]) -> None:
     first = members[0].normalization
     together.follow(first.n_power_iterations, first.eps)
     sigmas, pairs = together.wholes(members)
+    maps = {
+        place: member.normalization.followed_map(member.weight)
+        for place, member in enumerate(members)
+        if member.normalization.follows_map
+    }
+    if maps:
+        sigmas = torch.stack([maps[place].sigma if place in maps else each for place, each in enumerate(sigmas)])
     verdict = Verdict(sigmas, first.eps)
     divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
-    for batch, matrices, found in zip(together.batches, together.take_matrices(), together.found, strict=True):
-        if batch.is_stack and all(active is True for _, active in (divisors[place] for place in batch.places)):
-            stacked = _stacked(batch, matrices, found, members, divisors, pairs)
+    all_matrices = together.take_matrices()
+    promises = _promises_of(members, together, all_matrices)
+    for place, promise in promises.items():
+        divisors[place] = promise.divisor
+    for batch, matrices, found in zip(together.batches, all_matrices, together.found, strict=True):
+        if batch.is_stack and all(divisors[place][1] is True and place not in maps for place in batch.places):
+            stacked = _stacked(batch, matrices, found, members, divisors, pairs, promises)
             for place, quotient in zip(batch.places, stacked, strict=True):
                 quotients[place] = quotient
     for place, member in enumerate(members):
@@ -101,7 +119,15 @@ def refresh_together(members: Sequence[Member]) -> None:
             memory, gradient_memory = _free_memory(member.kept)
             flat_v = together.flat_v_of(place)
             quotient = _quotient(
-                member.normalization, member.weight, flat_v, sigmas[place], pairs[place], divisors[place], memory
+                member.normalization,
+                member.weight,
+                flat_v,
+                sigmas[place],
+                pairs[place],
+                divisors[place],
+                memory,
+                promises.get(place),
+                maps[place].direction if place in maps else None,
             )
             quotient.gradient_memory = gradient_memory
         member.normalization.keep(
@@ -119,7 +145,15 @@ def refresh_together(members: Sequence[Member]) -> None:
         )
 
 
-def keep_triplets(normalization: SpectralNorm, weight: Tensor, triplets: Sequence[TrackedTriplet], *, age: int) -> None:
+def keep_triplets(
+    normalization: SpectralNorm,
+    weight: Tensor,
+    triplets: Sequence[TrackedTriplet],
+    *,
+    age: int,
+    upper: Tensor | None = None,
+    found_map: MapNorm | None = None,
+) -> None:
     """Keep the value that follows from singular triplets of one watched weight.
 
     Args:
@@ -128,11 +162,25 @@ def keep_triplets(normalization: SpectralNorm, weight: Tensor, triplets: Sequenc
         triplets: for each view those of its blocks: u of (blocks, out), v of (blocks, in) in the order of
             `MatrixView.memory_matrix`, sigma of (blocks,).
         age: refreshes since the frames were computed anew.
+        upper: of a strict one the upper bound of its norm, where it is known already.
+        found_map: the same of the norm of its map, where that is followed.
     """
     sigmas, pairs = wholes([(normalization, weight)], [triplets])
+    direction = None
+    if normalization.follows_map:
+        sigma, direction = normalization.refined_map(weight) if found_map is None else found_map
+        sigmas = sigma.reshape(1)
     verdict = Verdict(sigmas, normalization.eps)
     (divisor,) = divisors_of([normalization], sigmas, verdict)
-    quotient = _quotient(normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None)
+    promise = None
+    if normalization.strict:
+        leading = shorter_vectors(triplets[0].u, triplets[0].v)
+        upper = normalization.upper_bound(weight, leading) if upper is None else upper
+        promise = _promise_of(normalization, weight, upper, leading)
+        divisor = promise.divisor
+    quotient = _quotient(
+        normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
+    )
     normalization.keep(
         Kept(
             moment=quotient.moment,
@@ -150,6 +198,86 @@ def keep_triplets(normalization: SpectralNorm, weight: Tensor, triplets: Sequenc
 
 _Divisor = tuple["float | Tensor", "bool | Tensor"]
 _Pairs = tuple[tuple[Tensor, Tensor], ...]
+
+
+class _Promise(NamedTuple):
+    """What a strict weight is divided by.
+
+    Attributes:
+        upper: what its norm does not exceed.
+        divisor: with which the value's norm does not exceed what is wanted; and whether that depends on the norm.
+        value: that value, where it had to be looked at; else None.
+    """
+
+    upper: Tensor
+    divisor: _Divisor
+    value: Tensor | None
+
+
+def shorter_vectors(u: Tensor, v: Tensor) -> Tensor:
+    """Those of the vectors u (..., out) and v (..., in) that belong to the shorter side."""
+    return u if u.shape[-1] <= v.shape[-1] else v
+
+
+def _promises_of(members: Sequence[Member], together: _Together, matrices: Sequence[Tensor]) -> dict[int, _Promise]:
+    """Of the strict members, by place; equal shapes are bounded as one batch."""
+    promises = {}
+    for batch, of_batch, found in zip(together.batches, matrices, together.found, strict=True):
+        strict = [place for place in batch.places if members[place].normalization.strict]
+        if not strict:
+            continue
+        leading = shorter_vectors(found.u, found.v).unflatten(0, (-1, batch.blocks))
+        uppers: Tensor | None = None
+        if any(members[place].normalization.geometry is None for place in strict):
+            uppers = gram_upper_bound(of_batch, vector=leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
+        for slot, place in enumerate(batch.places):
+            normalization, weight, _ = members[place]
+            if normalization.strict:
+                if uppers is not None and normalization.geometry is None:
+                    upper = uppers[slot]
+                else:
+                    upper = normalization.upper_bound(weight, leading[slot])
+                promises[place] = _promise_of(normalization, weight, upper, leading[slot])
+    return promises
+
+
+def _promise_of(normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor) -> _Promise:
+    weight = weight.detach()
+    value = None
+    if weight.dtype == compute_dtype(weight.dtype):
+        divisor, active = careful_divisor(weight, upper, normalization.target(weight.dtype))
+    else:
+        value, divisor, active = _bounded(normalization, weight, upper, leading, weight.dtype)
+    if host_has(weight.device):
+        return _Promise(upper, (float(divisor), bool(active)), value)
+    return _Promise(upper, (divisor.to(compute_dtype(weight.dtype).to_real()), active), value)
+
+
+def _bounded(
+    normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor | None, dtype: torch.dtype
+) -> Bounded:
+    target = normalization.target(dtype)
+    return bounded(weight, upper, target, lambda value: normalization.upper_bound(value, leading))
+
+
+def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:
+    """What is kept of a strict weight for uses under autocast to ``dtype``."""
+    if kept.rounded is None or kept.rounded.dtype != dtype:
+        before, detached = kept.quotient, weight.detach()
+        assert before.upper is not None
+        with plain_arithmetic(weight):
+            triplet = kept.triplets[0]
+            leading = shorter_vectors(triplet.u, triplet.v)
+            value, divisor, active = _bounded(normalization, detached, before.upper, leading, dtype)
+            if host_has(weight.device):
+                divisor, active = float(divisor), bool(active)
+            else:
+                divisor = divisor.to(compute_dtype(weight.dtype).to_real())
+        quotient = replace(
+            before, value=value, divisor=divisor, active=active, stack=None, place=0, gradient_memory=None
+        )
+        kept.rounded = Rounded(dtype, quotient, value._version)
+    return kept.rounded
 
 
 def wholes(
@@ -188,6 +316,8 @@ def _quotient(
     pairs: _Pairs,
     divisor: _Divisor,
     memory: Tensor | None,
+    promise: _Promise | None,
+    direction: Tensor | None,
 ) -> Quotient:
     """One weight divided, into ``memory`` if that may be overwritten."""
     detached = weight.detach()
@@ -195,16 +325,18 @@ def _quotient(
     return Quotient(
         weight=weight,
         moment=normalization.watched(weight).now(),
-        value=divided(detached, divisor[0], memory),
+        value=divided(detached, divisor[0], memory) if promise is None or promise.value is None else promise.value,
         sigma=sigma,
         divisor=divisor[0],
         active=divisor[1],
         pairs=pairs,
         views=normalization.views,
-        flat_v=flat_v if is_dense else None,
+        flat_v=flat_v if is_dense and direction is None else None,
         coefficient=normalization.divided_to,
         cap=normalization.mode == "cap",
         eps=normalization.eps,
+        upper=None if promise is None else promise.upper,
+        direction=direction,
     )
 
 
@@ -215,6 +347,7 @@ def _stacked(
     members: Sequence[Member],
     divisors: Sequence[_Divisor],
     pairs: Sequence[_Pairs],
+    promises: dict[int, _Promise],
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
     numbers = torch.tensor([divisors[place][0] for place in batch.places], dtype=found.sigma.dtype)
@@ -240,6 +373,7 @@ def _stacked(
                 coefficient=normalization.divided_to,
                 cap=normalization.mode == "cap",
                 eps=normalization.eps,
+                upper=promises[place].upper if place in promises else None,
                 stack=stack,
                 place=index,
             )

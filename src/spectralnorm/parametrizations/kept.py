@@ -59,6 +59,27 @@ class Verdict:
         return sigmas is not None and not self.eps < sigmas[index] < math.inf
 
 
+@dataclass(slots=True)
+class Rounded:
+    """A value for use under autocast, which would round one that is not.
+
+    Attributes:
+        dtype: whose numbers the entries are.
+        quotient: the value, in the weight's own type.
+        version: the version of the value when it was made.
+        output: the value as a node of the graph, made at the first use under grad.
+    """
+
+    dtype: torch.dtype
+    quotient: Quotient
+    version: int
+    output: Tensor | None = None
+
+    def was_written_to(self) -> bool:
+        """Whether somebody wrote into the value."""
+        return self.quotient.value._version != self.version
+
+
 class Followed(Protocol):
     """What came of following the singular vectors of one or several weights."""
 
@@ -92,6 +113,7 @@ class Kept:
         is_in_buffers: whether the buffers hold u and v.
         verdict: which weights of the batch had a norm.
         index: this one's place in it.
+        rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
     """
 
     moment: Moment
@@ -103,6 +125,7 @@ class Kept:
     is_in_buffers: bool
     verdict: Verdict
     index: int
+    rounded: Rounded | None = None
 
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
@@ -129,11 +152,18 @@ class Kept:
             and weight._version == clock.version
             and weight.data_ptr() == clock.data_ptr
             and self.quotient.value._version == self.value_version
+            and (self.rounded is None or not self.rounded.was_written_to())
         )
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the tensor that was handed out, as ``nn.init.normal_(layer.weight)`` does."""
+        if self.rounded is not None and self.rounded.was_written_to():
+            return True
         return self.value._version != self.value_version
+
+    def written_value(self) -> Tensor:
+        """The tensor that was written into."""
+        return self.rounded.quotient.value if self.rounded is not None and self.rounded.was_written_to() else self.value
 
     def can_be_followed(self) -> bool:
         """Whether exactly one optimizer step, and nothing else, has changed the weight since."""
@@ -161,5 +191,6 @@ class Kept:
             quotient=quotient,
             value_version=value._version,
             output=None,
+            rounded=None,
             followed=Alone(self.triplets, self.index),
         )

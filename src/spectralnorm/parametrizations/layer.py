@@ -39,7 +39,7 @@ def spectral_norm(
         n_power_iterations: this and what follows are the arguments of `SpectralNorm`.
         eps: a norm up to here counts as zero.
         dim: the weight's output dimension.
-        options: ``norm``, ``mode``, ``coefficient``, ``strict``, ``update``.
+        options: ``norm``, ``mode``, ``coefficient``, ``strict``, ``input_size``, ``update``.
 
     Returns:
         The module.

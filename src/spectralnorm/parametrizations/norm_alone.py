@@ -34,7 +34,7 @@ __all__ = [
     "changing_parameter",
     "divide_again",
     "refresh_for_replicas",
-    "refuse_scale",
+    "refuse_sharded",
     "sigma_of",
     "use",
     "write_vectors",
@@ -98,16 +98,18 @@ def changing_parameter(normalization: SpectralNorm, weight: Tensor) -> Tensor | 
     return kept.moment.clock.weight if kept is not None and normalization.__dict__.get("_is_replica", False) else None
 
 
-def refuse_scale(weight: Tensor) -> None:
-    """Refuse to learn a scale for a weight of which processes hold parts: nothing would add up its gradients.
+def refuse_sharded(weight: Tensor, option: str) -> None:
+    """Refuse an option for a weight of which processes hold parts.
+
+    Nothing would add up the gradients of a learned scale, and a bound of the whole is not one of what FSDP2 rounds.
 
     Raises:
         UserError: it is such a weight.
     """
     if is_distributed(weight) or (isinstance(weight, nn.Parameter) and fsdp.sharded_of(weight) is not None):
         raise UserError(
-            'mode="learnable" is not offered for weights that FSDP2 or tensor parallelism shards; use mode="normalize" '
-            "or DistributedDataParallel."
+            f"{option} is not offered for weights that FSDP2 or tensor parallelism shards; leave it out or use "
+            "DistributedDataParallel."
         )
 
 

@@ -20,6 +20,7 @@ class KeywordOptions(TypedDict, Generic[Coefficient], total=False):
     mode: str
     coefficient: Coefficient
     strict: bool
+    input_size: tuple[int, ...] | None
     update: str
 
 

@@ -110,6 +110,9 @@ class Quotient:
         coefficient: the norm that is wanted.
         cap: whether a smaller norm is left alone.
         eps: a norm up to here counts as zero.
+        upper: what the norm is guaranteed not to exceed, float64, if d was made from it; the derivative is that of
+            sigma times a constant.
+        direction: of the weight's shape, the derivative of the norm where that is not the norm of ``views``: else None.
         stack: the batch that the weight was divided in; None if it was alone.
         place: its place there.
         gradient_memory: of the last gradient on the CPU; used again when nobody else holds it any more.
@@ -127,6 +130,8 @@ class Quotient:
     coefficient: float
     cap: bool
     eps: float
+    upper: Tensor | None = None
+    direction: Tensor | None = None
     stack: Stack | None = None
     place: int = 0
     gradient_memory: Tensor | None = None
@@ -159,7 +164,8 @@ class Quotient:
         view = self.views[0]
         matrix = view.memory_matrix(grad)
         along = -float(torch.dot(matrix.reshape(-1), view.memory_matrix(self.value).reshape(-1)))
-        along /= divisor * self.coefficient * len(self.pairs)
+        sigma = divisor * self.coefficient if self.upper is None else float(self.sigma)
+        along /= sigma * len(self.pairs)
         u, v = self.pairs[0][0], self.flat_v
         # New memory costs as much as the arithmetic, because the system clears it.
         memory = self.gradient_memory
@@ -172,6 +178,8 @@ class Quotient:
         return result
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
+        if self.direction is not None:
+            return [(self.direction, torch.ones_like(self.sigma))]
         shape = self.value.shape
         return [view.outer_factors(u, v, shape) for view, (u, v) in zip(self.views, self.pairs, strict=True)]
 
@@ -188,7 +196,12 @@ class Quotient:
         mean = torch.stack(outer).mean(0) if len(outer) > 1 else outer[0]
         sigma = (mean.conj() * weight).sum()
         sigma = sigma.real if sigma.is_complex() else sigma
-        divisor, active = divisor_of(sigma, self.coefficient, cap=self.cap, eps=self.eps)
+        if self.upper is None:
+            divisor, active = divisor_of(sigma, self.coefficient, cap=self.cap, eps=self.eps)
+        else:
+            active = torch.as_tensor(self.active, device=sigma.device)
+            ratio = self.divisor / torch.where(active, self.sigma, 1)
+            divisor = torch.where(active, sigma * ratio, self.divisor).to(sigma.dtype)
         inner = (grad.conj() * (weight / divisor)).sum()
         inner = inner.real if inner.is_complex() else inner
         along = -inner / torch.where(active, sigma, 1) * active

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import foreign, fsdp, recurrent
+from spectralnorm.parametrizations.image_size import InputSizeCheck, InputSizeLearner
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -38,6 +39,12 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
         index = next(i for i, part in enumerate(parts) if part is foreign.parametrization_of(module, name))
         normalization.train(module.training)
         parts[index] = normalization
+    if normalization.geometry is not None and normalization.input_size is not None:
+        check = InputSizeCheck(normalization.geometry, normalization.input_size)
+        module.register_forward_pre_hook(check, with_kwargs=True)
+    elif normalization.follows_map and normalization.geometry is not None:
+        learner = InputSizeLearner(normalization, normalization.geometry.num_axes)
+        module.register_forward_pre_hook(learner, with_kwargs=True)
     share_class(module)
     accept_other_formats(module)
 
@@ -64,6 +71,11 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     if inner is not None:
         module.__class__ = kind if type(module) is inner else fsdp.wrapped_as(kind, type(module))
     fsdp.move((parts, "original"), (module, name))
+    if name == "weight":
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (InputSizeCheck, InputSizeLearner)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     if not parametrize.is_parametrized(module):
         forget_other_formats(module)
     recurrent.restore_flat_weights(module)

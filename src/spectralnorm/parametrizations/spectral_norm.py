@@ -23,17 +23,24 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
+from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.leading_of_map import LeadingImages
+from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
+from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
 from spectralnorm.parametrizations.options import Options
-from spectralnorm.parametrizations.quotient import divided, divisor_of
+from spectralnorm.parametrizations.quotient import NormalizedWeights, divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
+from spectralnorm.parametrizations.strict import Target, autocast_dtype, careful_divisor
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
-NORMS = ("matrix", "bidirectional")
+NORMS = ("matrix", "operator", "bidirectional")
 MODES = ("normalize", "cap", "learnable")
 UPDATES = ("step", "forward", "manual")
 
@@ -56,12 +63,19 @@ class SpectralNorm(nn.Module):
         eps: a norm up to here counts as zero.
         dim: the weight's output dimension; None: 1 for transposed convolutions, else 0.
         norm: ``"matrix"``: the norm of the weight reshaped to a matrix, outputs first (Miyato et al. 2018); of grouped
-            convolutions the largest of its blocks'. ``"bidirectional"``: the mean of that and the norm of the weight
+            convolutions the largest of its blocks'. ``"operator"``: of a convolution that of its map from image to
+            image, else the same. ``"bidirectional"``: the mean of that and the norm of the weight
             reshaped with inputs first (Lin, Sekar and Fanti 2021).
         mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
             trained parameter ``scale``, which starts at ``coefficient``.
         coefficient: the norm that is wanted.
-        strict: not offered yet: whether the norm is guaranteed.
+        strict: divide by a guaranteed upper bound of the norm in place of an estimate, so that the norm of the weight
+            that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
+            after autocast's rounding. Of a convolution it is the norm of the map of images. Not with
+            ``norm="bidirectional"`` or ``mode="learnable"``.
+        input_size: of a convolution with ``strict`` or ``norm="operator"``, the size of the images (height, width) that
+            the norm is meant for; another one is refused. None: if strict whatever their size, else that of the first
+            image that comes.
         update: ``"step"``: once per change of the weight; ``"forward"``: at every use in training mode, as torch;
             ``"manual"``: only by `spectralnorm.update_`.
 
@@ -90,6 +104,7 @@ class SpectralNorm(nn.Module):
         mode: str = "normalize",
         coefficient: float = 1.0,
         strict: bool = False,
+        input_size: tuple[int, ...] | None = None,
         update: str = "step",
     ) -> None:
         super().__init__()
@@ -100,15 +115,27 @@ class SpectralNorm(nn.Module):
             mode=mode,
             coefficient=coefficient,
             strict=strict,
+            input_size=input_size,
             update=update,
         )
         weight = _weight_of(module, name)
         self.name = name
+        self.strict = strict
+        self.input_size = checked_input_size(input_size)
+        self.geometry = geometry_of(module, name, weight) if strict or norm == "operator" else None
+        self._gain = 1.0
+        self.learned_size: tuple[int, ...] | None = None
+        self.leading_images: LeadingImages | None = None
+        if self.geometry is not None:
+            if weight.is_complex():
+                raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
+            self.require_size_of(self.geometry)
+            self._refuse_other_updates(update)
+            self._gain = gain_of(self.geometry, self.input_size)
         self.n_power_iterations = n_power_iterations
         self.eps = eps
         self.norm = norm
         self.mode = mode
-        self.strict = strict
         self.update = update
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
@@ -169,18 +196,26 @@ class SpectralNorm(nn.Module):
         for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES)):
             if option in options:
                 _require_choice(option, options[option], choices)
-        if options.get("strict"):
-            raise UserError("strict=True is not offered yet: the norm is an estimate, not a bound; leave strict out.")
+        checked_input_size(options.get("input_size"))
+        if not isinstance(strict := options.get("strict", False), bool):
+            raise UserError(f"strict must be True or False, got {strict!r}.")
+        for option, value in (("norm", "bidirectional"), ("mode", "learnable")):
+            if strict and options.get(option) == value:
+                raise UserError(
+                    f'strict=True is not offered together with {option}="{value}", for which there is no guaranteed '
+                    "bound; leave one of them out."
+                )
 
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
         self.check_options(**changes)
-        for option in ("norm", "strict"):
+        for option in ("norm", "strict", "input_size"):
             if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
                 raise UserError(
                     f"{option} cannot be changed from {getattr(self, option)!r} to {wanted!r} in place; "
                     "remove_spectral_norm first."
                 )
+        self._refuse_other_updates(changes.get("update", self.update))
         if "learnable" in (modes := {self.mode, changes.get("mode", self.mode)}) and len(modes) > 1:
             raise UserError(
                 "mode cannot be changed to or from 'learnable' in place, because that adds or removes a parameter that "
@@ -245,10 +280,117 @@ class SpectralNorm(nn.Module):
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
             return self._current(weight).sigma
+        if self.follows_map:
+            return self.map_of(whole(weight)).sigma
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.sigma_of(self, weight, parameter)
         return self._rayleigh(whole(weight), self.pairs())
+
+    @torch.no_grad()
+    def sigma_upper(self, weight: Tensor) -> Tensor:
+        """A number that the norm of ``weight`` is guaranteed not to exceed: a float64 scalar.
+
+        Of a strict normalization it is what the weight is divided by, up to rounding.
+
+        Raises:
+            UserError: the norm is the mean of two.
+        """
+        if self.norm == "bidirectional":
+            raise UserError('There is no guaranteed bound for norm="bidirectional"; use norm="matrix".')
+        if self.strict and self._can_keep(weight):
+            upper = self._current(weight).quotient.upper
+            assert upper is not None
+            return upper
+        return self.upper_bound(whole(weight))
+
+    def upper_bound(self, weight: Tensor, leading: Tensor | None = None) -> Tensor:
+        """As `sigma_upper`, computed now for any tensor of the weight's shape.
+
+        Args:
+            weight: real or complex.
+            leading: vectors of the shorter side of each block near to the leading singular ones, in the order of
+                `MatrixView.memory_blocks`; they only tighten.
+        """
+        if self.geometry is not None and self._gain > 1 and is_eager(weight):
+            return convolution_upper_bound(weight.detach(), self.geometry, self.input_size)
+        if leading is None:
+            blocks = self.weight_matrix(weight.detach())
+        else:
+            blocks = self.view.memory_blocks(weight.detach())
+        # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel. That is looser
+        # than its symbol, but has no branch on values, which what is compiled or transformed cannot have.
+        return gram_upper_bound(blocks, vector=leading).amax() * self._gain
+
+    def target(self, dtype: torch.dtype) -> Target:
+        """What a strict value has to be whose entries are rounded to ``dtype``."""
+        return Target(self.divided_to, self.mode == "cap", self.eps, dtype, self._gain)
+
+    @property
+    def follows_map(self) -> bool:
+        """Whether the norm is an estimate of the norm of a map of images."""
+        return self.geometry is not None and not self.strict
+
+    def learn_size(self, size: tuple[int, ...]) -> None:
+        """From now on the norm is meant for images of ``size``."""
+        self.learned_size = size
+        if size != self._map_size():
+            self.leading_images = None
+        self.invalidate()
+
+    def _map_size(self) -> tuple[int, ...]:
+        assert self.geometry is not None
+        return self.input_size or self.learned_size or usual_input_size(self.geometry)
+
+    def followed_map(self, weight: Tensor) -> MapNorm:
+        """The norm of the map one step after it was looked at."""
+        return self._map_found(weight, self.leading_images, is_kept=True)
+
+    def refined_map(self, weight: Tensor) -> MapNorm:
+        """The norm of the map from nothing but the weight, to be followed from then on."""
+        return self._map_found(weight, None, is_kept=True)
+
+    def map_of(self, weight: Tensor) -> MapNorm:
+        """The norm of the map with any tensor of the weight's shape."""
+        return self._map_found(weight, None, is_kept=False)
+
+    def map_again(self, weight: Tensor, leading: LeadingImages | None = None) -> MapNorm:
+        """The norm of the map by the images that are there, or by those that are given."""
+        if leading is not None:
+            self.leading_images = leading
+        assert self.geometry is not None
+        assert self.leading_images is not None
+        with plain_arithmetic(weight):
+            return map_norm(weight.detach(), self.geometry, self.leading_images)
+
+    def _map_found(self, weight: Tensor, leading: LeadingImages | None, *, is_kept: bool) -> MapNorm:
+        assert self.geometry is not None
+        size = self._map_size()
+        if leading is not None and tuple(leading.images.shape[2:]) != size:
+            leading = None
+        with plain_arithmetic(weight):
+            detached = weight.detach()
+            leading = found_map(detached, self.geometry, size, leading, self.n_power_iterations)
+            if is_kept:
+                self.leading_images = leading
+            return map_norm(detached, self.geometry, leading)
+
+    def _refuse_other_updates(self, update: str) -> None:
+        if self.follows_map and update != "step":
+            raise UserError(
+                f'norm="operator" of a convolution is offered with update="step" alone, got {update!r}; leave it out.'
+            )
+
+    def require_size_of(self, geometry: ConvolutionGeometry) -> None:
+        """Refuse an ``input_size`` that is none of the convolution's inputs."""
+        size = self.input_size
+        if size is None:
+            return
+        if len(size) != geometry.num_axes or min(geometry.output_size(size)) < 1:
+            raise UserError(
+                f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
+                f"{geometry.kernel_size}, got {size}."
+            )
 
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
@@ -283,7 +425,7 @@ class SpectralNorm(nn.Module):
         """The normalized ``weight``, of its shape and type."""
         if self.scale is None:
             return self._divided(weight)
-        norm_alone.refuse_scale(weight)
+        norm_alone.refuse_sharded(weight, 'mode="learnable"')
         handed, version = self._handed
         if handed is not None and handed._version != version and self._can_keep(weight):
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
@@ -293,10 +435,12 @@ class SpectralNorm(nn.Module):
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if self.strict and not self._can_keep(weight):
+            return self._unkept_strict(weight)
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
-            return self._unkept(weight)
+            return self._unkept_map(weight) if self.follows_map else self._unkept(weight)
         kept = self._kept
         if kept is None or not kept.is_current(weight):
             kept = self._current(weight)
@@ -304,9 +448,13 @@ class SpectralNorm(nn.Module):
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
         if not torch.is_grad_enabled():
+            if self.strict and (dtype := autocast_dtype(weight)) is not None:
+                return engine.rounded_for_autocast(self, kept, weight, dtype).quotient.value.detach()
             return kept.value.detach()
         if not kept.is_in_buffers and self.training:
             engine.write_buffers(self, kept)
+        if self.strict and (dtype := autocast_dtype(weight)) is not None:
+            return self._handed_out_rounded(weight, kept, dtype)
         if not weight.requires_grad:
             return kept.value.detach()
         output = kept.output
@@ -314,6 +462,14 @@ class SpectralNorm(nn.Module):
             output = engine.connect(self, kept, weight)
         # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
         return torch.ops.aten.alias(output) if self._may_be_sparse else output.view_as(output)
+
+    def _handed_out_rounded(self, weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
+        rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
+        if not weight.requires_grad:
+            return rounded.quotient.value.detach()
+        if rounded.output is None:
+            (rounded.output,) = NormalizedWeights.apply([rounded.quotient], weight)
+        return torch.ops.aten.alias(rounded.output)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -341,7 +497,8 @@ class SpectralNorm(nn.Module):
         kept = self._kept
         if kept is not None and kept.is_current(weight := kept.moment.clock.weight):
             with plain_arithmetic(weight):
-                engine.keep_triplets(self, weight, kept.triplets, age=kept.age)
+                found_map = self.map_again(weight) if self.follows_map else None
+                engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -369,7 +526,7 @@ class SpectralNorm(nn.Module):
         with plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
-                weight.copy_(kept.value)
+                weight.copy_(kept.written_value())
             clock = self.watched(weight)
             clock.observe()
             if kept is not None and kept.is_current(weight):
@@ -444,19 +601,59 @@ class SpectralNorm(nn.Module):
             return norm_alone.use(self, weight, parameter)
         self.require_all_of(weight)
         full = whole(weight) if is_distributed(weight) else weight
-        pairs = self.pairs()
-        if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
-            with torch.no_grad():
-                pairs = self._iterated(full.detach(), pairs, self.n_power_iterations)
-                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
-                    self._write(*pairs)
-        else:
-            # The graph must not see a later write to the buffers.
-            pairs = [(u.clone(), v.clone()) for u, v in pairs]
+        pairs = self._pairs_for_use(full)
         sigma = self._rayleigh(full, pairs)
         if is_distributed(weight):
             return scaled_part(weight, sigma, pairs, self.views, self.quotient)
         return self.quotient(weight, sigma)
+
+    def _unkept_map(self, weight: Tensor) -> Tensor:
+        """As `_unkept`, for ``norm="operator"``."""
+        if weight.numel() == 0:
+            return weight
+        norm_alone.refuse_sharded(weight, 'norm="operator"')
+        if not is_eager(weight):
+            raise UserError(
+                'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
+                "its weight by remove_spectral_norm first, or use strict=True."
+            )
+        found = self.map_of(weight)
+        sigma = (found.direction * weight.to(found.direction.dtype)).sum()
+        return self.quotient(weight, sigma)
+
+    def _pairs_for_use(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
+        pairs = self.pairs()
+        if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
+            with torch.no_grad():
+                pairs = self._iterated(weight.detach(), pairs, self.n_power_iterations)
+                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
+                    self._write(*pairs)
+            return pairs
+        # The graph must not see a later write to the buffers.
+        return [(u.clone(), v.clone()) for u, v in pairs]
+
+    def _unkept_strict(self, weight: Tensor) -> Tensor:
+        """As `_unkept`. The bound is that of the weight that came, whoever put it there."""
+        if weight.numel() == 0:
+            return weight
+        norm_alone.refuse_sharded(weight, "strict=True")
+        if self._is_vector:
+            sigma = torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))
+        else:
+            self.require_all_of(weight)
+            sigma = self._rayleigh(weight, self._pairs_for_use(weight))
+        target = self.target(autocast_dtype(weight) or weight.dtype)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            detached = weight.detach()
+            divisor, active = careful_divisor(detached, self.upper_bound(detached), target)
+            divisor = divisor.to(sigma.dtype)
+            ratio = torch.where(active & (sigma != 0), divisor / sigma, 0)
+        # Its value is the divisor, its gradient sigma's times the ratio.
+        sigma = torch.where(active, sigma, 0)
+        divisor = divisor + (sigma - sigma.detach()) * ratio
+        value = divided(weight, divisor)
+        return value if target.dtype == weight.dtype else value.to(target.dtype).to(weight.dtype)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
@@ -579,7 +776,7 @@ class SpectralNorm(nn.Module):
 
 def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:
     """The matrices whose norms are averaged."""
-    if norm == "matrix":
+    if norm != "bidirectional":
         return (view,)
     return view, MatrixView(out_dim=1 if view.out_dim == 0 else 0, groups=view.groups)
 

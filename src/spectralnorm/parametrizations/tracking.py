@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet
+from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.parametrizations import engine
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["restore_tracking", "tracking_of"]
+
+# What rounding changes in a bound that goes the same way; another weight differs by more.
+_SAME_BOUND_RTOL = 1e-6
 
 
 def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor]:
@@ -37,6 +41,12 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
             "is_left": torch.tensor(is_left),
         }
         state |= {f"{number}.{name}": part for name, part in parts.items()}
+    if kept.quotient.upper is not None:
+        state["upper"] = kept.quotient.upper
+    images = normalization.leading_images
+    if normalization.follows_map and images is not None:
+        state |= {f"map.{name}": part for name, part in images._asdict().items()}
+        state["map.is_learned"] = torch.tensor(normalization.learned_size is not None)
     return state
 
 
@@ -62,7 +72,26 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         v = view.in_memory_order(part(number, "v"), weight)
         triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
-        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]))
+        leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
+        upper = _same_bound(normalization, weight, leading, state.get("upper"))
+        found_map = None
+        if normalization.follows_map and "map.images" in state:
+            images = LeadingImages(
+                *(state[f"map.{name}"].to(weight.device, copy=True) for name in LeadingImages._fields)
+            )
+            if bool(state["map.is_learned"]):
+                normalization.learned_size = tuple(images.images.shape[2:])
+            found_map = normalization.map_again(weight, images)
+        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper, found_map=found_map)
+
+
+def _same_bound(normalization: SpectralNorm, weight: Tensor, leading: Tensor, saved: Tensor | None) -> Tensor | None:
+    """The bound that was saved, if it can be one of this weight: computed alone it may differ in the last digits."""
+    if not normalization.strict or saved is None:
+        return None
+    computed = normalization.upper_bound(weight, leading)
+    saved = saved.to(computed)
+    return saved if bool((saved / computed - 1).abs() < _SAME_BOUND_RTOL) else computed
 
 
 def _kept(normalization: SpectralNorm, weight: Tensor) -> Kept | None:

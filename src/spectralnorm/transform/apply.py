@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import view_of
 from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
+from spectralnorm.parametrizations.image_size import geometry_of
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
 from spectralnorm.parametrizations.options import Options, refuse_unknown
 from spectralnorm.parametrizations.registration import register, unregister
@@ -45,10 +46,10 @@ def add_spectral_norm(
             (``"*.weight_hh_l*"``), or ``predicate(name, layer)``. A glob that ends with the very name of a tensor
             (``"*.my_matrix"``) adds it, whatever the layer; a vector needs its whole name.
         exclude: not these; given as ``include``.
-        options: ``n_power_iterations``, ``eps``, ``norm``, ``mode``, ``coefficient``, ``strict`` and ``update`` as for
-            `spectralnorm.SpectralNorm`. ``coefficient`` may also map globs to values: a weight gets that of the first
-            glob that fits its layer's name or its own. Where none fits, a new normalization gets 1 and an existing one
-            keeps what it has.
+        options: ``n_power_iterations``, ``eps``, ``norm``, ``mode``, ``coefficient``, ``strict``, ``input_size`` and
+            ``update`` as for `spectralnorm.SpectralNorm`. ``coefficient`` may also map globs to values: a weight gets
+            that of the first glob that fits its layer's name or its own. Where none fits, a new normalization gets 1
+            and an existing one keeps what it has.
 
     Returns:
         The model.
@@ -70,7 +71,7 @@ def add_spectral_norm(
     chosen = select(model, include, exclude)
     by_weight = _existing(model)
     wanted = _options_of_each(options, chosen)
-    _refuse_disagreeing_views(chosen)
+    _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
     for candidate in chosen:
         changes = wanted[id(candidate.weight)]
         existing = by_weight.get(id(candidate.weight))
@@ -174,7 +175,7 @@ def remove_spectral_norm(model: M) -> M:
     return model
 
 
-def _refuse_disagreeing_views(chosen: list[Candidate]) -> None:
+def _refuse_disagreeing_views(chosen: list[Candidate], *, of_maps: bool) -> None:
     first_by_weight: dict[int, Candidate] = {}
     for candidate in chosen:
         if is_lazy(candidate.weight):
@@ -184,7 +185,8 @@ def _refuse_disagreeing_views(chosen: list[Candidate]) -> None:
             view_of(each.module, each.weight, foreign.foreign_dim(each.module, each.tensor_name))
             for each in (first, candidate)
         ]
-        if views[0] != views[1]:
+        maps = [geometry_of(each.module, each.tensor_name, each.weight) for each in (first, candidate)]
+        if views[0] != views[1] or (of_maps and maps[0] != maps[1]):
             raise UserError(
                 f"{first.label} and {candidate.label} share a weight but read it as different matrices, so no one norm "
                 "is right for both; exclude one of them."

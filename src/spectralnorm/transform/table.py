@@ -26,7 +26,7 @@ class Row:
         layer: the layer's name in the model.
         kind: the layer's class.
         shape: the weight's shape.
-        sigma: the norm by which the raw weight is divided; None if it is not normalized.
+        sigma: the norm by which the raw weight is divided, of a strict one a bound of it; None if it is not normalized.
         norm: the norm of the weight that the layer computes with, computed anew; None if it is not normalized.
         note: the wanted norm and how it is kept, or why the weight is not normalized.
     """
@@ -101,6 +101,9 @@ def summary(model: nn.Module) -> Summary:
             sigma = float(normalization.sigma(weight))
             norm = _norm(getattr(module, name), normalization)
             note = f"{normalization.mode} to {normalization.coefficient:g}"
+            if normalization.strict:
+                sigma = float(normalization.sigma_upper(weight))
+                note = f"{normalization.mode} to at most {normalization.coefficient:g}"
         first = first_by_weight.setdefault(id(weight), candidate.label)
         if first != candidate.label:
             note += f", shared with {first}"
@@ -112,6 +115,8 @@ def summary(model: nn.Module) -> Summary:
 
 def _norm(weight: Tensor, normalization: SpectralNorm) -> float:
     """Norm of the weight in use, from nothing but the weight."""
+    if normalization.geometry is not None:
+        return float(normalization.map_of(whole(weight)).sigma)
     matrix = normalization.weight_matrix(whole(weight))
     matrix = matrix.to(compute_dtype(matrix.dtype))
     return float(refine(matrix, seeded_direction("summary", matrix.shape[-1], matrix), rtol=1e-6).sigma.max())

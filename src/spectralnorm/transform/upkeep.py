@@ -43,7 +43,7 @@ def raw_weight(module: nn.Module, tensor_name: str) -> Tensor:
 
 
 def monitor(model: nn.Module) -> dict[str, float]:
-    """The norm of each raw weight, by which its layer divides; one wait for the device in all.
+    """The norm of each raw weight, by which its layer divides, of a strict one its upper bound; one wait in all.
 
     >>> from spectralnorm import add_spectral_norm
     >>> layer = nn.Linear(2, 2, bias=False)
@@ -52,7 +52,9 @@ def monitor(model: nn.Module) -> dict[str, float]:
     {'0': 3.0}
     """
     found = {
-        name: normalization.sigma(raw_weight(module, tensor_name))
+        name: (normalization.sigma_upper if normalization.strict else normalization.sigma)(
+            raw_weight(module, tensor_name)
+        )
         for name, module, tensor_name, normalization in normalized_weights(model)
     }
     if not found:

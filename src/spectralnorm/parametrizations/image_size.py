@@ -1,0 +1,117 @@
+"""What a convolution's norm depends on beside its weight: its geometry, and the size of its input if given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectralnorm.errors import UserError
+from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
+
+__all__ = ["InputSizeCheck", "InputSizeLearner", "checked_input_size", "gain_of", "geometry_of", "usual_input_size"]
+
+# Where no image has been seen: so large that most of it is far from the edges.
+_USUAL_SIZE = 16
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def geometry_of(module: nn.Module, name: str, weight: Tensor) -> ConvolutionGeometry | None:
+    """That of the convolution whose kernel ``weight`` is; None if it is not one."""
+    if not isinstance(module, _CONVOLUTIONS) or name != "weight":
+        return None
+    geometry = ConvolutionGeometry.of(module)
+    return geometry if tuple(weight.shape[2:]) == geometry.kernel_size else None
+
+
+def checked_input_size(input_size: Any) -> tuple[int, ...] | None:
+    """``input_size`` as a tuple.
+
+    Raises:
+        UserError: it is no sequence of one to three positive integers.
+    """
+    if input_size is None:
+        return None
+    is_one_of_sizes = isinstance(input_size, Sequence) and 1 <= len(input_size) <= 3
+    if is_one_of_sizes and all(isinstance(size, int) and size > 0 for size in input_size):
+        return tuple(input_size)
+    raise UserError(f"input_size must be None or one positive integer for each axis of the image, got {input_size!r}.")
+
+
+def gain_of(geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> float:
+    """The norm of a convolution is at most this many times that of its reshaped kernel.
+
+    The root of the number of patches that read one pixel; without a size its largest value over all.
+    """
+    if input_size is not None:
+        patches = max_patches_per_pixel(geometry, input_size)
+    else:
+        patches = 1
+        axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding, strict=True)
+        for size, stride, dilation, ends in axes:
+            patches *= math.ceil(size * math.gcd(stride, dilation) / stride)
+            # Copies of a pixel in the padded image: one from each end at most, but for replicate.
+            if geometry.padding_mode == "replicate":
+                patches *= 1 + sum(ends)
+            elif geometry.padding_mode != "zeros" and any(ends):
+                patches *= 3
+    return 1.0 if patches == 1 else math.sqrt(patches) * (1 + 2.0**-50)
+
+
+def usual_input_size(geometry: ConvolutionGeometry) -> tuple[int, ...]:
+    """A size to normalize for before the first image has come."""
+    return tuple(max(_USUAL_SIZE, extent) for extent in geometry.extent)
+
+
+class InputSizeLearner:
+    """A forward pre-hook of a convolution that is normalized for the size of the first image that comes.
+
+    Attributes:
+        normalization: a `SpectralNorm`.
+        num_axes: of the image.
+    """
+
+    def __init__(self, normalization: Any, num_axes: int) -> None:
+        self.normalization = normalization
+        self.num_axes = num_axes
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the first image."""
+        if self.normalization.learned_size is None:
+            images = args[0] if args else kwargs["input"]
+            self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
+
+
+class InputSizeCheck:
+    """A forward pre-hook of a convolution that is normalized for one size of its input.
+
+    Attributes:
+        geometry: of the convolution.
+        input_size: the size that it is normalized for.
+    """
+
+    def __init__(self, geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> None:
+        self.geometry = geometry
+        self.input_size = input_size
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse another input.
+
+        Raises:
+            UserError: its size is another, or the layer is asked for a size of its output.
+        """
+        images = args[0] if args else kwargs["input"]
+        size = tuple(images.shape[-self.geometry.num_axes :])
+        if size != self.input_size:
+            raise UserError(
+                f"This {type(module).__name__} is normalized for inputs of size {self.input_size}, got {size}; leave "
+                "input_size out for a norm that holds for all sizes."
+            )
+        if len(args) > 1 or kwargs.get("output_size") is not None:
+            raise UserError(
+                "A transposed convolution that is normalized for one input_size has one size of its output, too; leave "
+                "output_size or input_size out."
+            )
