@@ -48,8 +48,8 @@ def on_torus(
         weight: as in `ConvolutionGeometry.apply`.
         geometry: of the convolution.
         input_size: along each axis; None: all sizes at once.
-        max_excess: what a grid in place of all frequencies may add, relative; also for a given size, where such a grid
-            has fewer points than the torus.
+        max_excess: what a grid in place of all frequencies may add, relative; a quarter of it for a given size, where
+            such a grid stands in for a torus with more points.
 
     Raises:
         UserError: ``input_size`` does not fit, or ``max_excess`` is not positive.
@@ -64,7 +64,7 @@ def on_torus(
         size = None if size is None else geometry.output_size(size)
     blocks = weight.unflatten(0, (geometry.groups, -1))  # (groups, out / groups, in / groups, *kernel_size)
     sizes, factor, error = [], 1.0, 0.0
-    excesses = _excess_per_axis(geometry, max_excess)
+    excesses = _excess_per_axis(geometry, max_excess if size is None else max_excess / 4)
     for axis in range(geometry.num_axes):
         stride, dilation = geometry.stride[axis], geometry.dilation[axis]
         n = None if size is None else size[axis]
@@ -116,8 +116,7 @@ def _grid(num_taps: int, excess: float) -> tuple[int, float]:
 def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
     """Zeros between dilated taps; then the taps of each phase of the stride as input channels of their own.
 
-    Args:
-        blocks: (groups, out, in, *taps)
+    ``blocks`` is (groups, out, in, *taps).
     """
     dim = 3 + axis
     taps = blocks.shape[dim]
@@ -138,8 +137,7 @@ def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
 def _padding_rule(geometry: ConvolutionGeometry, axis: int, n: int | None) -> tuple[int, int | None]:
     """How many copies padding makes of a pixel at most, and the size of the torus after it; None: any size.
 
-    Args:
-        n: pixels of the convolution's input along the axis; None: any number.
+    ``n`` is the number of pixels of the convolution's input along the axis; None: any number.
     """
     stride, extent, ends = geometry.stride[axis], geometry.extent[axis], geometry.padding[axis]
     if geometry.padding_mode == "zeros":
