@@ -2,6 +2,7 @@
 
 from spectralnorm.linalg.directions import chirp, seeded_direction
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.matrix_view import MatrixView, view_of
 from spectralnorm.linalg.power_iteration import (
     SingularTriplet,
@@ -10,6 +11,7 @@ from spectralnorm.linalg.power_iteration import (
     power_iteration_of_operator,
 )
 from spectralnorm.linalg.refine import refine
+from spectralnorm.linalg.rigorous import rigorous_largest_norm, rigorous_matrix_bound, rigorous_norm_bounds
 from spectralnorm.linalg.rounding import round_up
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, probe_rows, track, track_together
 
@@ -21,11 +23,16 @@ __all__ = [
     "TrackedTriplet",
     "chirp",
     "compute_dtype",
+    "convolution_lower_bound",
     "gram_upper_bound",
+    "matrix_lower_bound",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "rigorous_largest_norm",
+    "rigorous_matrix_bound",
+    "rigorous_norm_bounds",
     "round_up",
     "seeded_direction",
     "track",
