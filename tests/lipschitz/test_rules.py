@@ -108,3 +108,119 @@ def test_linear_rule_gives_the_norm_of_the_explicit_matrix(name: str):
     norm = torch.linalg.matrix_norm(_matrix(model, shape), 2).item()
 
     assert norm * (1 - 1e-12) <= upper <= norm * (1 + 1e-6) + 1e-12
+
+
+ATTAINED = {
+    "relu": (nn.ReLU(), (3,), 1.0),
+    "leaky relu": (nn.LeakyReLU(0.2), (3,), 1.0),
+    "steep leaky relu": (nn.LeakyReLU(3.0), (3,), 3.0),
+    "prelu": (nn.PReLU(init=-2.0), (3,), 2.0),
+    "elu": (nn.ELU(2.0), (3,), 2.0),
+    "celu": (nn.CELU(2.0), (3,), 1.0),
+    "tanh": (nn.Tanh(), (3,), 1.0),
+    "sigmoid": (nn.Sigmoid(), (3,), 0.25),
+    "hardsigmoid": (nn.Hardsigmoid(), (3,), 1 / 6),
+    "gelu": (nn.GELU(), (3,), 1.128905),
+    "tanh gelu": (nn.GELU(approximate="tanh"), (3,), 1.128994),
+    "silu": (nn.SiLU(), (3,), 1.09984),
+    "mish": (nn.Mish(), (3,), 1.088499),
+    "selu": (nn.SELU(), (3,), 1.7581),
+    "hardswish": (nn.Hardswish(), (3,), 1.5),
+    "softplus": (nn.Softplus(), (3,), 1.0),
+    "abs": (Lambda(torch.abs), (3,), 1.0),
+    "sin": (Lambda(torch.sin), (3,), 1.0),
+    "erf": (Lambda(torch.erf), (3,), 2 / math.pi**0.5),
+    "softmax": (nn.Softmax(dim=1), (2,), 0.5),
+    "log-softmax": (nn.LogSoftmax(dim=1), (4,), 2.0),
+    "logsumexp": (Lambda(lambda x: torch.logsumexp(x, 1)), (4,), 1.0),
+    "max pool": (nn.MaxPool2d(2), (1, 4, 4), 1.0),
+    "max pool, ceil": (nn.MaxPool1d(3, stride=2, ceil_mode=True), (1, 6), 2**0.5),
+    "max pool, dilated": (nn.MaxPool1d(2, stride=1, dilation=2), (1, 5), 2**0.5),
+    "adaptive max pool": (nn.AdaptiveMaxPool1d(2), (1, 3), 2**0.5),
+    "largest": (Lambda(lambda x: x.amax(1)), (4,), 1.0),
+    "maximum": (Lambda(lambda x: torch.maximum(x[:, :2], x[:, 2:])), (4,), 2**0.5),
+    "sort": (Lambda(lambda x: x.sort(dim=1).values), (4,), 1.0),
+    "norm": (Lambda(lambda x: x.norm(dim=1)), (4,), 1.0),
+    "norm of order 1": (Lambda(lambda x: torch.linalg.vector_norm(x, 1, dim=1)), (4,), 2.0),
+    "clamp": (Lambda(lambda x: x.clamp(-1, 1)), (3,), 1.0),
+    "halves": (Lambda(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)), (4,), 2**0.5),
+    "convex mix": (Lambda(lambda x: torch.lerp(x, x.relu(), 0.25)), (3,), 1.0),
+    "x + relu(x)": (Lambda(lambda x: x + x.relu()), (3,), 2.0),
+    "relu by clamp in place": (Lambda(lambda x: (2 * x).clamp_(min=0)), (3,), 2.0),
+    "two outputs": (Lambda(lambda x: (x, {"other": 2 * x})), (3,), 5**0.5),
+    "reshapes": (Lambda(lambda x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1)[:, None].squeeze(1)), (4,), 1.0),
+}
+# Parts of a value that meet again count as if each were the whole of it.
+NOT_REACHED = {"halves": 1.0, "maximum": 1.0}
+
+
+@pytest.mark.parametrize("name", ATTAINED)
+def test_bound_is_attained(name: str):
+    model, shape, expected = ATTAINED[name]
+
+    certificate = sn.certify(model, shape, ascent_steps=120)
+
+    assert certificate.upper_bound == pytest.approx(expected, rel=1e-5)
+    reached = NOT_REACHED.get(name, certificate.upper_bound)
+    assert certificate.lower_bound == pytest.approx(reached, rel=0.02)
+
+
+SLOPES = {
+    name: (model, expected)
+    for name, (model, _, expected) in ATTAINED.items()
+    if isinstance(model, nn.GELU | nn.SiLU | nn.Mish | nn.SELU | nn.Hardswish | nn.Sigmoid | nn.ELU)
+}
+
+
+def test_pixel_that_four_windows_read_attains_the_bound_of_a_max_pool():
+    model = nn.MaxPool2d(3, stride=2)
+    image, peak = torch.zeros(2, 1, 1, 5, 5).double()
+    peak[0, 0, 2, 2] = 1
+
+    change = torch.linalg.vector_norm(model(peak) - model(image)).item()
+
+    assert sn.certify(model, (1, 5, 5), ascent_steps=0).upper_bound == change == 2
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_constant_of_an_activation_is_above_every_slope(name: str):
+    model, _ = SLOPES[name]
+    points = torch.linspace(-12, 12, 2_000_001, dtype=torch.float64)[:, None].requires_grad_()
+
+    (slopes,) = torch.autograd.grad(model(points).sum(), points)
+
+    upper = sn.certify(model, (1,), ascent_steps=0).upper_bound
+    assert slopes.abs().max().item() <= upper <= slopes.abs().max().item() * (1 + 1e-8)
+
+
+def test_dropout_in_training_multiplies_by_what_it_keeps():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.75))
+
+    trained, evaluated = (sn.certify(model, (3,), mode=mode).upper_bound for mode in ("train", "eval"))
+
+    assert trained == pytest.approx(4 * evaluated, rel=1e-12)
+
+
+class Projection(nn.Module):
+    """psi' phi + <e_y, phi>, of Miyato and Koyama 2018."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(4, 6)
+        self.psi = nn.Linear(6, 1)
+        self.embedding = nn.Embedding(5, 6)
+
+    def forward(self, inputs, labels):
+        phi = F.relu(self.features(inputs))
+        return self.psi(phi) + (self.embedding(labels) * phi).sum(1, keepdim=True)
+
+
+def test_projection_head_is_bounded_by_its_longest_row_for_any_label():
+    model = Projection()
+    features = torch.linalg.matrix_norm(model.features.weight.detach().double(), 2)
+    rows = (model.psi.weight + model.embedding.weight).detach().double().norm(dim=1)
+
+    certificate = sn.certify(model, (4,), num_classes=5)
+
+    assert certificate.upper_bound == pytest.approx((features * rows.max()).item(), rel=1e-6)
+    assert certificate.lower_bound <= certificate.upper_bound

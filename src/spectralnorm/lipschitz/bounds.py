@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
-from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.rigorous import rigorous_matrix_bound
 from spectralnorm.linalg.rounding import gamma, norm_above
 from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.lipschitz.upward import add_up, mul_up
@@ -21,7 +21,7 @@ _MAX_EXPLICIT = 1e9  # multiplications for the square of the explicit matrix
 
 def matrix_bound(matrix: Tensor) -> float:
     """Of the 2-norm of a matrix (out, in), guaranteed."""
-    return float(gram_upper_bound(matrix.double(), num_squarings=10))
+    return rigorous_matrix_bound(matrix)
 
 
 def convolution_bound(weight: Tensor, geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> float:

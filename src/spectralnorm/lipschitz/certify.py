@@ -71,7 +71,10 @@ def certify(
             is_whole=lambda module: module_rule_of(module) is not None,
         )
         upper, found = propagate(graph, mode=mode, sizes=input_sizes)
-    layers = tuple(_line(bounded, graph) for bounded in found if not bounded.step.is_hidden)
+    # A padding that was bounded as part of the convolution after it.
+    part_of_next = {bounded.node.inputs[0] for bounded in found if bounded.step.map is not None and bounded.step.path}
+    shown = [bounded for bounded in found if not bounded.step.is_hidden and bounded.node not in part_of_next]
+    layers = tuple(_line(bounded, graph) for bounded in shown)
     lower = network_lower_bound(graph, upper_bound=upper, steps=ascent_steps)
     return Certificate(
         upper_bound=upper,
@@ -109,7 +112,9 @@ def _line(bounded: Bounded, graph: Graph) -> LayerBound:
     shape = node.shape[0] if isinstance(node.shape[0], tuple) else node.shape
     per_sample = shape[1:] if shape[0] == graph.batch_size else (shape[0] // graph.batch_size, *shape[1:])
     lower = None
-    if bounded.step.is_linear and factor is not None and bounded.step.bound is None and len(node.inputs) == 1:
+    if bounded.step.map is not None:
+        lower = bounded.step.map.lower_bound()
+    elif bounded.step.is_linear and factor is not None and len(node.inputs) == 1:
         lower = operation_lower_bound(graph, node, upper_bound=factor)
     return LayerBound(
         name=node.name,

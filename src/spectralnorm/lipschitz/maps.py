@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
+from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
 from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, matrix_bound
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
@@ -36,6 +37,10 @@ class ScaleMap:
     def bound(self) -> float:
         """Of its norm."""
         return mul_up(float(self.scale.abs().max()) if self.scale.numel() else 0.0, 1 + 2 * self.relative)
+
+    def lower_bound(self) -> float:
+        """Of its norm, from below."""
+        return float(self.scale.abs().max()) * (1 - 2 * self.relative - 2.0**-52) if self.scale.numel() else 0.0
 
     def after(self, first: Any) -> Any:
         """This after ``first``, as one map; None where that has no explicit form."""
@@ -74,6 +79,10 @@ class DenseMap:
     def bound(self) -> float:
         """Of its norm; for several matrices of the largest."""
         return add_up(self._norm, self.error)
+
+    def lower_bound(self) -> float:
+        """Of its norm, from below; of the first matrix, where there are several."""
+        return max(0.0, matrix_lower_bound(self.matrix if self.matrix.ndim == 2 else self.matrix[0]) - self.error)
 
     @cached_property
     def _norm(self) -> float:
@@ -132,7 +141,15 @@ class ConvolutionMap:
 
     def bound(self) -> float:
         """Of its norm."""
+        return self._bound
+
+    @cached_property
+    def _bound(self) -> float:
         return add_up(convolution_bound(self.weight, self.geometry, self.input_size), self.error)
+
+    def lower_bound(self) -> float:
+        """Of its norm at the size it was met with, from below."""
+        return max(0.0, convolution_lower_bound(self.weight, self.geometry, self.read_size) - self.error)
 
     def after(self, first: Any) -> Any:
         """This after ``first``, as one map; None where that has no explicit form."""

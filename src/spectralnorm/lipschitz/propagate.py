@@ -83,7 +83,7 @@ def _bounded(call: Call) -> Bounded:
         )
     direct = step.bound if step.bound is not None else mul_up(step.factor or 0.0, call.input_bound)
     path, bound, merged_with = step.path, direct, None
-    if step.map is not None:
+    if step.map is not None and path is None:
         path = _followed(call, step)
     if (
         path is not None

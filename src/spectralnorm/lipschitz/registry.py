@@ -54,7 +54,7 @@ class Step:
         factor: Lipschitz constant of the operation, all its inputs taken together, at most; None where the inputs count
             differently.
         bound: of the result, where the rule does more than to multiply with the factor.
-        map: the operation as an explicit linear map of its one input.
+        map: the operation as an explicit linear map of its one input, or of the source of ``path`` if that is given.
         path: of the result, where it does not follow from ``map``.
         is_linear: up to a constant; its norm then has a lower bound too.
         is_hidden: nothing that deserves a line of the table.

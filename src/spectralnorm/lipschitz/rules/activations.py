@@ -123,7 +123,7 @@ def _sort(call: Call) -> Step:
     return Step(1.0)
 
 
-@rule("norm", "vector_norm")
+@rule("norm", "linalg_vector_norm")
 def _norm(call: Call) -> Step:
     signature = (
         "input, p='fro', dim=None, keepdim=False" if call.node.op == "norm" else "input, ord=2, dim=None, keepdim=False"

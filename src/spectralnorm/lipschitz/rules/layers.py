@@ -123,7 +123,7 @@ def _convolution_step(call: Call, weight: Tensor, geometry: ConvolutionGeometry)
         return Step(bound, map=convolution, is_linear=True)
     # The padding before it is part of the convolution.
     together = mul_up(call.values[source].bound, bound)
-    return Step(bound, bound=together, path=Path(source, convolution), is_linear=True)
+    return Step(bound, bound=together, map=convolution, path=Path(source, convolution), is_linear=True)
 
 
 def _with_padding(call: Call, geometry: ConvolutionGeometry) -> tuple[Node, ConvolutionGeometry]:
