@@ -38,7 +38,7 @@ class Config:
     data: str | None = _setting(None)
     """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
     image_size: int = _setting(32)
-    """Height and width in pixels: 32, 48 or 64."""
+    """Height and width in pixels: 32, 48, 64 or 128 (sagan: not 48)."""
     channels: int = _setting(1)
     """1 for gray, 3 for colour."""
     augmentation: str = _setting("none")
@@ -46,11 +46,11 @@ class Config:
 
     # Networks.
     architecture: str = _setting("dcgan")
-    """dcgan, sncnn or sndcgan."""
+    """dcgan, sncnn, sndcgan, resnet, sagan or mlp."""
     generator_width: int = _setting(64)
-    """Channels of the generator's last feature map; earlier ones double, up to 8x."""
+    """Of the generator: 64 gives the published channels, another number scales them."""
     discriminator_width: int = _setting(64)
-    """Channels of the discriminator's first feature map; later ones double, up to 8x."""
+    """Of the discriminator: 64 gives the published channels, another number scales them."""
     latent_dim: int = _setting(128)
     """Dimensions of the latent z ~ N(0, I)."""
     initialization: str = _setting("published")
@@ -108,7 +108,7 @@ class Config:
         choose("device", self.device, ("auto", "cpu", "cuda"))
         for name in augmentation_names(self.augmentation):
             choose("augmentation", name, AUGMENTATIONS)
-        choose("image_size", self.image_size, (32, 48, 64))
+        choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
         choose("channels", self.channels, (1, 3))
         for name in ("generator_width", "discriminator_width", "latent_dim", "num_discriminator_steps", "log_every"):
             self._require(name, at_least=1)

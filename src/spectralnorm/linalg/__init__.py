@@ -1,5 +1,6 @@
 """Pure tensor functions: no modules, no state."""
 
+from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.directions import chirp, seeded_direction
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
@@ -12,11 +13,14 @@ from spectralnorm.linalg.power_iteration import (
 )
 from spectralnorm.linalg.refine import refine
 from spectralnorm.linalg.rigorous import rigorous_largest_norm, rigorous_matrix_bound, rigorous_norm_bounds
+from spectralnorm.linalg.rigorous_convolution import rigorous_convolution_bound
 from spectralnorm.linalg.rounding import round_up
+from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, probe_rows, track, track_together
 
 __all__ = [
     "NUM_TRACKED",
+    "ConvolutionGeometry",
     "Frame",
     "MatrixView",
     "SingularTriplet",
@@ -24,12 +28,15 @@ __all__ = [
     "chirp",
     "compute_dtype",
     "convolution_lower_bound",
+    "convolution_upper_bound",
     "gram_upper_bound",
     "matrix_lower_bound",
+    "max_patches_per_pixel",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "rigorous_convolution_bound",
     "rigorous_largest_norm",
     "rigorous_matrix_bound",
     "rigorous_norm_bounds",
