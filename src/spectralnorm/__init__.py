@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from spectralnorm.errors import UserError
+from spectralnorm.lipschitz import Certificate, certify, register_rule
 from spectralnorm.parametrizations import SpectralNorm, spectral_norm
 from spectralnorm.transform import (
     add_spectral_norm,
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "SpectralNorm",
     "UserError",
     "__version__",
     "add_spectral_norm",
+    "certify",
     "export_state_dict",
     "invalidate",
     "keep_values",
     "monitor",
+    "register_rule",
     "remove_spectral_norm",
     "spectral_norm",
     "summary",

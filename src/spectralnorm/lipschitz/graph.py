@@ -1,0 +1,119 @@
+"""What a network computes, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "map_structure"]
+
+# What a tensor without values answers.
+METADATA = frozenset(
+    "shape size dim ndim ndimension dtype device layout numel nelement stride storage_offset is_contiguous is_cuda "
+    "is_cpu is_floating_point is_complex is_sparse is_quantized is_nested is_mkldnn requires_grad is_leaf grad_fn "
+    "names element_size itemsize __len__ is_meta is_mps is_xpu get_device is_tensor is_inference _is_view is_xla "
+    "is_neg is_conj is_same_size nbytes".split()
+)
+# What takes from a tensor its shape alone, and what it fills it with.
+FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
+
+_OPERATORS = {
+    "__radd__": "add",
+    "__rmul__": "mul",
+    "__truediv__": "div",
+    "__rtruediv__": "rdiv",
+    "__rdiv__": "rdiv",
+    "__rsub__": "rsub",
+    "__rmatmul__": "rmatmul",
+    "__rpow__": "rpow",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operation, with other nodes where it was given values that depend on the input.
+
+    Attributes:
+        name: the path of the module that performed it, with the operation where a module performs several.
+        op: the operation's name, the same for a function, a method and an operator, in place or not.
+        function: what to call to perform it, never in place; None for the model's input.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        shape: of the result, batch first; a tuple of shapes for several results.
+        module: the module, where a rule for its class treats it as a whole.
+        is_float: whether the result is a floating tensor (or several).
+    """
+
+    name: str
+    op: str
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[Any, ...] = ()
+    module: nn.Module | None = None
+    is_float: bool = True
+
+    @property
+    def inputs(self) -> list[Node]:
+        """Its arguments that depend on the input, in order; one that is given twice comes twice."""
+        found: list[Node] = []
+        map_structure((self.args, self.kwargs), Node, lambda node: found.append(node))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What `forward` computes.
+
+    Attributes:
+        nodes: those that the outputs depend on, each after its inputs; the first is the input.
+        outputs: what `forward` returned, those that depend on the input.
+        batch_size: it was recorded with; a first dimension is a multiple of it.
+        device: where the constants are.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    batch_size: int
+    device: torch.device
+
+
+def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The same tuples, lists and dictionaries, with ``function`` of every leaf that is a ``kind``."""
+    if isinstance(structure, kind):
+        return function(structure)
+    if isinstance(structure, tuple | list):
+        mapped = [map_structure(each, kind, function) for each in structure]
+        if isinstance(structure, list):
+            return mapped
+        is_named = hasattr(structure, "_fields")
+        return type(structure)(*mapped) if is_named else tuple(mapped)
+    if isinstance(structure, dict):
+        return {key: map_structure(each, kind, function) for key, each in structure.items()}
+    return structure
+
+
+def canonical(func: Callable[..., Any]) -> tuple[str, bool]:
+    """The operation's name without the forms it can be called in, and whether it works in place."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "attribute")
+        return (attribute, False) if name == "__get__" else (f"setting of .{attribute}", False)
+    if name in _OPERATORS:
+        return _OPERATORS[name], False
+    if name.startswith("__") and name.endswith("__"):
+        bare = name[2:-2]
+        if name in ("__len__", "__setitem__", "__bool__", "__float__", "__int__", "__index__", "__contains__"):
+            return name, False
+        if bare.startswith("i") and bare[1:] in ("add", "sub", "mul", "truediv", "div", "pow"):
+            return {"truediv": "div"}.get(bare[1:], bare[1:]), True
+        return bare, False
+    if name.endswith("_") and not name.startswith("__"):
+        return name[:-1], True
+    return {"true_divide": "div", "subtract": "sub", "multiply": "mul", "divide": "div", "negative": "neg"}.get(
+        name, name
+    ), False

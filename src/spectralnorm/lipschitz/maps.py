@@ -1,0 +1,172 @@
+"""Linear maps between two places of a network, kept explicit so that neighbours are bounded as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
+from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
+from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
+from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, matrix_bound
+from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
+
+__all__ = ["ConvolutionMap", "DenseMap", "ScaleMap"]
+
+# Multiplications that a merged matrix may cost; above, the two norms are multiplied instead.
+_MAX_PRODUCT = 2e10
+_MAX_ENTRIES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleMap:
+    """Multiplies every channel (dimension 1) by a number.
+
+    Attributes:
+        scale: (channels,), or (batch, channels) where samples differ by a constant of their own; float64.
+        relative: what an entry may be off by, in units of itself.
+    """
+
+    scale: Tensor
+    relative: float = 0.0
+
+    def bound(self) -> float:
+        """Of its norm."""
+        return mul_up(float(self.scale.abs().max()) if self.scale.numel() else 0.0, 1 + 2 * self.relative)
+
+    def lower_bound(self) -> float:
+        """Of its norm, from below."""
+        return float(self.scale.abs().max()) * (1 - 2 * self.relative - 2.0**-52) if self.scale.numel() else 0.0
+
+    def after(self, first: Any) -> Any:
+        """This after ``first``, as one map; None where that has no explicit form."""
+        relative = self.relative + gamma(2)
+        if isinstance(first, ScaleMap):
+            return ScaleMap(self.scale * first.scale, relative + 1.01 * first.relative)
+        if isinstance(first, DenseMap) and first.matrix.shape[-2] == self.scale.shape[-1]:
+            scaled = self.scale[..., :, None] * first.matrix
+            error = mul_up(self.bound(), first.error)
+            return DenseMap(scaled, add_up(error, mul_up(1.01 * relative, frobenius(scaled))))
+        if isinstance(first, ConvolutionMap) and self.scale.ndim == 1:
+            shape = self.scale.reshape(-1, *[1] * (first.weight.ndim - 1))
+            if first.geometry.transposed:
+                out_channels = first.weight.shape[1]
+                shape = self.scale.reshape(first.geometry.groups, 1, out_channels, *[1] * first.geometry.num_axes)
+                grouped = first.weight.unflatten(0, (first.geometry.groups, -1))
+                scaled = (grouped * shape).flatten(0, 1)
+            else:
+                scaled = first.weight * shape
+            return first.scaled(scaled, relative, self.bound())
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMap:
+    """A matrix on the flattened sample.
+
+    Attributes:
+        matrix: (out, in), or (batch, out, in) where samples differ by a constant of their own; float64.
+        error: the 2-norm of what the matrix is off by at most.
+    """
+
+    matrix: Tensor
+    error: float = 0.0
+
+    def bound(self) -> float:
+        """Of its norm; for several matrices of the largest."""
+        return add_up(self._norm, self.error)
+
+    def lower_bound(self) -> float:
+        """Of its norm, from below; of the first matrix, where there are several."""
+        return max(0.0, matrix_lower_bound(self.matrix if self.matrix.ndim == 2 else self.matrix[0]) - self.error)
+
+    @cached_property
+    def _norm(self) -> float:
+        if self.matrix.ndim == 2:
+            return matrix_bound(self.matrix)
+        if 1 in self.matrix.shape[-2:]:
+            return float(norm_above(self.matrix, (-2, -1)).max())
+        return max(matrix_bound(each) for each in torch.unique(self.matrix, dim=0))
+
+    def after(self, first: Any) -> Any:
+        """This after ``first``, as one map; None where that has no explicit form or costs too much."""
+        if isinstance(first, ScaleMap) and self.matrix.shape[-1] == first.scale.shape[-1]:
+            scaled = self.matrix * first.scale[..., None, :]
+            relative = 1.01 * (first.relative + gamma(1))
+            return DenseMap(scaled, add_up(mul_up(self.error, first.bound()), mul_up(relative, frobenius(scaled))))
+        if isinstance(first, DenseMap) and self.matrix.shape[-1] == first.matrix.shape[-2]:
+            inner = self.matrix.shape[-1]
+            batch = max(
+                self.matrix.shape[0] if self.matrix.ndim == 3 else 1,
+                first.matrix.shape[0] if first.matrix.ndim == 3 else 1,
+            )
+            entries = batch * self.matrix.shape[-2] * first.matrix.shape[-1]
+            if entries * inner > _MAX_PRODUCT or entries > _MAX_ENTRIES:
+                return None
+            rounding = mul_up(product_gamma(inner, torch.float64), frobenius(self.matrix), frobenius(first.matrix))
+            crossed = add_up(
+                mul_up(frobenius(self.matrix), first.error),
+                mul_up(self.error, add_up(frobenius(first.matrix), first.error)),
+            )
+            return DenseMap(self.matrix @ first.matrix, add_up(rounding, crossed))
+        return None
+
+    def plus(self, other: DenseMap, *, sign: float = 1.0) -> DenseMap:
+        """The sum (or difference) of two maps of the same input."""
+        total = self.matrix + sign * other.matrix
+        return DenseMap(total, add_up(self.error, other.error, mul_up(gamma(2), frobenius(total))))
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionMap:
+    """A convolution of images of a known size.
+
+    Attributes:
+        weight: as torch stores it, float64.
+        geometry: of the convolution.
+        input_size: along each spatial axis; None stands for every size.
+        error: the norm of the convolution with what the weight is off by, at most.
+        read_size: the size that the error was computed for.
+    """
+
+    weight: Tensor
+    geometry: ConvolutionGeometry
+    input_size: tuple[int, ...] | None
+    read_size: tuple[int, ...]
+    error: float = 0.0
+
+    def bound(self) -> float:
+        """Of its norm."""
+        return self._bound
+
+    @cached_property
+    def _bound(self) -> float:
+        return add_up(convolution_bound(self.weight, self.geometry, self.input_size), self.error)
+
+    def lower_bound(self) -> float:
+        """Of its norm at the size it was met with, from below."""
+        return max(0.0, convolution_lower_bound(self.weight, self.geometry, self.read_size) - self.error)
+
+    def after(self, first: Any) -> Any:
+        """This after ``first``, as one map; None where that has no explicit form."""
+        if not isinstance(first, ScaleMap) or first.scale.ndim != 1:
+            return None
+        groups = self.geometry.groups
+        if self.geometry.transposed:
+            scaled = self.weight * first.scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+        else:
+            grouped = self.weight.unflatten(0, (groups, -1))
+            scale = first.scale.reshape(groups, 1, self.weight.shape[1], *[1] * self.geometry.num_axes)
+            scaled = (grouped * scale).flatten(0, 1)
+        return self.scaled(scaled, first.relative + gamma(1), first.bound())
+
+    def scaled(self, weight: Tensor, relative: float, growth: float) -> ConvolutionMap:
+        """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""
+        # |conv| <= sqrt(patches per pixel) ||weight||_F, also of the difference.
+        patches = max_patches_per_pixel(self.geometry, self.read_size)
+        own = mul_up(1.01 * relative, root_up(float(patches)), frobenius(weight))
+        return replace(self, weight=weight, error=add_up(own, mul_up(self.error, growth)))

@@ -1,0 +1,360 @@
+"""Which operations `forward` performs on its input: the model runs once, on tensors that have a shape and no values.
+
+Every torch function that is called on such a tensor, by a module, a function or an operator, arrives at one place
+(``__torch_function__``) and becomes a `Node`. Everything else is computed as always, so that whatever does not depend
+on the input is a constant, parametrized weights included. What escapes the record has no values, and cannot pass for
+one.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectralnorm.errors import UserError
+from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure
+
+__all__ = ["trace"]
+
+# Batch sizes to record with. No other size may be a multiple of it, or samples could be mixed unseen; and the last ones
+# divide by four, for layers that form groups of samples.
+_BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
+
+
+class _Traced(torch.Tensor):
+    """A tensor that depends on the input: on the meta device, so that it has no values to be lost."""
+
+    node: Node | None
+    tracer: _Tracer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found: list[_Traced] = []
+        map_structure((args, kwargs or {}), _Traced, found.append)
+        tracers = [getattr(each, "tracer", None) for each in found]
+        if not tracers or tracers[0] is None:
+            raise UserError(
+                f"certify lost track of the input before {canonical(func)[0]}: something rebuilt the tensor outside "
+                "of torch's functions; register a rule for the module that does it."
+            )
+        return tracers[0].call(func, args, kwargs or {})
+
+
+class _Tracer:
+    def __init__(self, *, batch_size: int, device: torch.device, is_whole: Callable[[nn.Module], bool]) -> None:
+        self.batch_size = batch_size
+        self.device = device
+        self.is_whole = is_whole
+        self.nodes: list[Node] = []
+        self.active = True
+        self.ambiguous = False
+        self._stack: list[str] = []
+        self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
+        self._names: dict[str, int] = {}
+
+    def wrap(self, meta: Tensor, node: Node) -> _Traced:
+        traced = torch.Tensor._make_subclass(_Traced, meta)
+        traced.node, traced.tracer = node, self
+        self._siblings(meta).add(traced)
+        self.ambiguous |= any(size % self.batch_size == 0 and size > 0 for size in meta.shape[1:])
+        return traced
+
+    def _siblings(self, meta: Tensor) -> weakref.WeakSet[_Traced]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._by_storage.setdefault(meta.untyped_storage()._cdata, weakref.WeakSet())
+
+    def node_of(self, traced: _Traced) -> Node:
+        if traced.node is None:
+            raise UserError(
+                f"certify cannot follow {self._place()}: it uses a view of a tensor that was changed in place since; "
+                "use the operation that is not in place."
+            )
+        return traced.node
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One torch function with at least one traced argument."""
+        name, in_place = canonical(func)
+        if name in METADATA:
+            if name in ("device", "is_cuda", "is_cpu", "is_meta"):
+                return {
+                    "device": self.device,
+                    "is_cuda": self.device.type == "cuda",
+                    "is_cpu": self.device.type == "cpu",
+                }.get(name, False)
+            return _on_meta(func, args, kwargs)
+        if name in FILLED:
+            meta = _on_meta(func, args, kwargs | {"device": "meta"})
+            return torch.full(meta.shape, FILLED[name], dtype=meta.dtype, device=self.device)
+        if name in ("full_like", "new_full"):
+            meta = _on_meta(func, args, kwargs | {"device": "meta"})
+            return torch.full(meta.shape, kwargs.get("fill_value", args[-1]), dtype=meta.dtype, device=self.device)
+        if kwargs.get("out") is not None:
+            raise UserError(f"certify cannot follow {self._place()}: {name} writes with out=; use its result instead.")
+        target = None
+        if kwargs.get("inplace"):
+            target, kwargs = args[0], kwargs | {"inplace": False}
+        elif in_place:
+            target, func = args[0], self._out_of_place(name, func)
+        if target is not None and not isinstance(target, _Traced):
+            raise UserError(
+                f"certify cannot follow {self._place()}: {name} in place writes what depends on the input into a "
+                "tensor that does not; use the operation that is not in place."
+            )
+        result = self._record(name, func, args, kwargs)
+        if target is None:
+            return result
+        return self._replace(target, result)
+
+    def _out_of_place(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
+        plain = getattr(torch.Tensor, name, None) or getattr(nn.functional, name, None) or getattr(torch, name, None)
+        if plain is None:
+            raise UserError(f"certify cannot follow {self._place()}: it knows {name}_ only in place.")
+        return plain
+
+    def _replace(self, target: _Traced, result: _Traced) -> _Traced:
+        """``target`` becomes the result of an operation on it; the other views of its memory become unusable."""
+        for other in self._siblings(target):
+            if other is not target:
+                other.node = None
+        if tuple(result.shape) != tuple(target.shape):
+            raise UserError(f"certify cannot follow {self._place()}: an operation in place changed a shape.")
+        target.node = result.node
+        return target
+
+    def _record(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            outcome = _on_meta(func, args, kwargs)
+        except RuntimeError as error:  # also NotImplementedError
+            if not isinstance(error, NotImplementedError) and "meta" not in str(error):
+                raise
+            raise UserError(
+                f"certify cannot follow {self._place()}: {name} needs the values of its input, and what is certified "
+                "holds for every input; compute it without looking at values, or register a rule for the module."
+            ) from error
+        return self._remember(name, func, args, kwargs, outcome)
+
+    def _remember(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outcome: Any,
+        module: nn.Module | None = None,
+    ) -> Any:
+        args, kwargs = map_structure((args, kwargs), _Traced, self.node_of)
+        if isinstance(outcome, Tensor):
+            return self.wrap(outcome, self._new(name, func, args, kwargs, tuple(outcome.shape), outcome, module))
+        if not (isinstance(outcome, tuple | list) and outcome and all(isinstance(each, Tensor) for each in outcome)):
+            raise UserError(
+                f"certify cannot follow {self._place()}: {name} gives no tensor ({type(outcome).__name__}) from what "
+                "depends on the input."
+            )
+        node = self._new(name, func, args, kwargs, tuple(tuple(each.shape) for each in outcome), outcome[0], module)
+        items = [
+            self.wrap(
+                each,
+                Node(node.name, "item", _item, (node, index), {}, tuple(each.shape), None, each.is_floating_point()),
+            )
+            for index, each in enumerate(outcome)
+        ]
+        self.nodes += [self.node_of(item) for item in items]
+        return (
+            type(outcome)(items)
+            if isinstance(outcome, tuple | list) and not hasattr(outcome, "_fields")
+            else _rebuilt(outcome, items)
+        )
+
+    def _new(
+        self, name: str, func: Any, args: Any, kwargs: Any, shape: Any, sample: Tensor, module: nn.Module | None
+    ) -> Node:
+        node = Node(self._unused_name(name), name, func, args, kwargs, shape, module, sample.is_floating_point())
+        self.nodes.append(node)
+        return node
+
+    def _unused_name(self, op: str) -> str:
+        name = self._stack[-1] if self._stack and self._stack[-1] else op
+        count = self._names[name] = self._names.get(name, 0) + 1
+        return name if count == 1 else f"{name} ({count})"
+
+    def _place(self) -> str:
+        return f"layer {self._stack[-1]!r}" if self._stack and self._stack[-1] else "the model"
+
+    def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], pristine: nn.Module | None) -> Any:
+        """What stands in for the ``forward`` of a module while the model is recorded."""
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return forward(*args, **kwargs)
+            found: list[_Traced] = []
+            map_structure((args, kwargs), _Traced, found.append)
+            self._stack.append(name)
+            try:
+                if pristine is None or not found:
+                    return forward(*args, **kwargs)
+                on_meta = copy.deepcopy(pristine).to("meta")
+                outcome = _on_meta(on_meta, args, kwargs)
+                return self._remember(type(module).__name__, pristine, args, kwargs, outcome, pristine)
+            finally:
+                self._stack.pop()
+
+        return recorded
+
+
+def _rebuilt(outcome: Any, items: list[Any]) -> Any:
+    try:
+        return type(outcome)(items)  # torch's named tuples take a sequence
+    except TypeError:
+        return type(outcome)(*items)
+
+
+def _item(structure: Sequence[Any], index: int) -> Any:
+    return structure[index]
+
+
+@torch.no_grad()
+def _on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The shapes that come out: ``func`` without any values."""
+
+    def plain(tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(torch.Tensor) if isinstance(tensor, _Traced) else tensor.to("meta")
+
+    with torch._C.DisableTorchFunctionSubclass():
+        args, kwargs = map_structure((args, kwargs), Tensor, plain)
+        return func(*args, **kwargs)
+
+
+def trace(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    mode: str,
+    num_classes: int | None,
+    is_whole: Callable[[nn.Module], bool],
+) -> Graph:
+    """Run a copy of ``model`` without values and record what it does.
+
+    Args:
+        model: stays as it is.
+        input_shape: of one sample.
+        mode: ``"eval"`` or ``"train"``; parametrizations keep still in both.
+        num_classes: labels ``0 ... num_classes - 1`` are its second argument; None: it takes the input alone.
+        is_whole: whether a module is one node, because there is a rule for its class.
+
+    Raises:
+        UserError: something cannot be recorded; the message says where and why.
+    """
+    refused: Exception | None = None
+    for base in _BATCH_SIZES:
+        batch_size = base * (num_classes or 1)
+        try:
+            graph = _trace_once(model, input_shape, batch_size, mode, num_classes, is_whole)
+        except UserError:
+            raise
+        except Exception as error:
+            # Some layers want whole groups of samples: another batch size may do.
+            refused = refused or error
+            continue
+        if graph is not None:
+            return graph
+    if refused is None:
+        raise UserError("certify found no batch size that differs from all the model's sizes; please report this.")
+    raise UserError(
+        f"certify could not run the model on a batch of inputs of shape {tuple(input_shape)}: "
+        f"{type(refused).__name__}: {refused}"
+    ) from refused
+
+
+def _trace_once(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    batch_size: int,
+    mode: str,
+    num_classes: int | None,
+    is_whole: Callable[[nn.Module], bool],
+) -> Graph | None:
+    """None: this batch size cannot be told from another size."""
+    model = _copied(model, mode)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.get_default_dtype())
+    tracer = _Tracer(batch_size=batch_size, device=device, is_whole=is_whole)
+    start = Node("input", "input", None, shape=(batch_size, *input_shape))
+    tracer.nodes.append(start)
+    inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
+    if num_classes is not None:
+        inputs.append(torch.arange(batch_size, device=device) % num_classes)
+    with _recorded(model, tracer), _keeping_random_numbers(device), torch.no_grad(), parametrize.cached():
+        result = model(*inputs)
+    outputs: list[Node] = []
+    map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
+    tracer.active = False
+    if tracer.ambiguous:
+        return None
+    _refuse_escaped(result)
+    return Graph(_needed(tracer.nodes, outputs), tuple(outputs), batch_size, device)
+
+
+def _copied(model: nn.Module, mode: str) -> nn.Module:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"certify cannot look into the scripted module {name!r}; give it the module it was made from."
+            )
+    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    if mode == "train":
+        model.train()
+        for module in model.modules():
+            if isinstance(module, parametrize.ParametrizationList):
+                module.eval()
+    return model
+
+
+@contextmanager
+def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """Let every module of ``model``, a copy, tell the tracer when it runs."""
+    for name, module in list(model.named_modules()):
+        pristine = copy.deepcopy(module) if tracer.is_whole(module) else None
+        object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, pristine))
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def _keeping_random_numbers(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+        before = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
+        yield
+        after = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
+    pairs = [(before[0], after[0]), *zip(before[1], after[1], strict=True)]
+    if not all(torch.equal(old, new) for old, new in pairs):
+        raise UserError(
+            "certify refuses a model that draws random numbers: it would certify one draw alone; take the noise as an "
+            "input, or leave it out in eval mode."
+        )
+
+
+def _refuse_escaped(result: Any) -> None:
+    def check(tensor: Tensor) -> None:
+        if not isinstance(tensor, _Traced) and tensor.is_meta:
+            raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
+
+    map_structure(result, Tensor, check)
+
+
+def _needed(nodes: list[Node], outputs: list[Node]) -> tuple[Node, ...]:
+    needed = {*outputs, nodes[0]}
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.inputs)
+    return tuple(node for node in nodes if node in needed)

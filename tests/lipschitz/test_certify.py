@@ -1,0 +1,103 @@
+"""What is certified is what `forward` computes with the weights that the layers use."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import spectralnorm as sn
+
+
+def test_chain_is_bounded_by_the_product_of_its_layers():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Tanh()).double()
+    norms = [torch.linalg.matrix_norm(model[at].weight, 2).item() for at in (0, 2)]
+
+    certificate = sn.certify(model, (4,))
+
+    assert certificate.upper_bound == pytest.approx(norms[0] * norms[1], rel=1e-6)
+    assert certificate.upper_bound >= norms[0] * norms[1]
+    assert 0 < certificate.lower_bound <= certificate.upper_bound
+
+
+def test_weights_are_those_that_a_parametrized_layer_uses():
+    ours = sn.spectral_norm(nn.Linear(6, 6))
+    theirs = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6), n_power_iterations=100)
+    model = nn.Sequential(ours, nn.ReLU(), theirs).eval()
+
+    certificate = sn.certify(model, (6,))
+
+    norms = [torch.linalg.matrix_norm(layer.weight.detach().double(), 2).item() for layer in (ours, theirs)]
+    assert certificate.upper_bound == pytest.approx(norms[0] * norms[1], rel=1e-6)
+
+
+def test_model_stays_as_it_is():
+    model = nn.Sequential(sn.spectral_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4), nn.Dropout()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+
+    sn.certify(model, (4,))
+
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return inputs + torch.tanh(self.branch(inputs))
+
+
+def test_residual_is_one_plus_its_branch():
+    model = Residual()
+    norm = torch.linalg.matrix_norm(model.branch.weight.detach().double(), 2).item()
+
+    assert sn.certify(model, (4,)).upper_bound == pytest.approx(1 + norm, rel=1e-6)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.layer(F.relu(self.layer(inputs)))
+
+
+def test_layer_that_is_used_twice_counts_twice():
+    model = Shared()
+    norm = torch.linalg.matrix_norm(model.layer.weight.detach().double(), 2).item()
+
+    certificate = sn.certify(model, (4,))
+
+    assert certificate.upper_bound == pytest.approx(norm**2, rel=1e-6)
+    assert [line.name for line in certificate.layers] == ["layer", "relu", "layer (2)"]
+
+
+def test_concatenation_is_the_root_of_the_sum_of_squares():
+    class Both(nn.Module):
+        def forward(self, inputs):
+            return torch.cat([2 * inputs.abs(), 3 * torch.tanh(inputs)], dim=1)
+
+    assert sn.certify(Both(), (4,)).upper_bound == pytest.approx(13**0.5, rel=1e-12)
+
+
+def test_certificate_survives_json_exactly():
+    certificate = sn.certify(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (3,))
+
+    assert sn.Certificate.from_json(certificate.to_json()) == certificate
+    with pytest.raises(sn.UserError, match="JSON of a certificate"):
+        sn.Certificate.from_json("{}")
+
+
+def test_table_has_a_line_for_every_layer():
+    lines = str(sn.certify(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (3,))).splitlines()
+
+    assert [line.split()[:3] for line in lines if line.startswith(("0", "1"))] == [
+        ["0", "linear", "3"],
+        ["1", "relu", "3"],
+    ]

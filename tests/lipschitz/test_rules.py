@@ -1,0 +1,226 @@
+"""Every rule against what the operation does: the largest stretch found, the explicit matrix where it is linear."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import spectralnorm as sn
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs):
+        return self.function(inputs)
+
+
+def _matrix(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Of a model that is linear up to a constant."""
+    model = model.eval().double()
+    size = math.prod(shape)
+    basis = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
+    with torch.no_grad():
+        return (model(basis).reshape(size, -1) - model(torch.zeros_like(basis)).reshape(size, -1)).T
+
+
+LINEAR = {
+    "linear": (nn.Linear(5, 7), (5,)),
+    "linear on sequences": (nn.Linear(5, 7), (3, 5)),
+    "identity": (nn.Identity(), (4,)),
+    "conv1d circular": (nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), (2, 8)),
+    "conv2d, small image": (nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4)),
+    "conv2d, no padding": (nn.Conv2d(2, 3, 4), (2, 4, 4)),
+    "conv2d, stride and groups": (nn.Conv2d(4, 6, 4, stride=2, padding=1, groups=2), (4, 6, 6)),
+    "conv2d, same": (nn.Conv2d(2, 2, 4, padding="same"), (2, 5, 5)),
+    "conv2d, reflect": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
+    "conv2d, replicate": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), (2, 5, 5)),
+    "conv3d": (nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
+    "transposed": (nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), (3, 3, 3)),
+    "transposed, output padding, groups": (nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2), (4, 5)),
+    "average pool": (nn.AvgPool2d(2), (2, 6, 6)),
+    "average pool, overlapping, padded": (nn.AvgPool2d(3, stride=2, padding=1), (2, 7, 7)),
+    "average pool, padding not counted": (nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), (1, 7, 7)),
+    "average pool, ceil": (nn.AvgPool1d(3, stride=2, ceil_mode=True), (2, 8)),
+    "average pool, divisor": (nn.AvgPool2d(2, divisor_override=3), (1, 4, 4)),
+    "adaptive average pool": (nn.AdaptiveAvgPool2d((3, 2)), (2, 7, 5)),
+    "global mean": (Lambda(lambda x: x.mean((2, 3))), (2, 3, 3)),
+    "global sum": (Lambda(lambda x: x.sum(dim=(1, 2, 3))), (2, 3, 3)),
+    "nearest": (nn.Upsample(scale_factor=2), (2, 3, 3)),
+    "nearest to a size": (nn.Upsample(size=(5, 7)), (1, 3, 3)),
+    "nearest-exact down": (nn.Upsample(size=4, mode="nearest-exact"), (1, 6)),
+    "bilinear": (nn.Upsample(scale_factor=2, mode="bilinear"), (1, 4, 4)),
+    "bilinear, corners": (nn.Upsample(size=(7, 3), mode="bilinear", align_corners=True), (1, 4, 5)),
+    "area": (Lambda(lambda x: F.interpolate(x, size=(2, 3), mode="area")), (1, 5, 6)),
+    "pixel shuffle": (nn.PixelShuffle(2), (4, 3, 3)),
+    "pixel unshuffle": (nn.PixelUnshuffle(2), (2, 4, 4)),
+    "flatten": (nn.Flatten(), (2, 3)),
+    "zero padding": (nn.ZeroPad2d((1, 0, 2, 1)), (1, 3, 3)),
+    "reflection padding": (nn.ReflectionPad2d(1), (1, 4, 4)),
+    "replication padding": (nn.ReplicationPad1d((2, 1)), (2, 4)),
+    "circular padding": (nn.CircularPad2d((1, 0, 1, 1)), (1, 3, 3)),
+    "crop": (Lambda(lambda x: x[:, :, 1:-1, 1:]), (1, 4, 4)),
+    "batch norm": (nn.BatchNorm2d(3), (3, 2, 2)),
+    "batch norm after conv": (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
+    "batch norm before conv": (nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3)), (2, 4, 4)),
+    "batch norm after transposed": (
+        nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)),
+        (2, 3, 3),
+    ),
+    "batch norm between dense": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), (3,)),
+    "scaling": (Lambda(lambda x: -3 * x / 2 + 1), (4,)),
+    "scaling of channels": (Lambda(lambda x: x * torch.tensor([1.0, -4.0])[:, None]), (2, 3)),
+    "repetition": (Lambda(lambda x: x[:, :, None].expand(-1, -1, 5)), (3,)),
+    "repetition by adding": (Lambda(lambda x: x[:, :, None] + torch.zeros(5)), (3,)),
+    "repetition by multiplying": (Lambda(lambda x: x[:, :, None] * torch.tensor([1.0, 2.0])), (3,)),
+    "matrix from the right": (Lambda(lambda x: x @ torch.arange(6.0).reshape(3, 2).to(x.dtype)), (3,)),
+    "matrix from the left": (Lambda(lambda x: torch.arange(6.0).reshape(2, 3).to(x.dtype) @ x), (3, 4)),
+    "index_select": (Lambda(lambda x: x.index_select(1, torch.tensor([0, 0, 2]))), (3,)),
+    "flip and roll": (Lambda(lambda x: x.flip(1).roll(1, dims=1)), (4,)),
+    "linear after linear": (nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 6)), (5,)),
+    "x + linear": (Lambda(lambda x: x + x @ -torch.eye(3, dtype=x.dtype)), (3,)),
+    "linear + linear": (
+        Lambda(lambda x: x @ torch.eye(3, dtype=x.dtype) - 0.5 * (x @ torch.ones(3, 3, dtype=x.dtype))),
+        (3,),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _running_statistics():
+    for model, _ in LINEAR.values():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                with torch.no_grad():
+                    module.running_var.uniform_(0.5, 2)
+                    module.weight.uniform_(-2, 2)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_rule_gives_the_norm_of_the_explicit_matrix(name: str):
+    model, shape = LINEAR[name]
+    upper = sn.certify(model, shape, ascent_steps=0).upper_bound
+
+    norm = torch.linalg.matrix_norm(_matrix(model, shape), 2).item()
+
+    assert norm * (1 - 1e-12) <= upper <= norm * (1 + 1e-6) + 1e-12
+
+
+ATTAINED = {
+    "relu": (nn.ReLU(), (3,), 1.0),
+    "leaky relu": (nn.LeakyReLU(0.2), (3,), 1.0),
+    "steep leaky relu": (nn.LeakyReLU(3.0), (3,), 3.0),
+    "prelu": (nn.PReLU(init=-2.0), (3,), 2.0),
+    "elu": (nn.ELU(2.0), (3,), 2.0),
+    "celu": (nn.CELU(2.0), (3,), 1.0),
+    "tanh": (nn.Tanh(), (3,), 1.0),
+    "sigmoid": (nn.Sigmoid(), (3,), 0.25),
+    "hardsigmoid": (nn.Hardsigmoid(), (3,), 1 / 6),
+    "gelu": (nn.GELU(), (3,), 1.128905),
+    "tanh gelu": (nn.GELU(approximate="tanh"), (3,), 1.128994),
+    "silu": (nn.SiLU(), (3,), 1.09984),
+    "mish": (nn.Mish(), (3,), 1.088499),
+    "selu": (nn.SELU(), (3,), 1.7581),
+    "hardswish": (nn.Hardswish(), (3,), 1.5),
+    "softplus": (nn.Softplus(), (3,), 1.0),
+    "abs": (Lambda(torch.abs), (3,), 1.0),
+    "sin": (Lambda(torch.sin), (3,), 1.0),
+    "erf": (Lambda(torch.erf), (3,), 2 / math.pi**0.5),
+    "softmax": (nn.Softmax(dim=1), (2,), 0.5),
+    "log-softmax": (nn.LogSoftmax(dim=1), (4,), 2.0),
+    "logsumexp": (Lambda(lambda x: torch.logsumexp(x, 1)), (4,), 1.0),
+    "max pool": (nn.MaxPool2d(2), (1, 4, 4), 1.0),
+    "max pool, ceil": (nn.MaxPool1d(3, stride=2, ceil_mode=True), (1, 6), 2**0.5),
+    "max pool, dilated": (nn.MaxPool1d(2, stride=1, dilation=2), (1, 5), 2**0.5),
+    "adaptive max pool": (nn.AdaptiveMaxPool1d(2), (1, 3), 2**0.5),
+    "largest": (Lambda(lambda x: x.amax(1)), (4,), 1.0),
+    "maximum": (Lambda(lambda x: torch.maximum(x[:, :2], x[:, 2:])), (4,), 2**0.5),
+    "sort": (Lambda(lambda x: x.sort(dim=1).values), (4,), 1.0),
+    "norm": (Lambda(lambda x: x.norm(dim=1)), (4,), 1.0),
+    "norm of order 1": (Lambda(lambda x: torch.linalg.vector_norm(x, 1, dim=1)), (4,), 2.0),
+    "clamp": (Lambda(lambda x: x.clamp(-1, 1)), (3,), 1.0),
+    "halves": (Lambda(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)), (4,), 2**0.5),
+    "convex mix": (Lambda(lambda x: torch.lerp(x, x.relu(), 0.25)), (3,), 1.0),
+    "x + relu(x)": (Lambda(lambda x: x + x.relu()), (3,), 2.0),
+    "relu by clamp in place": (Lambda(lambda x: (2 * x).clamp_(min=0)), (3,), 2.0),
+    "two outputs": (Lambda(lambda x: (x, {"other": 2 * x})), (3,), 5**0.5),
+    "reshapes": (Lambda(lambda x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1)[:, None].squeeze(1)), (4,), 1.0),
+}
+# Parts of a value that meet again count as if each were the whole of it.
+NOT_REACHED = {"halves": 1.0, "maximum": 1.0}
+
+
+@pytest.mark.parametrize("name", ATTAINED)
+def test_bound_is_attained(name: str):
+    model, shape, expected = ATTAINED[name]
+
+    certificate = sn.certify(model, shape, ascent_steps=120)
+
+    assert certificate.upper_bound == pytest.approx(expected, rel=1e-5)
+    reached = NOT_REACHED.get(name, certificate.upper_bound)
+    assert certificate.lower_bound == pytest.approx(reached, rel=0.02)
+
+
+SLOPES = {
+    name: (model, expected)
+    for name, (model, _, expected) in ATTAINED.items()
+    if isinstance(model, nn.GELU | nn.SiLU | nn.Mish | nn.SELU | nn.Hardswish | nn.Sigmoid | nn.ELU)
+}
+
+
+def test_pixel_that_four_windows_read_attains_the_bound_of_a_max_pool():
+    model = nn.MaxPool2d(3, stride=2)
+    image, peak = torch.zeros(2, 1, 1, 5, 5).double()
+    peak[0, 0, 2, 2] = 1
+
+    change = torch.linalg.vector_norm(model(peak) - model(image)).item()
+
+    assert sn.certify(model, (1, 5, 5), ascent_steps=0).upper_bound == change == 2
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_constant_of_an_activation_is_above_every_slope(name: str):
+    model, _ = SLOPES[name]
+    points = torch.linspace(-12, 12, 2_000_001, dtype=torch.float64)[:, None].requires_grad_()
+
+    (slopes,) = torch.autograd.grad(model(points).sum(), points)
+
+    upper = sn.certify(model, (1,), ascent_steps=0).upper_bound
+    assert slopes.abs().max().item() <= upper <= slopes.abs().max().item() * (1 + 1e-8)
+
+
+def test_dropout_in_training_multiplies_by_what_it_keeps():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.75))
+
+    trained, evaluated = (sn.certify(model, (3,), mode=mode).upper_bound for mode in ("train", "eval"))
+
+    assert trained == pytest.approx(4 * evaluated, rel=1e-12)
+
+
+class Projection(nn.Module):
+    """psi' phi + <e_y, phi>, of Miyato and Koyama 2018."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(4, 6)
+        self.psi = nn.Linear(6, 1)
+        self.embedding = nn.Embedding(5, 6)
+
+    def forward(self, inputs, labels):
+        phi = F.relu(self.features(inputs))
+        return self.psi(phi) + (self.embedding(labels) * phi).sum(1, keepdim=True)
+
+
+def test_projection_head_is_bounded_by_its_longest_row_for_any_label():
+    model = Projection()
+    features = torch.linalg.matrix_norm(model.features.weight.detach().double(), 2)
+    rows = (model.psi.weight + model.embedding.weight).detach().double().norm(dim=1)
+
+    certificate = sn.certify(model, (4,), num_classes=5)
+
+    assert certificate.upper_bound == pytest.approx((features * rows.max()).item(), rel=1e-6)
+    assert certificate.lower_bound <= certificate.upper_bound
