@@ -130,7 +130,7 @@ def files(tmp_path: Path) -> Path:
         ("train --recipe fashoin", "choose one of fashion"),
         ("train --recipe", "--recipe needs a value; choose one of fashion"),
         ("train --loss hing", "choose one of hinge, nonsaturating"),
-        ("train --normalization batch", "choose one of spectral, none"),
+        ("train --normalization batch", "choose one of spectral, strict, none"),
         ("train --stepz 5", "Unknown option '--stepz'; did you mean --steps?"),
         ("train --qqqqqq 5", "choose one of --"),
         ("train --steps abc", "--steps cannot be 'abc'"),
@@ -145,7 +145,7 @@ def files(tmp_path: Path) -> Path:
         ("train --out {}/not-a-run", "not a run folder"),
         ("train --out {}/file", "choose another --out"),
         ("train --out /proc/nothing-can-be-made-here", "choose another --out"),
-        ("trian", "Unknown command 'trian'; choose one of train, sample, evaluate, report"),
+        ("trian", "Unknown command 'trian'; choose one of train, sample, evaluate, certify, report"),
         ("sample {}/nowhere", "does not exist"),
         ("sample {}/empty", "has no trained generator yet"),
         ("sample", "PATH"),
@@ -209,3 +209,37 @@ def test_the_help_of_train_explains_every_option(capsys: pytest.CaptureFixture[s
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"spectralnorm \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_certificate_is_written_beside_the_run_and_into_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    words = ["--recipe", "fashion-strict", "--steps", "2", "--minutes", "1", *TINY]
+    assert main(["train", "--out", str(run), *words]) == 0
+    assert main(["certify", str(run), "--max", "8"]) == 0
+    certificate = json.loads((run / "certificate.json").read_text(encoding="utf-8"))
+    assert 0 < certificate["lower_bound"] <= certificate["upper_bound"] <= 8
+    assert "Lipschitz constant at most" in capsys.readouterr().out
+    assert "with every rounding error accounted for" in (run / "report.html").read_text(encoding="utf-8")
+    assert main(["certify", str(run), "--max", "0.01"]) == 1
+    assert "above the maximum 0.01" in capsys.readouterr().out
+
+    checkpoint = next((run / "checkpoints").glob("*.safetensors"))
+    out = tmp_path / "of-file.json"
+    settings = ["--recipe", "fashion-strict", "--discriminator-width", "2", "--out", str(out)]
+    assert main(["certify", str(checkpoint), *settings]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["upper_bound"] == certificate["upper_bound"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "give --recipe NAME"),
+        (["nowhere", "--recipe", "fashion"], "There is no file nowhere"),
+        (["nowhere", "--max", "-1"], "max must be a positive number"),
+    ],
+)
+def test_a_slip_in_certify_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["certify", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,11 +1,15 @@
 import dataclasses
 import json
+import math
 
 import pytest
+from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
+from spectralnorm.gan.discriminators import build_discriminator
 from spectralnorm.gan.recipes import RECIPES, make_config
+from spectralnorm.linalg import ConvolutionGeometry, max_patches_per_pixel
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -20,7 +24,7 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
     [
         ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
         ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
-        ({"normalization": "batch"}, "choose one of spectral, none"),
+        ({"normalization": "batch"}, "choose one of spectral, strict, none"),
         ({"penalty": "r3"}, "Unknown penalty 'r3'; choose one of r1, r2, r1-r2"),
         ({"penalty_interval": 0}, "penalty_interval must be a number at least 1, got 0"),
         ({"penalty_weight": -1.0}, "penalty_weight must be a number at least 0, got -1.0"),
@@ -114,3 +118,14 @@ def test_settings_of_a_newer_version_are_named():
 def test_a_damaged_config_is_told():
     with pytest.raises(UserError, match="not valid JSON"):
         config_from_json('{"loss": ')
+
+
+def test_the_strict_recipe_allows_what_plain_normalization_promises():
+    config = make_config("fashion-strict")
+    layers = [layer for layer in build_discriminator(config).modules() if isinstance(layer, nn.Conv2d)]
+    size, promised = (config.image_size,) * 2, 1.0
+    for layer in layers:
+        geometry = ConvolutionGeometry.of(layer)
+        promised *= math.sqrt(max_patches_per_pixel(geometry, size))
+        size = geometry.output_size(size)
+    assert config.lipschitz == pytest.approx(promised, rel=1e-12)

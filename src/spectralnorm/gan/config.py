@@ -60,7 +60,7 @@ class Config:
     """The discriminator in the form whose parts without weights have norm at most 1, its logits times this number;
     none: as published."""
     normalization: str = _setting("spectral")
-    """Of the discriminator's weights: spectral or none."""
+    """Of the discriminator's weights: spectral, strict (by guaranteed bounds of each layer's own norm) or none."""
 
     # Optimization.
     loss: str = _setting("hinge")

@@ -144,7 +144,7 @@ def _finite(gradient: Tensor | None) -> Tensor:
 
 
 def _lengths(batch: Tensor) -> Tensor:
-    return batch.flatten(1).norm(dim=1)
+    return batch.reshape(len(batch), -1).norm(dim=1)
 
 
 def _square(lengths: Tensor, like: Tensor) -> Tensor:

@@ -18,9 +18,6 @@ from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["restore_tracking", "tracking_of"]
 
-# What rounding changes in a bound that goes the same way; another weight differs by more.
-_SAME_BOUND_RTOL = 1e-6
-
 
 def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor]:
     """What is tracked of one weight, by name; empty where nothing is kept.
@@ -42,7 +39,7 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
         }
         state |= {f"{number}.{name}": part for name, part in parts.items()}
     if kept.quotient.upper is not None:
-        state["upper"] = kept.quotient.upper
+        state |= {"upper": kept.quotient.upper, "upper_of": _checksums(weight)}
     images = normalization.leading_images
     if normalization.follows_map and images is not None:
         state |= {f"map.{name}": part for name, part in images._asdict().items()}
@@ -73,7 +70,7 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
         leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
-        upper = _same_bound(normalization, weight, leading, state.get("upper"))
+        upper = _same_bound(normalization, weight, leading, state)
         found_map = None
         if normalization.follows_map and "map.images" in state:
             images = LeadingImages(
@@ -85,13 +82,24 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper, found_map=found_map)
 
 
-def _same_bound(normalization: SpectralNorm, weight: Tensor, leading: Tensor, saved: Tensor | None) -> Tensor | None:
-    """The bound that was saved, if it can be one of this weight: computed alone it may differ in the last digits."""
-    if not normalization.strict or saved is None:
+def _same_bound(
+    normalization: SpectralNorm, weight: Tensor, leading: Tensor, state: dict[str, Tensor]
+) -> Tensor | None:
+    """The bound that was saved, if it is one of this very weight; else one of this weight, which may differ a little."""
+    if not normalization.strict:
         return None
-    computed = normalization.upper_bound(weight, leading)
-    saved = saved.to(computed)
-    return saved if bool((saved / computed - 1).abs() < _SAME_BOUND_RTOL) else computed
+    if "upper" in state and torch.equal(state["upper_of"].cpu(), _checksums(weight).cpu()):
+        return state["upper"].to(weight.device, copy=True)
+    return normalization.upper_bound(weight, leading)
+
+
+def _checksums(weight: Tensor) -> Tensor:
+    """Two sums over the bits of the entries, which another weight would have to hit both: (2,), int64."""
+    size = weight.element_size()
+    bits = weight.detach().contiguous().flatten().view(torch.uint8).view(-1, size).long()
+    words = (bits * torch.tensor([257**place % (2**31 - 1) for place in range(size)], device=bits.device)).sum(1)
+    places = torch.arange(1, len(words) + 1, device=bits.device)
+    return torch.stack([words.sum(), (words * (places * 2654435761 % (2**31 - 1))).sum()])
 
 
 def _kept(normalization: SpectralNorm, weight: Tensor) -> Kept | None:

@@ -21,7 +21,11 @@ from spectralnorm.report.text import count_text, duration_text, number_text
 __all__ = ["build_report"]
 
 _REPORT_FILE = "report.html"
-_NORMALIZATIONS = {"spectral": "spectral normalization", "none": "no normalization"}
+_NORMALIZATIONS = {
+    "spectral": "spectral normalization",
+    "strict": "strict spectral normalization",
+    "none": "no normalization",
+}
 
 
 def build_report(run: Path) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -68,6 +69,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 NORMALIZATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "spectral": add_spectral_norm,
+    "strict": partial(add_spectral_norm, strict=True),
     "none": lambda discriminator: discriminator,
 }
 """What is done to a discriminator's weights, by name."""
