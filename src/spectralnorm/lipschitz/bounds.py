@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.rigorous import rigorous_matrix_bound
+from spectralnorm.linalg.rigorous_convolution import rigorous_convolution_bound
 from spectralnorm.linalg.rounding import gamma, norm_above
-from spectralnorm.linalg.symbol import convolution_upper_bound
 from spectralnorm.lipschitz.upward import add_up, mul_up
 
 __all__ = ["convolution_bound", "frobenius", "matrix_bound"]
@@ -33,7 +33,7 @@ def convolution_bound(weight: Tensor, geometry: ConvolutionGeometry, input_size:
         input_size: along each axis; None: for every size.
     """
     weight = weight.double()
-    bound = float(convolution_upper_bound(weight, geometry, input_size, max_excess=0.01))
+    bound = rigorous_convolution_bound(weight, geometry, input_size)
     if input_size is None:
         return bound
     in_channels, out_channels = geometry.channels(weight)

@@ -15,7 +15,7 @@ __all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "map_structure"]
 METADATA = frozenset(
     "shape size dim ndim ndimension dtype device layout numel nelement stride storage_offset is_contiguous is_cuda "
     "is_cpu is_floating_point is_complex is_sparse is_quantized is_nested is_mkldnn requires_grad is_leaf grad_fn "
-    "names element_size itemsize __len__ is_meta is_mps is_xpu get_device is_tensor is_inference _is_view is_xla "
+    "names element_size itemsize __len__ is_meta is_mps is_xpu get_device is_tensor is_inference is_view is_xla "
     "is_neg is_conj is_same_size nbytes".split()
 )
 # What takes from a tensor its shape alone, and what it fills it with.
@@ -103,6 +103,8 @@ def canonical(func: Callable[..., Any]) -> tuple[str, bool]:
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "attribute")
         return (attribute, False) if name == "__get__" else (f"setting of .{attribute}", False)
+    if name.startswith("_") and not name.startswith("__"):
+        name = name[1:]
     if name in _OPERATORS:
         return _OPERATORS[name], False
     if name.startswith("__") and name.endswith("__"):

@@ -113,7 +113,7 @@ def _search(graph: Graph, base: Tensor, offset: Tensor, steps: int) -> float:
         rounding = _ROUNDING * len(graph.nodes) * (size + other_size) / distance
         ratio = difference.detach() / distance * (1 - 1e-10) - rounding
         best = max(best, *ratio[ratio.isfinite()].tolist(), 0.0)
-        if step == steps:
+        if step == steps or not second.requires_grad:  # no derivative: what was drawn has to do
             break
         optimizer.zero_grad()
         loss = -(difference.clamp_min(_TINY).log() - _lengths(offset).clamp_min(_TINY).log())

@@ -56,8 +56,8 @@ class _Tracer:
         self.is_whole = is_whole
         self.nodes: list[Node] = []
         self.active = True
-        self.ambiguous = False
-        self._stack: list[str] = []
+        self.ambiguous: str | None = None  # where another dimension than the first looks like the batch
+        self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
         self._names: dict[str, int] = {}
 
@@ -65,7 +65,8 @@ class _Tracer:
         traced = torch.Tensor._make_subclass(_Traced, meta)
         traced.node, traced.tracer = node, self
         self._siblings(meta).add(traced)
-        self.ambiguous |= any(size % self.batch_size == 0 and size > 0 for size in meta.shape[1:])
+        if self.ambiguous is None and any(size % self.batch_size == 0 and size > 0 for size in meta.shape[1:]):
+            self.ambiguous = f"{node.op} at {node.name!r}"
         return traced
 
     def _siblings(self, meta: Tensor) -> weakref.WeakSet[_Traced]:
@@ -182,22 +183,27 @@ class _Tracer:
         return node
 
     def _unused_name(self, op: str) -> str:
-        name = self._stack[-1] if self._stack and self._stack[-1] else op
+        name, is_leaf = self._stack[-1] if self._stack else ("", False)
+        if not is_leaf:
+            name = f"{name}.{op}" if name else op
         count = self._names[name] = self._names.get(name, 0) + 1
         return name if count == 1 else f"{name} ({count})"
 
     def _place(self) -> str:
-        return f"layer {self._stack[-1]!r}" if self._stack and self._stack[-1] else "the model"
+        return f"layer {self._stack[-1][0]!r}" if self._stack and self._stack[-1][0] else "the model"
 
     def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], pristine: nn.Module | None) -> Any:
         """What stands in for the ``forward`` of a module while the model is recorded."""
+        is_leaf = name != "" and (
+            pristine is not None or all(child == "parametrizations" for child, _ in module.named_children())
+        )
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return forward(*args, **kwargs)
             found: list[_Traced] = []
             map_structure((args, kwargs), _Traced, found.append)
-            self._stack.append(name)
+            self._stack.append((name, is_leaf))
             try:
                 if pristine is None or not found:
                     return forward(*args, **kwargs)
@@ -254,6 +260,7 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     refused: Exception | None = None
+    ambiguous = ""
     for base in _BATCH_SIZES:
         batch_size = base * (num_classes or 1)
         try:
@@ -264,10 +271,13 @@ def trace(
             # Some layers want whole groups of samples: another batch size may do.
             refused = refused or error
             continue
-        if graph is not None:
+        if isinstance(graph, Graph):
             return graph
+        ambiguous = graph
     if refused is None:
-        raise UserError("certify found no batch size that differs from all the model's sizes; please report this.")
+        raise UserError(
+            f"certify refuses {ambiguous}: the batch moves to another dimension than the first; keep it there."
+        )
     raise UserError(
         f"certify could not run the model on a batch of inputs of shape {tuple(input_shape)}: "
         f"{type(refused).__name__}: {refused}"
@@ -281,8 +291,8 @@ def _trace_once(
     mode: str,
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
-) -> Graph | None:
-    """None: this batch size cannot be told from another size."""
+) -> Graph | str:
+    """Where it is, if a size cannot be told from the batch's."""
     model = _copied(model, mode)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -298,8 +308,8 @@ def _trace_once(
     outputs: list[Node] = []
     map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
     tracer.active = False
-    if tracer.ambiguous:
-        return None
+    if tracer.ambiguous is not None:
+        return tracer.ambiguous
     _refuse_escaped(result)
     return Graph(_needed(tracer.nodes, outputs), tuple(outputs), batch_size, device)
 

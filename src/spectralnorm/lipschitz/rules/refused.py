@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from spectralnorm.lipschitz.registry import Call, Step, rule
+from torch import nn
+
+from spectralnorm.lipschitz.registry import Call, Step, register_rule, rule
 
 __all__: list[str] = []
 
@@ -90,3 +92,10 @@ _REASONS = {
 def _refuse(call: Call) -> Step:
     reason, remedy = _REASONS[call.node.op]
     call.refuse(reason, remedy)
+
+
+def _refuse_attention(call: Call) -> float:
+    call.refuse(*_REASONS["multi_head_attention_forward"])
+
+
+register_rule(nn.MultiheadAttention, _refuse_attention)

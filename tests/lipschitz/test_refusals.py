@@ -1,0 +1,154 @@
+"""What has no constant, no rule, or mixes samples is refused by name, with what to use instead."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import spectralnorm as sn
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs):
+        return self.function(inputs)
+
+
+def _write(inputs: Tensor) -> Tensor:
+    written = torch.zeros(inputs.shape)
+    written[:, 0] = inputs[:, 0]
+    return written
+
+
+def _stale_view(inputs: Tensor) -> Tensor:
+    doubled = 2 * inputs
+    view = doubled[:, :2]
+    doubled.relu_()
+    return view
+
+
+def _branch(inputs: Tensor) -> Tensor:
+    return inputs if inputs.sum() > 0 else -inputs
+
+
+REFUSED = {
+    "layer norm": (nn.LayerNorm(4), "layer_norm at '0'.*spectral normalization"),
+    "batch norm, statistics of the batch": (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm at '0'.*mixes"),
+    "group norm": (nn.GroupNorm(2, 4), "group_norm at '0'"),
+    "normalize": (Lambda(F.normalize), "normalize at '0'"),
+    "hardshrink": (nn.Hardshrink(), "hardshrink.*jumps.*softshrink"),
+    "threshold": (nn.Threshold(0.1, 20), "threshold.*jumps"),
+    "glu": (nn.GLU(), "glu.*multiplies"),
+    "bilinear": (Lambda(lambda x: F.bilinear(x, x, torch.ones(2, 4, 4))), "bilinear.*multiplies"),
+    "product": (Lambda(lambda x: x * x.sigmoid()), r"mul at '0 \(2\)'.*both depend"),
+    "matrix product": (Lambda(lambda x: x[:, :, None] @ x[:, None]), r"matmul at '0 \(3\)'.*attention"),
+    "quotient": (Lambda(lambda x: 1 / x), "rdiv.*near to zero"),
+    "exp": (Lambda(torch.exp), "exp.*no bound"),
+    "power": (Lambda(lambda x: x**2), "pow.*no bound"),
+    "comparison": (Lambda(lambda x: (x > 0).float()), "gt.*jumps"),
+    "positions": (Lambda(lambda x: x.sort(dim=1).indices.float()), "positions"),
+    "rounding": (Lambda(lambda x: x.to(torch.int64).float()), "whole numbers"),
+    "unknown": (Lambda(torch.special.bessel_j0), "no rule for .*bessel_j0 at '0'.*register_rule"),
+    "branch on values": (Lambda(_branch), "needs the values"),
+    "values": (Lambda(lambda x: x * x.max().item()), "needs the values"),
+    "random numbers": (Lambda(lambda x: x + torch.randn(4)), "random numbers"),
+    "written into a constant": (Lambda(_write), "writes|__setitem__"),
+    "stale view": (Lambda(_stale_view), "view of a tensor that was changed"),
+    "mean over the batch": (Lambda(lambda x: x - x.mean(0)), "mixes samples"),
+    "softmax over the batch": (nn.Softmax(dim=0), "mixes samples"),
+    "total": (Lambda(lambda x: x.sum()), "mixes samples"),
+    "permuted batch": (Lambda(lambda x: x.flip(0)), "mixes samples"),
+    "one sample": (Lambda(lambda x: x[0]), "samples of the batch"),
+    "transposed batch": (Lambda(lambda x: x.T), "T at '0'.*batch moves"),
+    "batch against features": (Lambda(lambda x: x[:, :1] + x[:, 0]), "batch"),
+    "matrix on the batch": (Lambda(lambda x: torch.ones(3, len(x)) @ x), "batch"),
+    "repeated batch": (Lambda(lambda x: x.repeat(2, 1)), "batch"),
+    "divided by zero": (Lambda(lambda x: x / 0), "divides by zero"),
+    "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_by_name(name: str):
+    module, message = REFUSED[name]
+
+    with pytest.raises(sn.UserError, match=f"(?s){message}"):
+        sn.certify(nn.Sequential(module), (4,), ascent_steps=0)
+
+
+def test_batch_norm_and_alpha_dropout_are_refused_in_training():
+    for module, message in ((nn.BatchNorm1d(4), "eval"), (nn.AlphaDropout(), "eval")):
+        assert sn.certify(nn.Sequential(module), (4,), ascent_steps=0).upper_bound == pytest.approx(1, rel=1e-4)
+        with pytest.raises(sn.UserError, match=message):
+            sn.certify(nn.Sequential(module), (4,), mode="train")
+
+
+def test_attention_is_refused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, inputs):
+            return self.layer(inputs, inputs, inputs)[0]
+
+    with pytest.raises(sn.UserError, match="MultiheadAttention at 'layer'"):
+        sn.certify(Attention(), (3, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_refused_by_name(value: float):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0] = value
+
+    with pytest.raises(sn.UserError, match=r"'1'.*not finite"):
+        sn.certify(model, (3,))
+
+
+def test_scripted_and_hidden_operations_cannot_pass_for_constants():
+    scripted = torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))
+
+    with pytest.raises(sn.UserError, match="scripted module '0'"):
+        sn.certify(nn.Sequential(scripted), (4,))
+    with pytest.raises(sn.UserError):
+        sn.certify(Lambda(lambda x: scripted(x) + 1), (4,))
+
+
+def test_wrong_options_are_told():
+    model = nn.Linear(3, 3)
+    for options, message in (
+        ({"mode": "test"}, "mode must be"),
+        ({"input_sizes": "some"}, "input_sizes must be"),
+        ({"num_classes": 0}, "num_classes must be"),
+        ({"ascent_steps": -1}, "ascent_steps must be"),
+    ):
+        with pytest.raises(sn.UserError, match=message):
+            sn.certify(model, (3,), **options)
+    with pytest.raises(sn.UserError, match="input_shape must be"):
+        sn.certify(model, 3)
+    with pytest.raises(sn.UserError, match="could not run the model"):
+        sn.certify(model, (4,))
+
+
+def test_registered_rule_is_used_and_checked():
+    class Doubling(nn.Module):
+        def forward(self, inputs):
+            return torch.special.bessel_j0(inputs) + inputs
+
+    class Broken(Doubling):
+        pass
+
+    sn.register_rule(Doubling, lambda call: 2.0)
+    sn.register_rule(Broken, lambda call: -1.0)
+    sn.register_rule(torch.special.bessel_j1, lambda call: 0.5)
+
+    assert sn.certify(nn.Sequential(nn.Flatten(), Doubling()), (4,)).upper_bound == 2
+    assert sn.certify(Lambda(torch.special.bessel_j1), (4,)).upper_bound == 0.5
+    with pytest.raises(sn.UserError, match="must give a number from 0 up"):
+        sn.certify(Broken(), (4,))
+    with pytest.raises(sn.UserError, match="takes a torch function"):
+        sn.register_rule(3, lambda call: 1.0)
