@@ -1,6 +1,7 @@
 """Pure tensor functions: no modules, no state."""
 
 from spectralnorm.linalg.directions import chirp, seeded_direction
+from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.matrix_view import MatrixView, view_of
 from spectralnorm.linalg.power_iteration import (
     SingularTriplet,
@@ -9,6 +10,7 @@ from spectralnorm.linalg.power_iteration import (
     power_iteration_of_operator,
 )
 from spectralnorm.linalg.refine import refine
+from spectralnorm.linalg.rounding import round_up
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, probe_rows, track, track_together
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "TrackedTriplet",
     "chirp",
     "compute_dtype",
+    "gram_upper_bound",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "round_up",
     "seeded_direction",
     "track",
     "track_together",
