@@ -10,6 +10,8 @@ from spectralnorm.linalg.power_iteration import (
     power_iteration_of_operator,
 )
 from spectralnorm.linalg.refine import refine
+from spectralnorm.linalg.rescaling import almost_orthogonal, gram_row_sums
+from spectralnorm.linalg.reshapings import patches_bound, reshapings_bound
 from spectralnorm.linalg.rounding import round_up
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, probe_rows, track, track_together
 
@@ -19,13 +21,17 @@ __all__ = [
     "MatrixView",
     "SingularTriplet",
     "TrackedTriplet",
+    "almost_orthogonal",
     "chirp",
     "compute_dtype",
+    "gram_row_sums",
     "gram_upper_bound",
+    "patches_bound",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "reshapings_bound",
     "round_up",
     "seeded_direction",
     "track",
