@@ -3,6 +3,7 @@
 from spectralnorm.linalg.directions import chirp, seeded_direction
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.matrix_view import MatrixView, view_of
+from spectralnorm.linalg.orthogonal import bjorck, cayley, rescaled_below, soft_cap
 from spectralnorm.linalg.power_iteration import (
     SingularTriplet,
     compute_dtype,
@@ -22,6 +23,8 @@ __all__ = [
     "SingularTriplet",
     "TrackedTriplet",
     "almost_orthogonal",
+    "bjorck",
+    "cayley",
     "chirp",
     "compute_dtype",
     "gram_row_sums",
@@ -31,9 +34,11 @@ __all__ = [
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "rescaled_below",
     "reshapings_bound",
     "round_up",
     "seeded_direction",
+    "soft_cap",
     "track",
     "track_together",
     "view_of",

@@ -59,19 +59,22 @@ def gram_row_sums(
     return (sums * scale * scale).clamp_min(torch.finfo(wide.dtype).smallest_normal)
 
 
-def almost_orthogonal(weight: Tensor, geometry: ConvolutionGeometry | None = None) -> Tensor:
-    """The weight with each channel rescaled such that the layer's norm is at most one, rounding included (AOL).
+def almost_orthogonal(
+    weight: Tensor, geometry: ConvolutionGeometry | None = None, *, coefficient: float = 1.0
+) -> Tensor:
+    """The weight with each channel rescaled such that the layer's norm is at most a limit, rounding included (AOL).
 
     Of a convolution the input channels are rescaled, of a transposed one the output channels. Channels that are
-    orthogonal, also to their own shifts, come out with norm one; the more they overlap, the shorter they become.
-    Differentiable.
+    orthogonal, also to their own shifts, come out with the norm that is allowed; the more they overlap, the shorter
+    they become. Differentiable.
 
     Args:
         weight: (out, in) of a dense layer, or as in `ConvolutionGeometry.apply`. Real.
         geometry: of the convolution; None: a dense layer.
+        coefficient: the limit, positive.
 
     Returns:
-        As ``weight``. The norm of the stored numbers is at most one for an input of any size.
+        As ``weight``. The norm of the stored numbers is at most ``coefficient`` for an input of any size.
 
     Raises:
         UserError: ``weight`` is complex, not floating, or has fewer than two dimensions.
@@ -94,7 +97,7 @@ def almost_orthogonal(weight: Tensor, geometry: ConvolutionGeometry | None = Non
     units = torch.finfo(weight.dtype).eps * (stretch + 8)
     smallest = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
     denormals = smallest * math.sqrt(weight.numel() * math.prod(weight.shape[2:]))
-    factors = factors / ((1 + units + denormals) * math.sqrt(copies))
+    factors = factors * (coefficient / math.sqrt(copies)) / (1 + units + denormals / coefficient)
     blocks = scaled.unflatten(0, (groups, -1))
     blocks = blocks * factors.reshape(groups, 1, -1, *(1,) * (weight.ndim - 2))
     return blocks.flatten(0, 1).to(weight.dtype)
