@@ -36,8 +36,8 @@ def example(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: to
         case "rank_one":
             return normal(*batch, rows, 1) @ normal(*batch, 1, columns)
         case "orthogonal":
-            larger = max(rows, columns)
-            return torch.linalg.qr(normal(*batch, larger, larger))[0][..., :rows, :columns]
+            basis = torch.linalg.qr(normal(*batch, max(rows, columns), min(rows, columns)))[0]
+            return basis if rows >= columns else basis.mH
         case "equal_rows":
             return matrix[..., :1, :].expand(shape).clone()
         case "ones":

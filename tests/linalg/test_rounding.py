@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectralnorm.linalg.precision import full_precision, is_full_precision
-from spectralnorm.linalg.rounding import binary_exponent, gamma, norm_above, power_of_two, product_gamma, round_up
+from spectralnorm.linalg.rounding import (
+    binary_exponent,
+    gamma,
+    norm_above,
+    norm_below,
+    power_of_two,
+    product_gamma,
+    round_up,
+)
 
 HALVES_AND_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -85,9 +93,10 @@ def test_the_rounding_of_products_is_bounded(dtype):
 
 
 @given(numbers=st.lists(st.floats(-1e100, 1e100), min_size=1, max_size=50))
-def test_the_norm_is_rounded_up(numbers):
-    above = Fraction(norm_above(torch.tensor(numbers, dtype=torch.float64), -1).item())
-    assert above**2 >= sum(Fraction(number) ** 2 for number in numbers)
+def test_the_norm_is_enclosed(numbers):
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    above, below = Fraction(norm_above(tensor, -1).item()), Fraction(norm_below(tensor, -1).item())
+    assert below**2 <= sum(Fraction(number) ** 2 for number in numbers) <= above**2
 
 
 class TestPrecision:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.precision import full_precision, is_full_precision
-from spectralnorm.linalg.rounding import binary_exponent, gamma, norm_above, power_of_two, product_gamma
+from spectralnorm.linalg.rounding import binary_scale, gamma, largest_component, norm_above, power_of_two, product_gamma
 
 __all__ = ["gram_upper_bound"]
 
@@ -22,8 +22,6 @@ _BLOCK = 64  # columns summed in float32 before the sum goes on in float64
 _BLOCK_PAYS_FROM = 3e-4  # estimated relative margin of a product that is not blocked
 _BLOCK_BYTES = {"cpu": 2**21}  # of products held at once: what a core's cache holds; elsewhere memory decides
 _BLOCK_BYTES_ELSEWHERE = 2**27
-# Of scales: so that also their inverses are no denormals.
-_MAX_EXPONENT = {torch.float32: 126, torch.float64: 1022}
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -74,14 +72,13 @@ def _working_dtype(matrix: Tensor) -> torch.dtype:
 def _bounds(matrix: Tensor, vector: Tensor | None, num_squarings: int) -> Tensor:
     """(batch, m, n) in a working dtype -> (batch,)."""
     real = _REAL.get(matrix.dtype, matrix.dtype)
-    components = torch.view_as_real(matrix.resolve_conj()).flatten(-2) if matrix.is_complex() else matrix
-    largest = components.abs().amax((-2, -1)).double()
+    largest = largest_component(matrix)
     factor = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mH
 
     size = largest
     exponents, errors = [], []
     for squared in range(num_squarings + 1):
-        exponent = binary_exponent(size).clamp(-_MAX_EXPONENT[real], _MAX_EXPONENT[real])
+        exponent = binary_scale(size, matrix.dtype)
         # Exact, but for entries so small beside the largest that they underflow.
         factor = factor * power_of_two(-exponent).to(real)[:, None, None]
         gram, relative = _product_with_adjoint(factor, squared)

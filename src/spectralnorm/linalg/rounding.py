@@ -7,7 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["binary_exponent", "gamma", "next_up", "norm_above", "power_of_two", "product_gamma", "round_up"]
+__all__ = [
+    "binary_exponent",
+    "binary_scale",
+    "gamma",
+    "largest_component",
+    "next_up",
+    "norm_above",
+    "norm_below",
+    "power_of_two",
+    "product_gamma",
+    "round_up",
+]
 
 _UNIT_ROUNDOFF = {
     torch.float32: 2.0**-24,
@@ -57,6 +68,21 @@ def binary_exponent(number: Tensor) -> Tensor:
     return (number.view(torch.int64) >> _FRACTION_BITS) - _BIAS
 
 
+def binary_scale(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The exponent of the power of two to divide by so that float64 numbers of ``size`` come near to one.
+
+    Clipped so that neither this power nor its inverse is denormal in ``dtype``.
+    """
+    limit = 126 if _UNIT_ROUNDOFF[dtype] > 2.0**-53 else 1022
+    return binary_exponent(size).clamp(-limit, limit)
+
+
+def largest_component(matrix: Tensor) -> Tensor:
+    """The largest modulus of a real or imaginary part of each matrix, (..., m, n) -> (...), in float64."""
+    components = torch.view_as_real(matrix.resolve_conj()).flatten(-2) if matrix.is_complex() else matrix
+    return components.abs().amax((-2, -1)).double()
+
+
 def next_up(number: Tensor) -> Tensor:
     """The least float64 above ``number``: so that a correctly rounded result becomes an upper bound."""
     return torch.nextafter(number, torch.full_like(number, math.inf))
@@ -78,9 +104,18 @@ def round_up(number: Tensor, dtype: torch.dtype) -> Tensor:
 
 def norm_above(numbers: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """An upper bound of the exact Euclidean norm over ``dim``, for float64 or complex128 near to one."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    terms = 2 if numbers.dtype.is_complex else 1
-    for each in dims:
-        terms *= numbers.shape[each]
     # The sum of squares is off by gamma_n at most, its root by half of that.
-    return torch.linalg.vector_norm(numbers, dim=dim) * (1 + gamma(terms + 4)) + _UNDERFLOW
+    return torch.linalg.vector_norm(numbers, dim=dim) * (1 + gamma(_num_squares(numbers, dim) + 4)) + _UNDERFLOW
+
+
+def norm_below(numbers: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """A lower bound of it, not negative."""
+    norm = torch.linalg.vector_norm(numbers, dim=dim) * (1 - gamma(_num_squares(numbers, dim) + 4))
+    return (norm - _UNDERFLOW).clamp_min(0)
+
+
+def _num_squares(numbers: Tensor, dim: int | tuple[int, ...]) -> int:
+    count = 2 if numbers.dtype.is_complex else 1
+    for each in (dim,) if isinstance(dim, int) else dim:
+        count *= numbers.shape[each]
+    return count
