@@ -28,11 +28,12 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.discriminators import build_discriminator
 from spectralnorm.gan.evaluation import extractors_for
 from spectralnorm.gan.final import finish
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
-from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.models import NORMALIZATIONS
 from spectralnorm.gan.observers import (
     Averaging,
     Checkpoints,
@@ -189,9 +190,7 @@ def _build(
         generator = build_generator(config)
         initialize(generator)
     if discriminator is None:
-        discriminator = ARCHITECTURES[config.architecture].discriminator(
-            image_size=config.image_size, channels=config.channels, width=config.discriminator_width
-        )
+        discriminator = build_discriminator(config)
         initialize(discriminator)
     NORMALIZATIONS[config.normalization](discriminator)
     return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)

@@ -1,0 +1,92 @@
+"""The discriminator of a config, new or as a run or a file holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.checkpoint import latest_checkpoint
+from spectralnorm.gan.config import Config, config_from_json
+from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.run_folder import CHECKPOINTS, CONFIG_FILE
+from spectralnorm.transform import load_tracking_state
+
+__all__ = ["build_discriminator", "discriminator_of_file", "discriminator_of_run"]
+
+# In the names of a normalized weight: torch's parametrization and ours, and torch's older hook.
+_NORMALIZED = (".parametrizations.", "weight_orig")
+
+
+def build_discriminator(config: Config) -> nn.Module:
+    """The discriminator that a config describes, without normalization, with fresh weights of torch's random state."""
+    return ARCHITECTURES[config.architecture].discriminator(
+        image_size=config.image_size, channels=config.channels, width=config.discriminator_width
+    )
+
+
+def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
+    """The discriminator as the last checkpoint of a run holds it, normalized as it was trained, in eval mode.
+
+    Raises:
+        UserError: ``run`` is not a run folder or has no checkpoint, or a discriminator of one's own was trained in it.
+    """
+    try:
+        config = config_from_json((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{run} is not a run folder ({CONFIG_FILE}: {error.strerror}); give the folder that train wrote."
+        ) from error
+    checkpoint = latest_checkpoint(run / CHECKPOINTS)
+    if checkpoint is None:
+        raise UserError(f"{run} has no readable checkpoint yet, so there is no discriminator; train for a while first.")
+    discriminator = NORMALIZATIONS[config.normalization](build_discriminator(config))
+    _load(discriminator, _under("discriminator.", checkpoint.tensors), checkpoint.path)
+    # With what was followed from step to step, its weights are divided by the very numbers of the training.
+    load_tracking_state(discriminator, _under("tracking.", checkpoint.tensors))
+    return discriminator.eval(), config
+
+
+def discriminator_of_file(file: Path, config: Config) -> nn.Module:
+    """The discriminator of a config with the weights of a safetensors file, in eval mode.
+
+    Args:
+        file: a state dict; a checkpoint of a run will do. Weights that were normalized by this package or by torch are
+            normalized; plain ones are taken as they are.
+        config: says what the network is.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or its weights are not those of this network.
+    """
+    try:
+        with safe_open(file, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {file}; give a run folder or a safetensors file.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again.") from error
+    tracked = _under("tracking.", tensors)
+    tensors = _under("discriminator.", tensors) or tensors
+    discriminator = build_discriminator(config)
+    if any(mark in name for name in tensors for mark in _NORMALIZED):
+        normalize = NORMALIZATIONS["spectral" if config.normalization == "none" else config.normalization]
+        discriminator = normalize(discriminator)
+    _load(discriminator, tensors, file)
+    load_tracking_state(discriminator, tracked)
+    return discriminator.eval()
+
+
+def _load(discriminator: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        discriminator.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"The weights in {file} do not fit {type(discriminator).__name__} with these settings; give the recipe and "
+            "settings that they were trained with."
+        ) from error
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
