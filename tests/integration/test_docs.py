@@ -16,6 +16,7 @@ COMMAND = re.compile(r"^\$ (?:\.venv/bin/)?spectralnorm (?P<name>[a-z]+)(?P<rest
 PUBLIC_MODULES = (
     "spectralnorm",
     "spectralnorm.gan",
+    "spectralnorm.layers",
     "spectralnorm.metrics",
     "spectralnorm.records",
     "spectralnorm.report",

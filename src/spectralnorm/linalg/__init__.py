@@ -5,6 +5,7 @@ from spectralnorm.linalg.directions import chirp, seeded_direction
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.matrix_view import MatrixView, view_of
+from spectralnorm.linalg.orthogonal import bjorck, cayley, rescaled_below, soft_cap
 from spectralnorm.linalg.power_iteration import (
     SingularTriplet,
     compute_dtype,
@@ -12,6 +13,8 @@ from spectralnorm.linalg.power_iteration import (
     power_iteration_of_operator,
 )
 from spectralnorm.linalg.refine import refine
+from spectralnorm.linalg.rescaling import almost_orthogonal, gram_row_sums
+from spectralnorm.linalg.reshapings import patches_bound, reshapings_bound
 from spectralnorm.linalg.rigorous import rigorous_largest_norm, rigorous_matrix_bound, rigorous_norm_bounds
 from spectralnorm.linalg.rigorous_convolution import rigorous_convolution_bound
 from spectralnorm.linalg.rounding import round_up
@@ -25,23 +28,31 @@ __all__ = [
     "MatrixView",
     "SingularTriplet",
     "TrackedTriplet",
+    "almost_orthogonal",
+    "bjorck",
+    "cayley",
     "chirp",
     "compute_dtype",
     "convolution_lower_bound",
     "convolution_upper_bound",
+    "gram_row_sums",
     "gram_upper_bound",
     "matrix_lower_bound",
     "max_patches_per_pixel",
+    "patches_bound",
     "power_iteration",
     "power_iteration_of_operator",
     "probe_rows",
     "refine",
+    "rescaled_below",
+    "reshapings_bound",
     "rigorous_convolution_bound",
     "rigorous_largest_norm",
     "rigorous_matrix_bound",
     "rigorous_norm_bounds",
     "round_up",
     "seeded_direction",
+    "soft_cap",
     "track",
     "track_together",
     "view_of",

@@ -1,7 +1,29 @@
-"""Normalized weights: the state (u, v) and the kept value, a thin shell around `spectralnorm.linalg`."""
+"""Normalized weights: the state (u, v) and the kept value, a thin shell around `spectralnorm.linalg`.
 
+Beside them, weights that are functions of the raw weight alone: orthogonal, capped, rescaled by channel.
+"""
+
+from spectralnorm.parametrizations.by_function import (
+    AlmostOrthogonal,
+    MappedMatrix,
+    almost_orthogonal,
+    bjorck,
+    cayley,
+    soft_cap,
+)
 from spectralnorm.parametrizations.layer import is_normalized, spectral_norm
 from spectralnorm.parametrizations.registration import normalization_of
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["SpectralNorm", "is_normalized", "normalization_of", "spectral_norm"]
+__all__ = [
+    "AlmostOrthogonal",
+    "MappedMatrix",
+    "SpectralNorm",
+    "almost_orthogonal",
+    "bjorck",
+    "cayley",
+    "is_normalized",
+    "normalization_of",
+    "soft_cap",
+    "spectral_norm",
+]

@@ -1,0 +1,102 @@
+"""Bounds of a convolution's norm from its kernel reshaped to matrices, for inputs of any size.
+
+Cheap, and tight only where patches do not overlap; `spectralnorm.linalg.symbol` is tighter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.gram import gram_upper_bound
+
+__all__ = ["copies_by_padding", "patches_bound", "reads_per_pixel", "reshapings_bound"]
+
+# A guaranteed bound times a root: sqrt and product round, each by 2^-53 at most.
+_UP = 1 + 4 * 2.0**-53
+
+
+def reads_per_pixel(geometry: ConvolutionGeometry) -> tuple[int, ...]:
+    """How many taps read one pixel of a padded input at most, along each axis, whatever the size.
+
+    With g = gcd(stride, dilation), tap ``a`` of output ``m`` reads pixel ``stride m + dilation a``, so the taps that
+    read the same pixel differ by multiples of stride / g.
+    """
+    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
+    return tuple(math.ceil(k * math.gcd(s, d) / s) for k, s, d in axes)
+
+
+def copies_by_padding(geometry: ConvolutionGeometry) -> int:
+    """How many copies of one pixel the padding makes at most, itself included, over all axes and for any size.
+
+    The norm of the padding is the root of it. Where a convolution with circular padding is a part of one on a torus,
+    the padding costs nothing, and this is 1.
+    """
+    return math.prod(_copies(geometry, axis) for axis in range(geometry.num_axes))
+
+
+def _copies(geometry: ConvolutionGeometry, axis: int) -> int:
+    before, after = geometry.padding[axis]
+    if geometry.padding_mode == "zeros" or not before + after:
+        return 1
+    if geometry.padding_mode == "replicate":
+        return 1 + before + after  # of the only pixel there may be
+    if geometry.padding_mode == "circular" and geometry.stride[axis] == 1 and before + after < geometry.extent[axis]:
+        return 1
+    # Neither reflects nor wraps around more than once at an end.
+    return 1 + (before > 0) + (after > 0)
+
+
+def patches_bound(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """sqrt(number of patches that read one pixel) times the norm of the reshaped kernel, that torch divides by.
+
+    The convolution is the reshaped kernel applied to every patch; copying the patches out stretches by the root.
+
+    Args:
+        weight: as in `ConvolutionGeometry.apply`.
+        geometry: of the layer.
+
+    Returns:
+        Scalar, float64: not below the norm of the convolution for an input of any size.
+    """
+    blocks = _blocks(weight, geometry).flatten(2)
+    factor = math.prod(reads_per_pixel(geometry)) * copies_by_padding(geometry)
+    return gram_upper_bound(blocks).amax() * (math.sqrt(factor) * _UP)
+
+
+def reshapings_bound(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """The least over all reshapings of the kernel, times the root of how often a pixel is used.
+
+    Singla and Feizi 2021, theorem 2 (in two dimensions, with stride 1: sqrt(h w) times the least norm of four
+    reshapings). Each spatial axis of the kernel goes to the rows or to the columns. To the columns, the matrix is
+    applied to patches along that axis, and with a stride fewer of these read one pixel than there are taps. To the
+    rows, each output is a sum over taps, as many as there are.
+
+    Args:
+        weight: as in `ConvolutionGeometry.apply`.
+        geometry: of the layer.
+
+    Returns:
+        Scalar, float64: not below the norm of the convolution for an input of any size, because the norms of the
+        reshapings are bounded from above too.
+    """
+    blocks = _blocks(weight, geometry)
+    reads = reads_per_pixel(geometry)
+    axes = range(geometry.num_axes)
+    bounds = []
+    for to_rows in itertools.product((False, True), repeat=geometry.num_axes):
+        rows = [1, *(3 + axis for axis in axes if to_rows[axis])]
+        columns = [2, *(3 + axis for axis in axes if not to_rows[axis])]
+        matrices = blocks.permute(0, *rows, *columns).flatten(len(rows) + 1).flatten(1, len(rows))
+        factor = math.prod(geometry.kernel_size[axis] if to_rows[axis] else reads[axis] for axis in axes)
+        bounds.append(gram_upper_bound(matrices).amax() * (math.sqrt(factor) * _UP))
+    return torch.stack(bounds).amin() * (math.sqrt(copies_by_padding(geometry)) * _UP)
+
+
+def _blocks(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """The kernel of the convolution, or of that whose adjoint it is: (groups, out, in, *kernel) within a group."""
+    return weight.unflatten(0, (geometry.groups, -1))
