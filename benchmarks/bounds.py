@@ -16,6 +16,8 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from hardware import RESULTS, hardware, write_result
@@ -26,14 +28,25 @@ from spectralnorm import linalg
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.symbol import convolution_upper_bound
 
-try:
-    from deel.torchlip.normalizers import spectral_normalization
-    from deel.torchlip.utils.lconv_norm import compute_lconv_coef
-    from orthogonium.layers.conv.singular_values.get_sv import get_conv_sv
-    from orthogonium.reparametrizers import BatchedPowerIteration
-except ImportError:
-    spectral_normalization = compute_lconv_coef = get_conv_sv = BatchedPowerIteration = None
 
+def installed_peers() -> Any:
+    """Their functions; None where the extra `peers` is missing."""
+    try:
+        from deel.torchlip.normalizers import spectral_normalization
+        from deel.torchlip.utils.lconv_norm import compute_lconv_coef
+        from orthogonium.layers.conv.singular_values.get_sv import get_conv_sv
+        from orthogonium.reparametrizers import BatchedPowerIteration
+    except ImportError:
+        return None
+    return SimpleNamespace(
+        spectral_normalization=spectral_normalization,
+        compute_lconv_coef=compute_lconv_coef,
+        get_conv_sv=get_conv_sv,
+        BatchedPowerIteration=BatchedPowerIteration,
+    )
+
+
+PEERS = installed_peers()
 RTOL = 1e-7  # of the exact norm, and of what counts as a violation
 
 
@@ -43,7 +56,7 @@ class Case:
 
     name: str
     weight: torch.Tensor
-    layer: nn.Module | None = None
+    layer: Any = None
     input_size: tuple[int, ...] = ()
 
     @property
@@ -140,24 +153,24 @@ def gram_plain(case):
 
 
 def torchlip_dense(case):
-    return spectral_normalization(case.weight)[2]
+    return PEERS.spectral_normalization(case.weight)[2]
 
 
 def torchlip(case):
-    coefficient = compute_lconv_coef(case.layer.kernel_size, None, case.layer.stride)
+    coefficient = PEERS.compute_lconv_coef(case.layer.kernel_size, None, case.layer.stride)
     weight = case.weight.transpose(0, 1) if case.layer.transposed else case.weight
-    return spectral_normalization(weight.flatten(1))[2] / coefficient
+    return PEERS.spectral_normalization(weight.flatten(1))[2] / coefficient
 
 
 def orthogonium_dense(case):
     with torch.no_grad():
-        normalized = BatchedPowerIteration(case.weight.shape)(case.weight)
+        normalized = PEERS.BatchedPowerIteration(case.weight.shape)(case.weight)
     return case.weight.norm() / normalized.norm()  # what it divides by
 
 
 def orthogonium(case):
     with torch.no_grad():
-        return get_conv_sv(case.layer, n_iter=3, return_stab_rank=False, imsize=case.input_size[0])
+        return PEERS.get_conv_sv(case.layer, n_iter=3, return_stab_rank=False, imsize=case.input_size[0])
 
 
 DENSE = {
@@ -180,7 +193,7 @@ try:
     )
 except ImportError:
     pass
-if get_conv_sv is not None:
+if PEERS is not None:
     DENSE |= {"deel-torchlip": torchlip_dense, "orthogonium": orthogonium_dense}
     CONVOLUTIONS |= {"deel-torchlip": torchlip, "orthogonium": orthogonium}
 
@@ -321,14 +334,15 @@ def main():
     counted = violations(arguments.small_layers)
     if arguments.print:
         return
-    peers = "" if get_conv_sv is not None else " deel-torchlip and orthogonium were not installed."
+    peers = "" if PEERS is not None else " deel-torchlip and orthogonium were not installed."
     options = " --quick" if arguments.quick else ""
+    command = f"python benchmarks/bounds.py{options}"
     page = [
         "# How tight upper bounds are, and which of them are none",
         "",
         hardware(),
         "",
-        f"`python benchmarks/bounds.py{options} --repeats {arguments.repeats} --small-layers {arguments.small_layers}`. "
+        f"`{command} --repeats {arguments.repeats} --small-layers {arguments.small_layers}`. "
         "In each cell the bound over the exact norm, and the median milliseconds. **below** marks a number that is "
         f"below the norm by more than {RTOL:g} of it, so no bound.{peers} {arguments.note}".rstrip(),
         "",

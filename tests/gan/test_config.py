@@ -19,11 +19,15 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
     ("settings", "message"),
     [
         ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
-        ({"architecture": "resnet"}, "Unknown architecture 'resnet'; choose one of dcgan, sncnn, sndcgan"),
+        ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
         ({"normalization": "batch"}, "choose one of spectral, none"),
+        ({"penalty": "r3"}, "Unknown penalty 'r3'; choose one of r1, r2, r1-r2"),
+        ({"penalty_interval": 0}, "penalty_interval must be a number at least 1, got 0"),
+        ({"penalty_weight": -1.0}, "penalty_weight must be a number at least 0, got -1.0"),
         ({"device": "tpu"}, "choose one of auto, cpu, cuda"),
         ({"augmentation": "shift,swirl"}, "Unknown augmentation 'swirl'"),
-        ({"image_size": 40}, "choose one of 32, 48, 64"),
+        ({"image_size": 40}, "choose one of 32, 48, 64, 128"),
+        ({"architecture": "sagan", "image_size": 48}, "Unknown image_size '48'; choose one of 32, 64, 128"),
         ({"channels": 4}, "choose one of 1, 3"),
         ({"batch_size": -1}, "batch_size must be a number at least 2, got -1"),
         ({"generator_lr": float("nan")}, "generator_lr must be a number above 0, got nan"),
@@ -64,6 +68,16 @@ def test_the_settings_of_the_paper_are_recipes(recipe: str, adam: tuple[float, f
     assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == adam
     assert config.discriminator_lr == config.generator_lr
     assert config.architecture == "sncnn"
+
+
+@pytest.mark.parametrize("image_size", [32, 48, 64, 128])
+def test_the_residual_networks_are_recipes_with_the_settings_of_the_paper(image_size: int):
+    config = make_config(f"sngan-resnet-{image_size}")
+    assert (config.architecture, config.image_size, config.loss) == ("resnet", image_size, "hinge")
+    # Miyato et al. 2018, section 4.1 and Table 1, last row: alpha, beta1, beta2, n_dis; linear decay over all updates.
+    assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == (2e-4, 0.0, 0.9, 5)
+    assert config.discriminator_lr == config.generator_lr
+    assert (config.lr_decay_from, config.steps) == (0.0, 100_000)
 
 
 def test_a_run_without_an_end_is_refused():

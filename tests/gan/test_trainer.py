@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from spectralnorm.gan.config import Config
+from spectralnorm.gan.models.stylegan2_discriminator import MinibatchStddev
 from spectralnorm.gan.observers import Averaging, Milestones, StepSizeDecay
+from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.gan.trainer import Clock, RunningMeans, Trainer
 from spectralnorm.transform import add_spectral_norm
 
@@ -123,6 +125,52 @@ def test_step_sizes_fall_linearly_to_zero_over_the_last_part(device: torch.devic
     assert sizes == pytest.approx([0.4] * 6 + [0.32, 0.24, 0.16, 0.08, 0.0])
 
 
+def test_a_penalty_is_taken_at_every_nth_update_and_counts_n_times(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def penalty(discriminator, real, fake, *, random):
+        calls.append((real.shape, fake.shape))
+        return discriminator(real).square().mean()
+
+    monkeypatch.setitem(PENALTIES, "r1", penalty)
+    config = dataclasses.replace(CONFIG, penalty="r1", penalty_weight=0.5, penalty_interval=3)
+    trainer = _trainer(device, config)
+    losses = []
+    monkeypatch.setattr(
+        trainer.means, "add", lambda name, value: losses.append(name) if name.startswith("penalty") else None
+    )
+    trainer.run([])
+    assert len(calls) == len(losses) == 4  # of the 12 updates of the discriminator: 0, 3, 6 and 9
+    assert set(calls) == {((4, 1, 8, 8), (4, 1, 8, 8))}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_large_penalty_flattens_the_discriminator(penalty: str, device: torch.device):
+    settings = {"steps": 40, "loss": "wasserstein", "normalization": "none", "discriminator_lr": 5e-2}
+    config = dataclasses.replace(CONFIG, **settings)
+
+    def slope(config: Config) -> float:
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(5, 64), nn.Unflatten(1, (1, 8, 8)))
+        discriminator = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+        images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+        trainer = Trainer(config, generator=generator, discriminator=discriminator, images=images, device=device)
+        trainer.run([])
+        return trainer.discriminator[1].weight.norm().item()
+
+    assert slope(dataclasses.replace(config, penalty=penalty, penalty_weight=100.0)) < 2 < 4 < slope(config)
+
+
+def test_a_relativistic_generator_sees_the_real_images_of_the_last_batch(device: torch.device):
+    trainer = _trainer(device, dataclasses.replace(CONFIG, steps=1, loss="relativistic", num_discriminator_steps=1))
+    seen = []
+    trainer.discriminator.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    trainer.run([])
+    assert seen == [8, 8]
+
+
 def test_running_means_are_over_the_steps_since_last_read():
     means = RunningMeans()
     for value in (1.0, 2.0, 6.0):
@@ -164,11 +212,15 @@ def test_milestones_passed_before_a_resume_do_not_come_again():
     assert [step for step in range(60, 101) if milestones.reached(step / 100)] == [75, 100]
 
 
-def test_batch_normalization_in_the_discriminator_never_sees_real_and_fake_together(device: torch.device):
+@pytest.mark.parametrize(
+    "mixing", [nn.Sequential(nn.BatchNorm2d(1)), nn.Sequential(MinibatchStddev())], ids=["norm", "stddev"]
+)
+def test_what_mixes_the_images_of_a_batch_never_sees_real_and_fake_together(mixing: nn.Module, device: torch.device):
     torch.manual_seed(0)
     seen = []
-    discriminator = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 1), nn.Flatten(0))
-    discriminator[1].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    discriminator = nn.Sequential(mixing, nn.Flatten(), nn.LazyLinear(1), nn.Flatten(0)).to(device)
+    discriminator(torch.zeros(2, 1, 8, 8, device=device))
+    mixing[0].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     generator = nn.Sequential(nn.Linear(5, 64), nn.Unflatten(1, (1, 8, 8)))
     images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     Trainer(

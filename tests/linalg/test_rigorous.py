@@ -21,6 +21,7 @@ from spectralnorm.linalg import (
     rigorous_matrix_bound,
     rigorous_norm_bounds,
 )
+from spectralnorm.linalg import lower as lower_module
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -149,11 +150,23 @@ class TestRigorousBound:
         # Below the norm there is no factor, and another method steps in.
         assert bool((bounds <= norms * max(1, level) ** 0.5 * (1 + 1e-7)).all())
 
-    def test_a_wrong_factor_makes_no_false_bound(self, monkeypatch, device):
-        exact = torch.linalg.cholesky_ex
-        monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda below: exact(4 * below))
-        matrix = torch.randn(20, 30, dtype=torch.float64, device=device)
-        assert rigorous_matrix_bound(matrix) >= torch.linalg.matrix_norm(matrix, 2).item()
+    @pytest.mark.parametrize("level", [0.5, 1 - 1e-9, 2.0])
+    @pytest.mark.parametrize("factor", [torch.zeros_like, torch.ones_like, lambda below: 3 * below.tril()])
+    def test_a_wrong_factor_makes_no_false_bound(self, factor, level, device):
+        scaled = torch.randn(3, 20, 30, dtype=torch.float64, device=device)
+        gram, slack, _ = rigorous._gram(scaled)
+        squares = torch.linalg.matrix_norm(scaled, 2) ** 2
+        with pytest.MonkeyPatch.context() as patch:
+            none = torch.zeros(3, dtype=torch.int32, device=device)
+            patch.setattr(torch.linalg, "cholesky_ex", lambda below: (factor(below), none))
+            bounds = rigorous._attempt(gram, slack, level * squares)
+        assert bool((bounds >= squares * (1 - 1e-14)).all())
+
+    def test_what_the_gram_matrix_may_be_wrong_by_is_added(self, device):
+        scaled = torch.randn(3, 20, 30, dtype=torch.float64, device=device)
+        gram, slack, _ = rigorous._gram(scaled)
+        level = 1.01 * torch.linalg.matrix_norm(scaled, 2) ** 2
+        assert bool((rigorous._attempt(gram, slack + 1, level) >= level + 1).all())
 
     def test_an_eigenvalue_iteration_that_does_not_end_is_done_without(self, monkeypatch, device):
         def failing(*_):
@@ -226,6 +239,29 @@ _LAYERS = [
     (nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), (3, 4)),
     (nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate"), (3, 2, 4)),
 ]
+
+
+class TestQuotient:
+    @given(
+        image=st.lists(st.floats(-2, 2), min_size=1, max_size=20),
+        vector=st.lists(st.floats(-2, 2), min_size=1, max_size=20).filter(lambda v: max(map(abs, v)) > 1e-3),
+        error=st.floats(0, 1e-3),
+        exponent=st.integers(-100, 100),
+    )
+    def test_a_lower_bound_is_below_the_exact_quotient(self, image, vector, error, exponent):
+        lower = Fraction(
+            lower_module._quotient(
+                torch.tensor(image, dtype=torch.float64),
+                torch.tensor(vector, dtype=torch.float64),
+                error,
+                2.0**exponent,
+            )
+        )
+        assert lower >= 0
+        # ||image|| / ||vector|| >= lower / scale + error, squared; if not zero, which is always a bound.
+        least = lower / Fraction(2) ** exponent + Fraction(error)
+        square = sum(Fraction(x) ** 2 for x in vector)
+        assert lower == 0 or least**2 * square <= sum(Fraction(x) ** 2 for x in image)
 
 
 class TestConvolutionLowerBound:

@@ -1,4 +1,4 @@
-"""The command line: ``spectralnorm train | sample | evaluate | report``. Thin: it parses, calls and prints."""
+"""The command line: ``spectralnorm train | sample | evaluate | certify | report``. It parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _COMMANDS = {
     "train": "train a GAN, or go on with a run; the same command again resumes",
     "sample": "generate images from a run",
     "evaluate": "measure a run's samples against held-out real images",
+    "certify": "prove a Lipschitz constant of a run's discriminator",
     "report": "rebuild a run's report.html from its records",
 }
 
 _HELP = """usage: spectralnorm COMMAND ...
 
-Spectrally normalized GANs: train, sample, evaluate, report.
+Spectrally normalized GANs: train, sample, evaluate, certify, report.
 
 {commands}
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``spectralnorm``; None: those of the process.
 
     Returns:
-        The exit status: 0 done, 2 a request that cannot be carried out, 130 interrupted.
+        The exit status: 0 done, 1 certified above the given maximum, 2 a request that cannot be carried out, 130
+        interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:

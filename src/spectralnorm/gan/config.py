@@ -14,6 +14,7 @@ from spectralnorm.gan.augment import AUGMENTATIONS
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.penalties import PENALTIES
 
 __all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
@@ -38,7 +39,7 @@ class Config:
     data: str | None = _setting(None)
     """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
     image_size: int = _setting(32)
-    """Height and width in pixels: 32, 48 or 64."""
+    """Height and width in pixels: 32, 48, 64 or 128 (sagan, stylegan2 and r3gan: not 48; stylegan2 also 256)."""
     channels: int = _setting(1)
     """1 for gray, 3 for colour."""
     augmentation: str = _setting("none")
@@ -46,21 +47,30 @@ class Config:
 
     # Networks.
     architecture: str = _setting("dcgan")
-    """dcgan, sncnn or sndcgan."""
+    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan or mlp."""
     generator_width: int = _setting(64)
-    """Channels of the generator's last feature map; earlier ones double, up to 8x."""
+    """Of the generator: 64 gives the published channels, another number scales them."""
     discriminator_width: int = _setting(64)
-    """Channels of the discriminator's first feature map; later ones double, up to 8x."""
+    """Of the discriminator: 64 gives the published channels, another number scales them."""
     latent_dim: int = _setting(128)
     """Dimensions of the latent z ~ N(0, I)."""
     initialization: str = _setting("published")
     """Of the weights of both networks: published (the architecture's own) or orthogonal."""
+    lipschitz: float | None = _setting(None)
+    """The discriminator in the form whose parts without weights have norm at most 1, its logits times this number; none:
+    as published."""
     normalization: str = _setting("spectral")
     """Of the discriminator's weights: spectral or none."""
 
     # Optimization.
     loss: str = _setting("hinge")
-    """hinge or nonsaturating."""
+    """hinge, nonsaturating, minimax, wasserstein, least-squares or relativistic."""
+    penalty: str | None = _setting(None)
+    """Of the discriminator's gradients: none, r1, r2, r1-r2, gradient-penalty (WGAN-GP, GAN-GP) or dragan."""
+    penalty_weight: float = _setting(10.0)
+    """Factor of the penalty: gamma of R1 and R2 (which carry a half of their own), lambda of the others."""
+    penalty_interval: int = _setting(1)
+    """Discriminator updates from one with the penalty to the next, whose penalty counts that many times."""
     batch_size: int = _setting(64)
     """Real images per discriminator update, and fake images per update of either network."""
     num_discriminator_steps: int = _setting(1)
@@ -105,15 +115,21 @@ class Config:
         choose("initialization", self.initialization, INITIALIZATIONS)
         choose("normalization", self.normalization, NORMALIZATIONS)
         choose("loss", self.loss, LOSSES)
+        if self.lipschitz is not None:
+            self._require("lipschitz", above=0)
+        if self.penalty is not None:
+            choose("penalty", self.penalty, PENALTIES)
         choose("device", self.device, ("auto", "cpu", "cuda"))
         for name in augmentation_names(self.augmentation):
             choose("augmentation", name, AUGMENTATIONS)
-        choose("image_size", self.image_size, (32, 48, 64))
+        choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
         choose("channels", self.channels, (1, 3))
         for name in ("generator_width", "discriminator_width", "latent_dim", "num_discriminator_steps", "log_every"):
             self._require(name, at_least=1)
         for name in ("num_sample_grids", "num_evaluations"):
             self._require(name, at_least=1)
+        self._require("penalty_interval", at_least=1)
+        self._require("penalty_weight", at_least=0)
         self._require("batch_size", at_least=2)
         self._require("num_evaluation_samples", at_least=100)
         self._require("seed", at_least=0, at_most=2**32 - 1)

@@ -23,7 +23,10 @@ _NORMALIZED = (".parametrizations.", "weight_orig")
 def build_discriminator(config: Config) -> nn.Module:
     """The discriminator that a config describes, without normalization, with fresh weights of torch's random state."""
     return ARCHITECTURES[config.architecture].discriminator(
-        image_size=config.image_size, channels=config.channels, width=config.discriminator_width
+        image_size=config.image_size,
+        channels=config.channels,
+        width=config.discriminator_width,
+        lipschitz=config.lipschitz,
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
+
+from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 
 __all__ = ["INITIALIZATIONS"]
 
@@ -16,7 +19,10 @@ def orthogonal(network: nn.Module) -> None:
     al. 2018, Fig. 3), and signals keep their size through both networks; N(0, 0.02) lets them fade at first.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, EqualizedLinear | EqualizedConv2d):
+            # It computes with its weight times a gain; its bias may be more than an offset (that of a style is 1).
+            module.set_effective_weight(nn.init.orthogonal_(torch.empty_like(module.weight)))
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.orthogonal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spectralnorm.gan.config import Config, choose
+from spectralnorm.gan.models import ARCHITECTURES
 
 __all__ = ["RECIPES", "make_config"]
 
@@ -102,11 +103,40 @@ def dcgan_64(**settings: Any) -> Config:
     return _config("dcgan-64", settings, defaults)
 
 
+def _sngan_resnet(image_size: int) -> Callable[..., Config]:
+    name = f"sngan-resnet-{image_size}"
+
+    def recipe(**settings: Any) -> Config:
+        defaults = {
+            "architecture": "resnet",
+            "image_size": image_size,
+            "channels": 3,
+            "loss": "hinge",
+            "generator_lr": 2e-4,
+            "discriminator_lr": 2e-4,
+            "beta1": 0.0,
+            "beta2": 0.9,
+            "num_discriminator_steps": 5,
+            "lr_decay_from": 0.0,
+            "ema_half_life_kimg": 0.0,
+            "steps": 100_000,
+        }
+        return _config(name, settings, defaults)
+
+    recipe.__doc__ = (
+        f"The residual networks at {image_size} px with the settings of Miyato et al. 2018: hinge loss, five updates "
+        "of D for one of G, step sizes that fall from the start. For CIFAR-10 the paper updates G on 128 images; here "
+        "both networks see 64."
+    )
+    return recipe
+
+
 RECIPES: dict[str, Callable[..., Config]] = {
     "fashion": fashion,
     "sncnn-cifar10": sncnn_cifar10,
     "dcgan-64": dcgan_64,
     **{f"miyato-{letter}": _miyato(letter) for letter in _MIYATO_SETTINGS},
+    **{f"sngan-resnet-{size}": _sngan_resnet(size) for size in ARCHITECTURES["resnet"].image_sizes},
 }
 """Recipes by name."""
 

@@ -20,6 +20,7 @@ from spectralnorm.gan.config import Config, augmentation_names
 from spectralnorm.gan.data import Batches
 from spectralnorm.gan.ema import GeneratorAverage
 from spectralnorm.gan.losses import LOSSES
+from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 __all__ = ["Clock", "Observer", "RunningMeans", "Trainer"]
@@ -56,10 +57,15 @@ class Trainer:
         self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
         self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, device=device)
         self.random = torch.Generator(device).manual_seed(config.seed)
-        # One pass over both batches is faster than two, but batch normalization must not see real and fake together.
-        mixes_images = any(isinstance(module, _BatchNorm) for module in discriminator.modules())
+        # One pass over both batches is faster than two, but what mixes the images of a batch, such as batch
+        # normalization, must not see real and fake together.
+        mixes_images = any(
+            isinstance(module, _BatchNorm) or getattr(module, "mixes_images", False)
+            for module in discriminator.modules()
+        )
         self._judge = self._judge_apart if mixes_images else self._judge_together
         self.loss = LOSSES[config.loss]
+        self.penalty = None if config.penalty is None else PENALTIES[config.penalty]
         self.augment = compose(augmentation_names(config.augmentation))
 
         self.step = 0
@@ -75,9 +81,10 @@ class Trainer:
         while self.stop_reason is None:
             for _ in range(self.config.num_discriminator_steps):
                 fake_images = self.generator(self.latents(self.config.batch_size))
-                self.update_discriminator(next(self.batches), fake_images.detach())
+                real_images = next(self.batches)
+                self.update_discriminator(real_images, fake_images.detach())
             # The images that the discriminator has just learned from serve the generator too: no need to make others.
-            self.update_generator(fake_images)
+            self.update_generator(fake_images, real_images)
             self.step += 1
             self.stop_reason = self.stop_reason or self.spent_budget()
             for observer in observers:
@@ -88,6 +95,10 @@ class Trainer:
         """One step of the discriminator on a batch of real images and one of generated images."""
         real_logits, fake_logits = self._judge(real_images, fake_images)
         loss = self.loss.discriminator(real_logits, fake_logits)
+        if self.penalty is not None and self.images_seen // self.config.batch_size % self.config.penalty_interval == 0:
+            penalty = self.penalty(self._judge_augmented, real_images, fake_images, random=self.random)
+            loss = loss + self.config.penalty_weight * self.config.penalty_interval * penalty
+            self.means.add("penalty/discriminator", penalty)
         self.discriminator_optimizer.zero_grad()
         loss.backward()
         self.discriminator_optimizer.step()
@@ -96,12 +107,20 @@ class Trainer:
         self.means.add("logits/real", real_logits.mean())
         self.means.add("logits/fake", fake_logits.mean())
 
-    def update_generator(self, fake_images: Tensor) -> None:
-        """One step of the generator, whose graph the images carry, against the discriminator as it is."""
+    def update_generator(self, fake_images: Tensor, real_images: Tensor | None = None) -> None:
+        """One step of the generator, whose graph the images carry, against the discriminator as it is.
+
+        Args:
+            fake_images: of the generator.
+            real_images: as many; only losses with a ``paired_generator`` look at them, and only they need them.
+        """
         # The discriminator's own gradients are not wanted here, and cost a third of its backward pass.
         for parameter in self._trained:
             parameter.requires_grad_(False)
-        loss = self.loss.generator(self.discriminator(self.augment(fake_images, self.random)))
+        if self.loss.paired_generator is None or real_images is None:
+            loss = self.loss.generator(self._judge_augmented(fake_images))
+        else:
+            loss = self.loss.paired_generator(*self._judge(real_images, fake_images))
         self.generator_optimizer.zero_grad()
         loss.backward()
         self.generator_optimizer.step()
@@ -111,10 +130,13 @@ class Trainer:
 
     def _judge_together(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
         images = torch.cat([real_images, fake_images])
-        return self.discriminator(self.augment(images, self.random)).split([len(real_images), len(fake_images)])
+        return self._judge_augmented(images).split([len(real_images), len(fake_images)])
 
     def _judge_apart(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
-        return [self.discriminator(self.augment(images, self.random)) for images in (real_images, fake_images)]
+        return [self._judge_augmented(images) for images in (real_images, fake_images)]
+
+    def _judge_augmented(self, images: Tensor) -> Tensor:
+        return self.discriminator(self.augment(images, self.random))
 
     def latents(self, num: int) -> Tensor:
         """Draw z ~ N(0, I), shape ``(num, latent_dim)``."""

@@ -31,8 +31,7 @@ _TABLE_ERROR = 2.0**-49  # of the sine and cosine of a rounded angle below 2 pi
 _CHUNK_BYTES = 2**26  # of Gram matrices held at once
 _FIRST_ITERATIONS, _MORE_ITERATIONS = 6, 30
 _NUM_LEADING = 6
-# What is tried above the estimate, one after the other.
-_MARGINS = (1.0, 4.0, 16.0, 64.0, 256.0)
+_MAX_TRIES = 60
 
 
 @torch.no_grad()
@@ -68,56 +67,51 @@ def convolution_upper_bound(
             matrix = torus.kernel.flatten(2)
             moved = 1 + torus.sum_error * matrix.shape[-1]
             return gram_upper_bound(matrix).amax() * (torus.factor * moved * (1 + 2.0**-50))
-        return largest_symbol_above(torus, margin=4e-3)
+        return largest_symbol_above(torus, margin=4e-3, eigenvalues=False)
 
 
-def largest_symbol_above(torus: OnTorus, *, margin: float) -> Tensor:
+def largest_symbol_above(torus: OnTorus, *, margin: float, eigenvalues: bool) -> Tensor:
     """The factor times a number that the symbol's norm does not exceed at any frequency of the torus.
 
     Args:
         torus: whose kernel is real.
-        margin: what is first tried above the estimate of the squared norm, relative.
+        margin: what is first tried above an estimate of the squared norm, relative.
+        eigenvalues: estimate by eigenvalues of the frequencies in question, not by power iteration alone.
 
     Returns:
         Scalar, float64.
     """
     kernel = torus.kernel
-    largest = kernel.abs().amax().double()
+    largest = kernel.abs().amax().double() if kernel.numel() else kernel.new_zeros((), dtype=torch.float64)
     if not bool(largest.isfinite()):
         return torch.full_like(largest, math.inf)
     if not bool(largest > 0):
         return torch.zeros_like(largest)
     exponent = math.frexp(float(largest))[1]
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
-    # A power of two is exact; what underflows in float32 is below 2^-149, and paid for in `error`.
+    # A power of two is exact; what underflows is below 2^-149, and paid for in `error`.
     half = -exponent // 2
     kernel = (kernel.double() * 2.0**half * 2.0 ** (-exponent - half)).to(dtype)
     rows, columns = kernel.shape[1:3]
-    taps = kernel.flatten(3)
-    tap_sum = float(norm_above(taps.double(), (1, 2)).sum(-1).amax()) * (1 + 2.0**-40)
+    tap_sum = float(norm_above(kernel.flatten(3).double(), (1, 2)).sum(-1).amax()) * (1 + 2.0**-40)
     shifts, correlations = _autocorrelation(kernel)
     block = min(columns, _BLOCK) if dtype == torch.float32 else columns
     num_added = math.prod(kernel.shape[3:]) * math.ceil(columns / block) + len(shifts) + 4
-    relative = 1.01 * gamma(block + 2, dtype) + 1.01 * gamma(num_added) + _TABLE_ERROR + 1.01 * gamma(2, dtype)
-    underflow = kernel.numel() * 2.0**-100
-    error = tap_sum**2 * (relative + 2.1 * torus.sum_error) + underflow * (1 + tap_sum)
+    # Of the correlations, of their sums, of sines and cosines, and of the Gram matrices in the working type; each in
+    # units of (sum over taps of ||K_a||_F)^2, which bounds the sum over d of ||R_d||_F.
+    relative = 1.01 * (gamma(block + 2, dtype) + gamma(num_added) + gamma(2, dtype)) + _TABLE_ERROR
+    error = tap_sum**2 * (relative + 2.1 * torus.sum_error) + kernel.numel() * 2.0**-100 * (1 + tap_sum)
 
     frequencies = half_of_frequencies(torus.sizes, kernel.device)
-    chunks = _Grams(shifts, correlations, frequencies, torus.sizes, dtype)
-    unit = gamma(rows + 4, dtype) / (1 - gamma(rows + 4, dtype))
-    # c^2 I - G is rounded once on its diagonal; its trace is at most rows c^2.
-    share = unit * rows * 1.01 + 2.1 * gamma(1, dtype)
-    estimate = chunks.estimate()
+    grams = _Grams(shifts, correlations, frequencies, torus.sizes, dtype)
     plain = tap_sum**2  # ||What|| <= sum over taps of ||K_a||
-    for factor in _MARGINS:
-        square = estimate * (1 + margin * factor)
-        if square >= plain:
-            break
-        missed = chunks.first_above(square)
-        if missed is None:
-            return _rooted(square * (1 + share * 1.01) + error * 1.01, exponent, torus.factor, largest)
-        estimate = max(estimate, missed)
-    return _rooted(plain * (1 + 2.0**-40) + error, exponent, torus.factor, largest)
+    square = grams.square_above(margin, plain, eigenvalues=eigenvalues)
+    if square < plain:
+        unit = gamma(rows + 4, dtype)
+        # c^2 I - G is rounded once on its diagonal, and its trace is at most rows c^2.
+        share = unit / (1 - unit) * rows * 1.01 + 2.1 * gamma(1, dtype)
+        square *= 1 + share * 1.01
+    return _rooted(square * (1 + 2.0**-40) + error * 1.01, exponent, torus.factor, largest)
 
 
 def _rooted(square: float, exponent: int, factor: float, like: Tensor) -> Tensor:
@@ -190,40 +184,48 @@ class _Grams:
         self._angles = turns.double() * (2 * math.pi / common)  # type: ignore[union-attr]
         groups, rows = self._shape[:2]
         self._length = max(1, _CHUNK_BYTES // (groups * rows * rows * 2 * torch.finfo(dtype).bits // 8))
-        self._kept: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """(frequencies * groups, rows, rows), complex."""
-        if self._kept is not None:
-            yield self._kept
-            return
         for angles in self._angles.split(self._length):
             real = (angles.cos() @ self._even).to(self._dtype)
             imaginary = (angles.sin() @ self._odd).to(self._dtype)
-            grams = torch.complex(real, imaginary).view(-1, *self._shape[1:])
-            if len(self._angles) <= self._length:
-                self._kept = grams
-            yield grams
+            yield torch.complex(real, imaginary).view(-1, *self._shape[1:])
 
-    def estimate(self) -> float:
-        """About the largest eigenvalue, not above it but for rounding."""
-        leading = [_rayleigh(grams, _FIRST_ITERATIONS) for grams in self]
-        best = 0.0
-        for grams, (values, vectors) in zip(self, leading, strict=True):
-            top = values.topk(min(_NUM_LEADING, len(values))).indices
-            best = max(best, float(_rayleigh(grams[top], _MORE_ITERATIONS, vectors[top])[0].amax()))
-        return best
+    def square_above(self, margin: float, plain: float, *, eigenvalues: bool) -> float:
+        """A number above every eigenvalue but for the rounding of a Cholesky factorization; ``plain`` if none is found.
 
-    def first_above(self, square: float) -> float | None:
-        """None if no eigenvalue is above ``square``, up to rounding; else an estimate of the largest in that chunk."""
+        What has been factorized for one number need not be for a larger one, so each matrix is looked at until it
+        passes, and never again.
+        """
+        square = 0.0
         for grams in self:
-            shifted = -grams
-            shifted.diagonal(dim1=-2, dim2=-1).add_(square)
-            info = torch.linalg.cholesky_ex(shifted)[1]
-            failed = (info != 0).nonzero().flatten()
-            if len(failed):
-                return float(_rayleigh(grams[failed], _MORE_ITERATIONS)[0].amax())
-        return None
+            step = margin
+            for _ in range(_MAX_TRIES):
+                if square > 0:
+                    shifted = -grams
+                    shifted.diagonal(dim1=-2, dim2=-1).add_(square)
+                    failed = torch.linalg.cholesky_ex(shifted)[1] != 0
+                    if not bool(failed.any()):
+                        break
+                    grams = grams[failed]
+                    # The same margin once more, and a larger one where the estimate does not grow.
+                    square, step = square * (1 + step), 2 * step
+                square = max(square, _estimate(grams, eigenvalues=eigenvalues) * (1 + margin))
+                if not square < plain:
+                    return plain
+            else:
+                return plain
+        return square
+
+
+def _estimate(grams: Tensor, *, eigenvalues: bool) -> float:
+    """About the largest eigenvalue of all, and not above it but for rounding."""
+    values, vectors = _rayleigh(grams, _FIRST_ITERATIONS)
+    leading = values.topk(min(_NUM_LEADING, len(values))).indices
+    if eigenvalues:
+        return float(torch.linalg.eigvalsh(grams[leading]).amax())
+    return float(_rayleigh(grams[leading], _MORE_ITERATIONS, vectors[leading])[0].amax())
 
 
 def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from spectralnorm.report import tables
 from spectralnorm.report.charts import Chart, curve_charts, metric_charts, spectrum_chart
 from spectralnorm.report.contents import Contents, read_run
 from spectralnorm.report.gallery import Gallery, collect
+from spectralnorm.report.guarantee import Guarantee, guarantee
 from spectralnorm.report.text import count_text, duration_text, number_text
 
 __all__ = ["build_report"]
@@ -69,6 +70,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
     spectrum = spectrum_chart(contents.spectra, normalized=normalized)
     evaluation = contents.evaluations[-1] if contents.evaluations else None
     of_metrics = metric_charts(contents.evaluations)
+    guaranteed = _guarantee(contents)
     metric_shares = [
         (metric.name, shares) for metric in _metrics(evaluation) if (shares := tables.shares(metric))
     ]  # fmt: skip
@@ -83,6 +85,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
         "total_step": contents.step,
         "curves": curves,
         "spectrum": spectrum,
+        "guarantee": guaranteed,
         "metric_charts": of_metrics,
         "evaluation": evaluation,
         "metric_groups": tables.metric_groups(evaluation),
@@ -94,6 +97,16 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
         "sessions": tables.session_rows(contents),
         "figures": _figures(contents, [*curves.values(), *([spectrum] if spectrum else []), *of_metrics]),
     }
+
+
+def _guarantee(contents: Contents) -> Guarantee | None:
+    if contents.certificate is None:
+        return None
+    try:
+        return guarantee(contents.certificate)
+    except (KeyError, TypeError, ValueError):
+        contents.problems.append("certificate.json is not a certificate, so no guarantee is shown.")
+        return None
 
 
 def _figures(contents: Contents, charts: Sequence[Chart]) -> dict[str, Any]:

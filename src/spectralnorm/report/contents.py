@@ -45,6 +45,7 @@ class Contents:
     pictures: dict[str, dict[str, Picture]] = field(default_factory=dict)
     """By role, then by file, so that a picture that was written anew counts once."""
     spectra: Spectra | None = None
+    certificate: Mapping[str, Any] | None = None
     step: int = 0
     images_seen: int = 0
     training_seconds: float = 0.0
@@ -79,6 +80,12 @@ def read_run(folder: Path) -> Contents:
         contents.problems.append("data.json is absent, so the data is not described.")
     except (OSError, ValueError):
         contents.problems.append("data.json cannot be read, so the data is not described.")
+    try:
+        contents.certificate = _read_object(folder / "certificate.json")
+    except FileNotFoundError:
+        pass  # written only when somebody asks for it
+    except (OSError, ValueError):
+        contents.problems.append("certificate.json cannot be read, so no guarantee is shown.")
     try:
         for record in read_records(folder / "metrics.jsonl"):
             _sort(contents, record)

@@ -1,7 +1,13 @@
 """Generators and discriminators by name. Each file reads alone; image size and width are data.
 
 A generator maps latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]; a discriminator
-maps images to logits ``(batch,)``. Neither is normalized here: `NORMALIZATIONS` is applied by the trainer.
+maps images to logits ``(batch,)``. Neither is normalized here: `NORMALIZATIONS` is applied by the trainer. ``width=64``
+gives the published number of channels everywhere. A part that makes a logit depend on the other images of the batch has
+the attribute ``mixes_images = True``.
+
+Every discriminator but those of SAGAN and R3GAN takes ``lipschitz=``: a number asks for the form whose parts without
+weights have norm at most 1, so that dividing every weight by a guaranteed bound of its norm makes that number a Lipschitz
+constant of the whole.
 """
 
 from __future__ import annotations
@@ -11,8 +17,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from spectralnorm.errors import UserError
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from spectralnorm.gan.models.mlp import ImageMLPDiscriminator, ImageMLPGenerator
+from spectralnorm.gan.models.r3gan import R3GANDiscriminator, R3GANGenerator
+from spectralnorm.gan.models.resnet import ResNetDiscriminator, ResNetGenerator
+from spectralnorm.gan.models.sagan import SAGANDiscriminator, SAGANGenerator
 from spectralnorm.gan.models.sncnn import SNCNNDiscriminator, SNCNNGenerator, SNDCGANDiscriminator
+from spectralnorm.gan.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from spectralnorm.transform import add_spectral_norm
 
 __all__ = ["ARCHITECTURES", "NORMALIZATIONS", "Architecture"]
@@ -25,13 +37,32 @@ class Architecture:
     generator: Callable[..., nn.Module]
     """``(image_size=, channels=, width=, latent_dim=) -> nn.Module``"""
     discriminator: Callable[..., nn.Module]
-    """``(image_size=, channels=, width=) -> nn.Module``"""
+    """``(image_size=, channels=, width=, lipschitz=None) -> nn.Module``"""
+    image_sizes: tuple[int, ...] = (32, 48, 64, 128)
+    """The sizes that it is offered for."""
+
+
+def _stylegan2_discriminator(*, lipschitz: float | None = None, **sizes: int) -> nn.Module:
+    # Minibatch standard deviation makes a logit depend on all images of the batch: no function of one image.
+    groups = {} if lipschitz is None else {"stddev_group": 0}
+    return StyleGAN2Discriminator(lipschitz=lipschitz, **groups, **sizes)
+
+
+def _r3gan_discriminator(*, lipschitz: float | None = None, **sizes: int) -> nn.Module:
+    if lipschitz is not None:
+        raise UserError(f"r3gan has no form with a known Lipschitz constant, got lipschitz={lipschitz}; leave it out.")
+    return R3GANDiscriminator(**sizes)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "dcgan": Architecture(DCGANGenerator, DCGANDiscriminator),
     "sncnn": Architecture(SNCNNGenerator, SNCNNDiscriminator),
     "sndcgan": Architecture(SNCNNGenerator, SNDCGANDiscriminator),
+    "resnet": Architecture(ResNetGenerator, ResNetDiscriminator),
+    "sagan": Architecture(SAGANGenerator, SAGANDiscriminator, image_sizes=(32, 64, 128)),
+    "mlp": Architecture(ImageMLPGenerator, ImageMLPDiscriminator),
+    "stylegan2": Architecture(StyleGAN2Generator, _stylegan2_discriminator, image_sizes=(32, 64, 128, 256)),
+    "r3gan": Architecture(R3GANGenerator, _r3gan_discriminator, image_sizes=(32, 64, 128)),
 }
 """Architectures by name."""
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from spectralnorm.gan.models.bounded import output_gain
+
 __all__ = ["DCGANDiscriminator", "DCGANGenerator"]
 
 
@@ -17,7 +19,7 @@ class DCGANGenerator(nn.Module):
     """Latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1].
 
     Args:
-        image_size: 32, 48 or 64 (any size that halves down to 4-7 px).
+        image_size: 32, 48, 64 or 128 (any size that halves down to 4-7 px).
         channels: of the images.
         width: channels of the last feature map; it doubles towards the latent, up to 8 x.
         latent_dim: dimensions of the latent.
@@ -49,16 +51,26 @@ class DCGANGenerator(nn.Module):
 class DCGANDiscriminator(nn.Module):
     """Images ``(batch, channels, size, size)`` to logits ``(batch,)``.
 
-    No batch normalization: it would mix the images of a batch, and leave no Lipschitz constant to speak of.
+    No batch normalization: it would mix the images of a batch, and leave no Lipschitz constant to speak of. Beside
+    the weights there is only leaky ReLU, of slope at most 1: the network certifies as it is, with the product of the
+    norms of its convolutions.
 
     Args:
-        image_size: 32, 48 or 64 (any size that halves down to 4-7 px).
+        image_size: 32, 48, 64 or 128 (any size that halves down to 4-7 px).
         channels: of the images.
         width: channels of the first feature map; it doubles downwards, up to 8 x.
+        lipschitz: a number that the logits are multiplied by: the Lipschitz constant if the norm of every convolution
+            is at most 1. None, as published: 1.
+
+    Raises:
+        UserError: ``lipschitz`` is not a positive number.
     """
 
-    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64) -> None:
+    def __init__(
+        self, *, image_size: int = 64, channels: int = 3, width: int = 64, lipschitz: float | None = None
+    ) -> None:
         super().__init__()
+        self.gain = output_gain(lipschitz)
         start, widths = _plan(image_size, width)
         layers: list[nn.Module] = []
         for narrow, wide in zip([channels, *widths], widths, strict=False):
@@ -68,7 +80,8 @@ class DCGANDiscriminator(nn.Module):
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).flatten()
+        logits = self.layers(images).flatten()
+        return logits if self.gain == 1.0 else self.gain * logits
 
 
 def _plan(image_size: int, width: int) -> tuple[int, list[int]]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from spectralnorm.gan.models.bounded import output_gain
+
 __all__ = ["SNCNNDiscriminator", "SNCNNGenerator", "SNDCGANDiscriminator"]
 
 
@@ -45,10 +47,15 @@ class SNCNNGenerator(nn.Module):
 
 
 class _Discriminator(nn.Module):
-    """Convolutions ``3x3, 4x4 stride 2, 3x3, ...`` with the given channels, leaky ReLU 0.1, then one dense logit."""
+    """Convolutions ``3x3, 4x4 stride 2, 3x3, ...`` with the given channels, leaky ReLU 0.1, then one dense logit.
 
-    def __init__(self, *, image_size: int, channels: int, widths: Sequence[int]) -> None:
+    Beside the weights there is only leaky ReLU, of slope at most 1, so the network certifies as it is: with the product
+    of the norms of its convolutions and of the dense layer, times ``lipschitz``.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, widths: Sequence[int], lipschitz: float | None) -> None:
         super().__init__()
+        self.gain = output_gain(lipschitz)
         layers: list[nn.Module] = []
         for position, (narrow, wide) in enumerate(zip([channels, *widths], widths, strict=False)):
             kernel, stride = (4, 2) if position % 2 else (3, 1)
@@ -58,7 +65,8 @@ class _Discriminator(nn.Module):
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.dense(self.layers(images)).squeeze(1)
+        logits = self.dense(self.layers(images)).squeeze(1)
+        return logits if self.gain == 1.0 else self.gain * logits
 
 
 class SNCNNDiscriminator(_Discriminator):
@@ -68,10 +76,18 @@ class SNCNNDiscriminator(_Discriminator):
         image_size: a multiple of 8.
         channels: of the images.
         width: channels of the first feature map; 64 in the paper (64, 64, 128, 128, 256, 256, 512).
+        lipschitz: a number that the logits are multiplied by: the Lipschitz constant if the norm of every weight (for a
+            convolution, of the convolution) is at most 1. None, as published: 1.
+
+    Raises:
+        UserError: ``lipschitz`` is not a positive number.
     """
 
-    def __init__(self, *, image_size: int = 32, channels: int = 3, width: int = 64) -> None:
-        super().__init__(image_size=image_size, channels=channels, widths=[width * k for k in (1, 1, 2, 2, 4, 4, 8)])
+    def __init__(
+        self, *, image_size: int = 32, channels: int = 3, width: int = 64, lipschitz: float | None = None
+    ) -> None:
+        widths = [width * k for k in (1, 1, 2, 2, 4, 4, 8)]
+        super().__init__(image_size=image_size, channels=channels, widths=widths, lipschitz=lipschitz)
 
 
 class SNDCGANDiscriminator(_Discriminator):
@@ -81,10 +97,18 @@ class SNDCGANDiscriminator(_Discriminator):
         image_size: a multiple of 8.
         channels: of the images.
         width: channels of the first feature map; 64 in the code (64, 128, 128, 256, 256, 512, 512).
+        lipschitz: a number that the logits are multiplied by: the Lipschitz constant if the norm of every weight (for a
+            convolution, of the convolution) is at most 1. None, as published: 1.
+
+    Raises:
+        UserError: ``lipschitz`` is not a positive number.
     """
 
-    def __init__(self, *, image_size: int = 32, channels: int = 3, width: int = 64) -> None:
-        super().__init__(image_size=image_size, channels=channels, widths=[width * k for k in (1, 2, 2, 4, 4, 8, 8)])
+    def __init__(
+        self, *, image_size: int = 32, channels: int = 3, width: int = 64, lipschitz: float | None = None
+    ) -> None:
+        widths = [width * k for k in (1, 2, 2, 4, 4, 8, 8)]
+        super().__init__(image_size=image_size, channels=channels, widths=widths, lipschitz=lipschitz)
 
 
 def _eighth(image_size: int) -> int:

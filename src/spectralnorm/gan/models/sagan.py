@@ -1,0 +1,171 @@
+"""SAGAN (Zhang et al. 2019): residual networks with one layer of self-attention each, as in the authors' code.
+
+At 128 px the attention stands where maps have 32x32 pixels: after the third block of the generator and the second of
+the discriminator. Other sizes, which the paper does not have, keep the pattern: at most 32x32, at most half of the
+image in the generator and a quarter in the discriminator (at 32 px: 16x16 and 8x8). The paper normalizes the weights of
+both networks: `spectralnorm.add_spectral_norm` takes the 1x1 convolutions of the attention along.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.models.resnet import DownBlock, GlobalSumPool, ProjectionHead, UpBlock, check_labels, glorot
+
+__all__ = ["SAGANDiscriminator", "SAGANGenerator", "SelfAttention2d"]
+
+_LARGEST_ATTENTION = 32
+"""Pixels a side; attention at N x N takes memory for N^4 / 4 numbers an image."""
+
+
+class SAGANGenerator(nn.Module):
+    """Latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1].
+
+    Args:
+        image_size: a power of two, at least 32.
+        channels: of the images.
+        width: channels of the last feature map; 64 in the paper (1024-1024-512-256-128-64 at 128 px). At 32 px all maps
+            have four times as many, as in the residual network for that size.
+        latent_dim: dimensions of the latent; 128 in the paper.
+        num_classes: None for a network without labels.
+
+    Raises:
+        UserError: the image size is no such power; when called, labels are missing or not expected.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 128,
+        channels: int = 3,
+        width: int = 64,
+        latent_dim: int = 128,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_size(image_size)
+        num_blocks = _num_halvings(image_size)
+        multiples = [4] * (num_blocks + 1) if image_size == 32 else [min(2**k, 16) for k in range(num_blocks, -1, -1)]
+        widths = [width * k for k in multiples]
+        self.num_classes = num_classes
+        self.first_map = (widths[0], 4, 4)
+        self.dense = glorot(nn.Linear(latent_dim, widths[0] * 16))
+        self.blocks = nn.ModuleList(UpBlock(a, b, num_classes=num_classes) for a, b in pairwise(widths))
+        self.attention_size = min(image_size // 2, _LARGEST_ATTENTION)
+        self.attention = SelfAttention2d(widths[_num_halvings(self.attention_size)])
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.to_image = glorot(nn.Conv2d(widths[-1], channels, 3, padding=1))
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``labels``: ``(batch,)``, int64, for a network with classes; else None."""
+        check_labels(self, labels)
+        maps = self.dense(latents).unflatten(1, self.first_map)
+        for block in self.blocks:
+            maps = block(maps, labels)
+            if maps.shape[-1] == self.attention_size:
+                maps = self.attention(maps)
+        return torch.tanh(self.to_image(functional.relu(self.norm(maps))))
+
+
+class SAGANDiscriminator(nn.Module):
+    """Images ``(batch, channels, size, size)`` to logits ``(batch,)``.
+
+    This one has no certificate, whatever its weights: dot-product attention is not Lipschitz (Kim et al. 2021, Theorem
+    3.1; its slope grows with the features, and no norm of a weight bounds that).
+
+    Args:
+        image_size: a power of two, at least 32.
+        channels: of the images.
+        width: channels of the first feature map; 64 in the paper (64-128-256-512-1024-1024 at 128 px). At 32 px all
+            maps have twice as many, as in the residual network for that size.
+        num_classes: None for a network without labels.
+        lipschitz: None; refused otherwise.
+
+    Raises:
+        UserError: the image size is no such power, or ``lipschitz`` is given; when called, labels are missing or not
+            expected.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 128,
+        channels: int = 3,
+        width: int = 64,
+        num_classes: int | None = None,
+        lipschitz: float | None = None,
+    ) -> None:
+        super().__init__()
+        if lipschitz is not None:
+            raise UserError(
+                f"lipschitz={lipschitz} was asked of the SAGAN discriminator, whose dot-product attention has no "
+                "Lipschitz constant; take the architecture resnet, or lipschitz=None."
+            )
+        _check_size(image_size)
+        num_halvings = 2 if image_size == 32 else _num_halvings(image_size)
+        multiples = [2, 2, 2, 2] if image_size == 32 else [min(2**k, 16) for k in range(num_halvings)]
+        if image_size != 32:
+            multiples.append(multiples[-1])
+        widths = [channels, *(width * k for k in multiples)]
+        self.num_classes = num_classes
+        # The authors' code widens in the first convolution of a block, Miyato et al. in the second.
+        blocks: list[nn.Module] = [
+            DownBlock(a, b, hidden_channels=b, is_first=index == 0, downsample=index < num_halvings)
+            for index, (a, b) in enumerate(pairwise(widths))
+        ]
+        self.attention_size = min(image_size // 4, _LARGEST_ATTENTION)
+        place = _num_halvings(image_size) - _num_halvings(self.attention_size)
+        blocks.insert(place, SelfAttention2d(widths[place]))
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = GlobalSumPool()
+        self.head = ProjectionHead(widths[-1], num_classes=num_classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``labels``: ``(batch,)``, int64, for a network with classes; else None."""
+        check_labels(self, labels)
+        return self.head(self.pool(functional.relu(self.blocks(images))), labels)
+
+
+class SelfAttention2d(nn.Module):
+    """Maps ``x`` of shape ``(batch, channels, h, w)`` to ``x + scale * attention(x)`` (Zhang et al. 2019, Eq. 3).
+
+    Each pixel asks (``channels / 8`` features) all 2x2 neighbourhoods, which answer with ``channels / 2`` features; as
+    in the authors' code, keys and values are the maxima over the neighbourhoods, and no convolution has a bias.
+
+    Args:
+        num_channels: of the maps, at least 1; height and width must be even.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        narrow, half = max(1, num_channels // 8), max(1, num_channels // 2)
+        self.query = glorot(nn.Conv2d(num_channels, narrow, 1, bias=False))
+        self.key = glorot(nn.Conv2d(num_channels, narrow, 1, bias=False))
+        self.value = glorot(nn.Conv2d(num_channels, half, 1, bias=False))
+        self.output = glorot(nn.Conv2d(half, num_channels, 1, bias=False))
+        self.scale = nn.Parameter(torch.zeros(()))
+        """Begins at zero, so that the network first learns from neighbouring pixels."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        queries = self.query(maps).flatten(2)
+        keys = functional.max_pool2d(self.key(maps), 2).flatten(2)
+        values = functional.max_pool2d(self.value(maps), 2).flatten(2)
+        # Written out: torch's fused attention has no second derivative, which gradient penalties need.
+        shares = torch.softmax(queries.transpose(1, 2) @ keys, dim=2)
+        answers = (values @ shares.transpose(1, 2)).unflatten(2, maps.shape[2:])
+        return maps + self.scale * self.output(answers)
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < 32 or image_size & (image_size - 1):
+        raise UserError(f"image_size must be a power of two, at least 32, for SAGAN, got {image_size}.")
+
+
+def _num_halvings(size: int) -> int:
+    """Halvings from ``size``, a power of two, to 4 pixels."""
+    return size.bit_length() - 3
