@@ -9,6 +9,9 @@ and the backward starts from given gradients. All contenders take turns, step by
 does falls on all of them. What is reported is the *net* time: a model without normalization goes along, does the same
 (reads, sums of gradients), and is taken off. The floor is what memory allows: reading every weight and writing the
 normalized one, reading every gradient and writing the new one, at the speed of a copy in the same run.
+
+With the extra `peers` installed, two more take part in the weight sets: the spectral normalization of deel-torchlip's
+layers (without its orthonormalization), and orthogonium's power iteration on the reshaped weight.
 """
 
 import argparse
@@ -16,11 +19,14 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from hardware import RESULTS, hardware, write_result
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils import parametrize
 
 import spectralnorm as sn
 from spectralnorm.gan.models import ARCHITECTURES
@@ -69,7 +75,45 @@ def hook(layers):
     return layers
 
 
+def torchlip(layers):
+    modules = import_module("deel.torchlip")
+    replaced = []
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            new = modules.SpectralLinear(layer.in_features, layer.out_features, bias=False, eps_bjorck=None)
+        else:
+            sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+            new = modules.SpectralConv2d(*sizes, bias=False, eps_bjorck=None)
+        replaced.append(new.to(layer.weight.device))
+    return nn.ModuleList(replaced)
+
+
+class Reshaped(nn.Module):
+    """orthogonium's power iteration on the weight as a matrix."""
+
+    def __init__(self, weight):
+        super().__init__()
+        matrix = weight.flatten(1)
+        self.normalize = import_module("orthogonium.reparametrizers").BatchedPowerIteration(matrix.shape)
+        self.normalize.to(weight.device)
+
+    def forward(self, weight):
+        return self.normalize(weight.flatten(1)).reshape(weight.shape)
+
+
+def orthogonium(layers):
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", Reshaped(layer.weight))
+    return layers
+
+
 CONTENDERS = {"plain": lambda layers: layers, "ours": ours, "P": parametrization, "O": hook}
+PEERS = {}
+if find_spec("deel") and find_spec("deel.torchlip"):
+    PEERS["deel-torchlip"] = torchlip
+if find_spec("orthogonium"):
+    PEERS["orthogonium"] = orthogonium
+CONTENDERS |= PEERS
 
 
 class Step:
@@ -152,13 +196,14 @@ def of_sets(repeats, device):
     rows = []
     for name, shapes in weight_sets().items():
         numel = sum(math.prod(shape) for shape in shapes)
-        found = normalization(shapes, repeats if numel < 1e7 else max(5, repeats // 4), device)
+        found = normalization(shapes, repeats if numel < 1e7 else max(5, repeats // 4), device, tuple(CONTENDERS))
         floor = copy_time(numel, repeats, device)
         # Two copies: the weight and its gradient, each read once and written once.
         rows.append((name, len(shapes), numel, found, Spread(2 * floor.median, 2 * floor.lowest)))
+    more = "".join(f" {peer} | {peer} / ours |" for peer in PEERS)
     lines = [
-        "| weights | layers | numbers | floor | ours | P | O | P / ours | O / ours | ours / floor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| weights | layers | numbers | floor | ours | P | O | P / ours | O / ours | ours / floor |{more}",
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|---|" * len(PEERS),
     ]
     for name, num_layers, numel, found, floor in rows:
         cells = [name, str(num_layers), f"{numel / 1e6:.2f} M", f"{floor.median:.2f}"]
@@ -167,6 +212,11 @@ def of_sets(repeats, device):
         cells += [f"{each.median:.2f} ({each.lowest:.2f})" for each in (mine, *others)]
         cells += [f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})" for each in others]
         cells += [f"{mine.median / floor.median:.1f}"]
+        for each in (net(found, peer) for peer in PEERS):
+            cells += [
+                f"{each.median:.2f} ({each.lowest:.2f})",
+                f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})",
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
