@@ -349,11 +349,11 @@ def main():
         "",
         "## Convolutions",
         "",
-        "Initialized as torch does; `smooth` is one blur for all pairs of channels. `ours` and `ours, rigorous` are for "
-        "the size of the images, `ours, all sizes` for any. Singla-Feizi and √patches have guaranteed norms of the "
+        "Initialized as torch does; `smooth` is one blur for all pairs of channels. `ours` and `ours, rigorous` are "
+        "for the size of the images, `ours, all sizes` for any. Singla-Feizi and √patches have guaranteed norms of the "
         "reshaped kernels. `circular, as published` is the torus of the image's size with stride 1 (Delattre et al. "
-        "2023, lip4conv). deel-torchlip divides by power iteration times √⌈k/s⌉ for each axis; orthogonium's is Delattre "
-        "et al. 2024 for stride 1 with 3 iterations (each doubles the support, and 5 take minutes).",
+        "2023, lip4conv). deel-torchlip divides by power iteration times √⌈k/s⌉ for each axis; orthogonium's is "
+        "Delattre et al. 2024 for stride 1 with 3 iterations (each doubles the support, and 5 take minutes).",
         "",
         *images,
         "",

@@ -85,7 +85,7 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
 def _same_bound(
     normalization: SpectralNorm, weight: Tensor, leading: Tensor, state: dict[str, Tensor]
 ) -> Tensor | None:
-    """The bound that was saved, if it is one of this very weight; else one of this weight, which may differ a little."""
+    """The bound that was saved, if it was of this very weight; else a new one, which may differ a little."""
     if not normalization.strict:
         return None
     if "upper" in state and torch.equal(state["upper_of"].cpu(), _checksums(weight).cpu()):
