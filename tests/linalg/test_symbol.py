@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import convolution_lower_bound, convolution_upper_bound, rigorous_convolution_bound
-from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.convolution import PADDING_MODES, ConvolutionGeometry
 
 
 def _sweep():
@@ -138,7 +139,7 @@ def test_no_bound_of_a_complex_weight_is_below_its_norm(seed, dtype, device):
     if draw.random() < 0.3:
         layer = nn.ConvTranspose2d(2 * groups, 3 * groups, draw.randint(2, 4), **options)
     else:
-        mode = draw.choice(["zeros", "circular", "replicate", "reflect"])
+        mode: Any = draw.choice(PADDING_MODES)
         layer = nn.Conv2d(2 * groups, 3 * groups, draw.randint(1, 3), padding_mode=mode, **options)
     geometry, size = ConvolutionGeometry.of(layer), (5, 6)
     weight = torch.complex(torch.randn_like(layer.weight), torch.randn_like(layer.weight)).detach().to(dtype)
