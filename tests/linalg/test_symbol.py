@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import convolution_lower_bound, convolution_upper_bound, rigorous_convolution_bound
-from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.convolution import PADDING_MODES, ConvolutionGeometry
 
 
 def _sweep():
@@ -107,6 +108,79 @@ def test_a_zero_weight_is_bounded_by_zero(device):
     geometry = ConvolutionGeometry.of(layer)
     assert float(convolution_upper_bound(layer.weight, geometry)) == 0
     assert rigorous_convolution_bound(layer.weight, geometry) == 0
+
+
+def explicit_norm(geometry, weight, size):
+    channels, _ = geometry.channels(weight)
+    double = weight.to(torch.promote_types(weight.dtype, torch.float64))
+    basis = torch.eye(channels * math.prod(size), dtype=double.dtype, device=weight.device)
+    matrix = geometry.apply(basis.view(-1, channels, *size), double).flatten(1)
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("taps", "size"), [((1, 2.0**-60, -1), 1), ((1, 0, 2.0**-60, 0, -1), 2)])
+def test_taps_that_cancel_on_a_small_torus_leave_a_bound_of_what_is_left(taps, size, dtype, device):
+    # All taps of one parity read the same pixel; added in float64 the large ones take the small one along.
+    layer = nn.Conv1d(1, 1, len(taps), padding=len(taps) // 2, padding_mode="circular", device=device)
+    weight = torch.tensor(taps, dtype=dtype, device=device).view(1, 1, -1)
+    geometry = ConvolutionGeometry.of(layer)
+    assert 2.0**-60 <= float(convolution_upper_bound(weight, geometry, (size,))) <= 1e-14
+    assert 2.0**-60 <= rigorous_convolution_bound(weight, geometry, (size,)) <= 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("seed", range(40))
+def test_no_bound_of_a_complex_weight_is_below_its_norm(seed, dtype, device):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    groups, stride, padding = draw.choice([1, 2]), draw.randint(1, 3), draw.randint(0, 2)
+    options = {"stride": stride, "padding": padding, "groups": groups, "dilation": draw.randint(1, 2), "device": device}
+    if draw.random() < 0.3:
+        layer = nn.ConvTranspose2d(2 * groups, 3 * groups, draw.randint(2, 4), **options)
+    else:
+        mode: Any = draw.choice(PADDING_MODES)
+        layer = nn.Conv2d(2 * groups, 3 * groups, draw.randint(1, 3), padding_mode=mode, **options)
+    geometry, size = ConvolutionGeometry.of(layer), (5, 6)
+    weight = torch.complex(torch.randn_like(layer.weight), torch.randn_like(layer.weight)).detach().to(dtype)
+    exact = explicit_norm(geometry, weight, size) * (1 - 1e-12)
+    rigorous = rigorous_convolution_bound(weight, geometry, size)
+    fast = float(convolution_upper_bound(weight, geometry, size))
+    assert exact <= rigorous <= fast * (1 + 1e-8)
+    assert exact <= float(convolution_upper_bound(weight, geometry))
+
+
+@pytest.mark.parametrize("num_axes", [1, 2, 3])
+def test_a_complex_circular_convolution_is_bounded_by_its_own_norm(num_axes, device):
+    torch.manual_seed(num_axes)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
+    layer = kind(2, 3, 3, padding=1, padding_mode="circular", device=device)
+    weight = torch.randn_like(layer.weight, dtype=torch.complex128)
+    geometry, size = ConvolutionGeometry.of(layer), (4,) * num_axes
+    exact = explicit_norm(geometry, weight, size)
+    assert rigorous_convolution_bound(weight, geometry, size) == pytest.approx(exact, rel=1e-8)
+
+
+@pytest.mark.parametrize(("outputs", "size"), [(1, (4, 4)), (16, (4, 4)), (16, (5, 5))])
+def test_a_kernel_that_covers_the_image_is_bounded_like_its_matrix(outputs, size, device):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, outputs, 4, bias=False, device=device)
+    geometry = ConvolutionGeometry.of(layer)
+    patches = math.prod(n - 3 for n in size)
+    matrix = float(torch.linalg.matrix_norm(layer.weight.detach().double().flatten(1), 2))
+    exact = explicit_norm(geometry, layer.weight.detach(), size)
+    rigorous = rigorous_convolution_bound(layer.weight, geometry, size)
+    assert exact * (1 - 1e-12) <= rigorous <= matrix * patches**0.5 * (1 + 1e-9)
+    assert rigorous <= float(convolution_upper_bound(layer.weight, geometry, size)) * (1 + 1e-8)
+    if patches == 1:
+        assert rigorous == pytest.approx(exact, rel=1e-9)
+
+
+def test_an_excess_below_the_rounding_is_no_obstacle_where_the_size_is_given(device):
+    layer = nn.Conv2d(2, 2, 3, padding=1, bias=False, device=device)
+    geometry = ConvolutionGeometry.of(layer)
+    exact = explicit_norm(geometry, layer.weight.detach(), (4, 4))
+    assert exact <= rigorous_convolution_bound(layer.weight, geometry, (4, 4), max_excess=1e-17) <= 1.5 * exact
 
 
 @pytest.mark.parametrize("size", [(4,), (0, 4), (2, 2)])

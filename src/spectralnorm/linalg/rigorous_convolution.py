@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.patches import as_patches
 from spectralnorm.linalg.precision import full_precision
 from spectralnorm.linalg.rigorous import rigorous_matrix_bound
 from spectralnorm.linalg.symbol import largest_symbol_above
@@ -32,7 +32,7 @@ def rigorous_convolution_bound(
     """An upper bound of the 2-norm of a convolution with the weight as stored, rounded upward.
 
     Args:
-        weight: real, as in `ConvolutionGeometry.apply`; read exactly.
+        weight: as in `ConvolutionGeometry.apply`, real or complex; read exactly.
         geometry: of the convolution.
         input_size: of the images along each axis; None: the bound holds for all sizes.
         max_excess: what a bound for all sizes may lose by looking at a finite number of frequencies, relative; a
@@ -42,24 +42,25 @@ def rigorous_convolution_bound(
         Zero for a zero weight, infinity for one that is not finite.
 
     Raises:
-        UserError: the weight is complex, ``input_size`` does not fit, or ``max_excess`` is not positive.
+        UserError: ``input_size`` does not fit, or ``max_excess`` is not positive.
     """
-    if weight.is_complex():
-        raise UserError("A convolution with a complex weight has no rigorous bound here; give a real weight.")
-    double = weight.detach().double()
+    double = weight.detach().to(torch.promote_types(weight.dtype, torch.float64))
     excesses = sorted({max_excess, _LAYER_EXCESS})
     problems = [on_torus(double, geometry, input_size, max_excess=excess) for excess in excesses]
     if problems[0].sizes == problems[-1].sizes:
         problems = problems[:1]
     with full_precision(weight.device):
-        return min(_bound(problem) for problem in problems)
+        bounds = [_bound(problem) for problem in problems]
+        patches = as_patches(double, geometry, input_size)
+        if patches is not None:
+            norm = max(map(rigorous_matrix_bound, patches.matrices))
+            bounds.append(math.nextafter(norm * patches.factor, math.inf))
+        return min(bounds)
 
 
 def _bound(problem: OnTorus) -> float:
-    if not bool(problem.kernel.any()):
-        return 0.0
     if math.prod(problem.sizes) == 1:  # a matrix for each group
         matrices = problem.kernel.flatten(2)
-        moved = 1 + problem.sum_error * matrices.shape[-1] + 2.0**-50
-        return math.nextafter(max(map(rigorous_matrix_bound, matrices)) * problem.factor * moved, math.inf)
+        norm = max(map(rigorous_matrix_bound, matrices)) + problem.moved
+        return math.nextafter(norm * problem.factor * (1 + 2.0**-50), math.inf) if norm > 0 else 0.0
     return float(largest_symbol_above(problem, margin=1e-9, eigenvalues=True))

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.patches import as_patches
 from spectralnorm.linalg.precision import full_precision
-from spectralnorm.linalg.rounding import gamma, norm_above
+from spectralnorm.linalg.rounding import gamma, next_up, norm_above
 from spectralnorm.linalg.torus import OnTorus, half_of_frequencies, on_torus
 
 __all__ = ["convolution_upper_bound", "largest_symbol_above"]
 
 _BLOCK = 128  # columns summed in float32 before the sum goes on in float64
-_TABLE_ERROR = 2.0**-49  # of the sine and cosine of a rounded angle below 2 pi
+_TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
 _CHUNK_BYTES = 2**26  # of Gram matrices held at once
 _FIRST_ITERATIONS, _MORE_ITERATIONS = 6, 30
 _NUM_LEADING = 6
@@ -48,7 +49,7 @@ def convolution_upper_bound(
     the torus allows. Waits for the device.
 
     Args:
-        weight: real, as in `ConvolutionGeometry.apply`.
+        weight: as in `ConvolutionGeometry.apply`, real or complex.
         geometry: of the convolution.
         input_size: of the images along each axis; None: the bound holds for all sizes.
         max_excess: what a bound for all sizes may lose, relative, by looking at a finite number of frequencies; the
@@ -62,16 +63,20 @@ def convolution_upper_bound(
         UserError: ``input_size`` does not fit the convolution, or ``max_excess`` is not positive.
     """
     torus = on_torus(weight.detach(), geometry, input_size, max_excess=max_excess)
+    patches = as_patches(weight.detach(), geometry, input_size)
     with full_precision(weight.device):
         if math.prod(torus.sizes) == 1:  # a matrix
-            matrix = torus.kernel.flatten(2)
-            moved = 1 + torus.sum_error * matrix.shape[-1]
-            return gram_upper_bound(matrix).amax() * (torus.factor * moved * (1 + 2.0**-50))
-        return largest_symbol_above(torus, margin=4e-3, eigenvalues=False)
+            norm = gram_upper_bound(torus.kernel.flatten(2)).amax() + torus.moved
+            bound = torch.where(norm > 0, next_up(norm * (torus.factor * (1 + 2.0**-50))), 0.0)
+        else:
+            bound = largest_symbol_above(torus, margin=4e-3, eigenvalues=False)
+        if patches is not None:
+            bound = torch.minimum(bound, next_up(gram_upper_bound(patches.matrices).amax() * patches.factor))
+        return bound
 
 
 def largest_symbol_above(torus: OnTorus, *, margin: float, eigenvalues: bool) -> Tensor:
-    """The factor times a number that the symbol's norm does not exceed at any frequency of the torus.
+    """What the norm of the convolution that was brought to ``torus`` does not exceed.
 
     Args:
         torus: whose kernel is real.
@@ -86,7 +91,7 @@ def largest_symbol_above(torus: OnTorus, *, margin: float, eigenvalues: bool) ->
     if not bool(largest.isfinite()):
         return torch.full_like(largest, math.inf)
     if not bool(largest > 0):
-        return torch.zeros_like(largest)
+        return torch.full_like(largest, torus.moved * torus.factor * (1 + 2.0**-50))
     exponent = math.frexp(float(largest))[1]
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
     # A power of two is exact; what underflows is below 2^-149, and paid for in `error`.
@@ -100,7 +105,7 @@ def largest_symbol_above(torus: OnTorus, *, margin: float, eigenvalues: bool) ->
     # Of the correlations, of their sums, of sines and cosines, and of the Gram matrices in the working type; each in
     # units of (sum over taps of ||K_a||_F)^2, which bounds the sum over d of ||R_d||_F.
     relative = 1.01 * (gamma(block + 2, dtype) + gamma(num_added) + gamma(2, dtype)) + _TABLE_ERROR
-    error = tap_sum**2 * (relative + 2.1 * torus.sum_error) + kernel.numel() * 2.0**-100 * (1 + tap_sum)
+    error = tap_sum**2 * relative + kernel.numel() * 2.0**-100 * (1 + tap_sum)
 
     frequencies = half_of_frequencies(torus.sizes, kernel.device)
     grams = _Grams(shifts, correlations, frequencies, torus.sizes, dtype)
@@ -111,16 +116,15 @@ def largest_symbol_above(torus: OnTorus, *, margin: float, eigenvalues: bool) ->
         # c^2 I - G is rounded once on its diagonal, and its trace is at most rows c^2.
         share = unit / (1 - unit) * rows * 1.01 + 2.1 * gamma(1, dtype)
         square *= 1 + share * 1.01
-    return _rooted(square * (1 + 2.0**-40) + error * 1.01, exponent, torus.factor, largest)
+    return _rooted(square * (1 + 2.0**-40) + error * 1.01, exponent, torus, largest)
 
 
-def _rooted(square: float, exponent: int, factor: float, like: Tensor) -> Tensor:
-    bound = math.sqrt(square) * (1 + 2.0**-50) * factor * (1 + 2.0**-50)
+def _rooted(square: float, exponent: int, torus: OnTorus, like: Tensor) -> Tensor:
     try:
-        scaled = math.ldexp(bound, exponent)
+        norm = math.nextafter(math.ldexp(math.sqrt(square) * (1 + 2.0**-50), exponent), math.inf)
     except OverflowError:
-        scaled = math.inf
-    return torch.full_like(like, math.nextafter(scaled, math.inf))
+        norm = math.inf
+    return torch.full_like(like, math.nextafter((norm + torus.moved) * torus.factor * (1 + 2.0**-50), math.inf))
 
 
 def _autocorrelation(kernel: Tensor) -> tuple[list[tuple[int, ...]], Tensor]:

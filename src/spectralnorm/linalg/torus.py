@@ -23,20 +23,21 @@ _UP = 1 + 2.0**-48  # pays for the roundings of a short float64 expression
 
 
 class OnTorus(NamedTuple):
-    """||convolution|| <= factor * max over groups and frequencies 2 pi j / sizes of ||symbol of kernel||.
+    """||convolution|| <= factor * (moved + max over groups and frequencies 2 pi j / sizes of ||symbol of kernel||).
 
     Attributes:
-        kernel: (groups, rows, columns, *taps), rows <= columns; in float64 if taps were added up, else in the weight's
-            type.
+        kernel: (groups, rows, columns, *taps), rows <= columns, real; in float64 if taps were added up, else in the
+            weight's type.
         sizes: of the torus, or of the grid of frequencies, along each axis.
         factor: 1, or what padding by copies and a grid in place of all frequencies may add.
-        sum_error: relative to sum over taps of ||kernel_a||_F: how far rounding has moved the symbol.
+        moved: how far rounding has moved the symbol where taps were added up. It has the size of what was added, and
+            what is left of that may be less.
     """
 
     kernel: Tensor
     sizes: tuple[int, ...]
     factor: float
-    sum_error: float
+    moved: float
 
 
 def on_torus(
@@ -45,7 +46,7 @@ def on_torus(
     """Bring a convolution onto a torus.
 
     Args:
-        weight: as in `ConvolutionGeometry.apply`.
+        weight: as in `ConvolutionGeometry.apply`, real or complex.
         geometry: of the convolution.
         input_size: along each axis; None: all sizes at once.
         max_excess: what a grid in place of all frequencies may add, relative; a quarter of it for a given size, where
@@ -63,7 +64,9 @@ def on_torus(
         # The adjoint of the convolution with the same tensor, which reads what this one writes.
         size = None if size is None else geometry.output_size(size)
     blocks = weight.unflatten(0, (geometry.groups, -1))  # (groups, out / groups, in / groups, *kernel_size)
-    sizes, factor, error = [], 1.0, 0.0
+    if blocks.is_complex():
+        blocks = _embedded(blocks)
+    sizes, factor, moved = [], 1.0, 0.0
     excesses = _excess_per_axis(geometry, max_excess if size is None else max_excess / 4)
     for axis in range(geometry.num_axes):
         stride, dilation = geometry.stride[axis], geometry.dilation[axis]
@@ -80,11 +83,12 @@ def on_torus(
             torus, factor = grid, factor * cosine
         factor = factor * math.sqrt(copies) * _UP
         if num_taps > torus:
-            blocks, error = _folded(blocks.double(), 3 + axis, torus), error + num_taps * 2.0**-52
+            moved += _folding_error(blocks, num_taps)
+            blocks = _folded(blocks.double(), 3 + axis, torus)
         sizes.append(torus)
     if blocks.shape[1] > blocks.shape[2]:
         blocks = blocks.transpose(1, 2)
-    return OnTorus(blocks, tuple(sizes), 1.0 if factor <= _UP**geometry.num_axes else factor, error)
+    return OnTorus(blocks, tuple(sizes), 1.0 if factor <= _UP**geometry.num_axes else factor, moved)
 
 
 def _checked(geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> tuple[int, ...]:
@@ -98,7 +102,8 @@ def _checked(geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> tupl
 
 def _excess_per_axis(geometry: ConvolutionGeometry, max_excess: float) -> float:
     num_sampled = sum(taps > 1 for taps in geometry.extent)
-    return (1 + max_excess) ** (1 / max(1, num_sampled))
+    # No grid is fine enough for one.
+    return max((1 + max_excess) ** (1 / max(1, num_sampled)), 1 + 2.0**-52)
 
 
 def _grid(num_taps: int, excess: float) -> tuple[int, float]:
@@ -155,6 +160,21 @@ def _padding_rule(geometry: ConvolutionGeometry, axis: int, n: int | None) -> tu
     if geometry.padding_mode == "replicate":
         return 1 + sum(ends), None
     return 3 if min(ends) >= 1 else 2, None
+
+
+def _embedded(blocks: Tensor) -> Tensor:
+    """The real map on pairs of real and imaginary parts, which has the norm of the complex one.
+
+    Its symbol is unitarily equivalent to the complex one at w beside the conjugate of that at -w.
+    """
+    real, imaginary = blocks.real, blocks.imag
+    return torch.cat((torch.cat((real, -imaginary), 2), torch.cat((imaginary, real), 2)), 1)
+
+
+def _folding_error(kernel: Tensor, num_taps: int) -> float:
+    """By how much `_folded` may be wrong in the sum over taps of Frobenius norms: twice the bound for any order."""
+    size = float(kernel.abs().double().flatten(1).sum(1).amax())
+    return size * (num_taps * 2.0**-52) if math.isfinite(size) else math.inf
 
 
 def _folded(kernel: Tensor, dim: int, size: int) -> Tensor:
