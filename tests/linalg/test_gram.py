@@ -92,7 +92,7 @@ class TestGuarantee:
     def test_it_is_never_below_the_norm(self, kind, rows, columns, dtype, num_squarings, with_vector, seed):
         assert not violations(kind, (8, rows, columns), dtype, num_squarings, seed, with_vector=with_vector)
 
-    @pytest.mark.slow
+    @pytest.mark.sweep
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_is_never_below_the_norm_of_twenty_thousand(self, kind, dtype, device):

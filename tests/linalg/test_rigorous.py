@@ -94,7 +94,7 @@ class TestRigorousBound:
         assert lower <= upper <= lower * (1 + 1e-9)
         assert lower <= gram_upper_bound(matrix).item()
 
-    @pytest.mark.slow
+    @pytest.mark.sweep
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_of_twenty_thousand_matrices_none_is_out_of_order(self, dtype, device):
         high = torch.promote_types(dtype, torch.float64)

@@ -60,7 +60,7 @@ class TestTraining:
         layer = spectral_norm(make().to(device, dtype), name, strict=True, coefficient=0.7)
         train(layer, name, 40, 0.7, loosest=0.9)
 
-    @pytest.mark.slow
+    @pytest.mark.sweep
     def test_norm_is_never_above_the_coefficient_in_a_long_training(self, make, name, dtype, device):
         layer = spectral_norm(make().to(device, dtype), name, strict=True, coefficient=0.7)
         train(layer, name, 2000, 0.7, loosest=0.9)

@@ -64,7 +64,7 @@ class TestTraining:
         layer = spectral_norm(make().to(device, dtype), strict=True, coefficient=0.8)
         train(layer, sizes, 12, 3)
 
-    @pytest.mark.slow
+    @pytest.mark.sweep
     def test_norm_is_never_above_the_coefficient_in_a_long_training(self, make, sizes, dtype, device):
         layer = spectral_norm(make().to(device, dtype), strict=True, coefficient=0.8)
         train(layer, sizes, 2000, 5)
