@@ -45,8 +45,8 @@ class CriticOptions:
 class StrictCritic(nn.Module):
     """A scalar function of vectors, in float64, with a proved Lipschitz constant in the 2-norm.
 
-    ``f(x) = scale * network((x - center) / scale)``, where the network's layers are linear ones and MaxMin. The scale is
-    a power of two, so that it rounds nothing, and does not change the constant.
+    ``f(x) = scale * network((x - center) / scale)``, where the network's layers are linear ones and MaxMin. The scale
+    is a power of two, so that it rounds nothing, and does not change the constant.
 
     Args:
         weights: of the linear layers, (out, in) each; the last has one row.
