@@ -1,5 +1,6 @@
 """All metrics together: their values, floors, provenance, and what is kept between evaluations."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.metrics import FeatureExtractor, Features, evaluate, frechet_distance, load_extractor
+from spectralnorm.metrics import (
+    CriticOptions,
+    FeatureExtractor,
+    Features,
+    evaluate,
+    evaluation,
+    frechet_distance,
+    load_extractor,
+    wasserstein_lower_bound,
+)
 from spectralnorm.records import Metric
 
 
@@ -57,6 +67,23 @@ def test_an_extractor_with_logits_gives_distances_and_classes() -> None:
 
 def test_an_extractor_without_logits_gives_distances_only() -> None:
     assert list(measure(noise(20), noise(40), MeanExtractor(logits=False))) == ["FD-Mean", "KID-Mean"]
+
+
+def test_the_wasserstein_bound_comes_when_asked_with_its_floor_and_what_it_rests_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = functools.partial(wasserstein_lower_bound, options=CriticOptions(width=4, num_hidden=1, num_steps=3))
+    monkeypatch.setattr(evaluation, "wasserstein_lower_bound", quick)
+    metrics = measure(noise(60, high=150), noise(150, seed=1), MeanExtractor(logits=False), wasserstein=True)
+    assert list(metrics) == ["FD-Mean", "KID-Mean", "W1 lower bound-Mean"]
+    bound = metrics["W1 lower bound-Mean"]
+    assert bound.floor is not None
+    # The means of four quarters differ by 53 each, a distance of 106 that a linear critic sees.
+    assert 20 < bound.value < bound.details["estimate"] * 1.1 < 130
+    assert bound.floor < 5
+    assert bound.details["critic's constant"] == pytest.approx(1, abs=1e-6)
+    assert (bound.details["real images for the bound"], bound.details["generated images for the bound"]) == (45, 30)
+    assert bound.provenance == metrics["FD-Mean"].provenance
 
 
 def test_the_packages_extractors_name_their_metrics(device: torch.device) -> None:

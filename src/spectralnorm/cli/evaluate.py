@@ -33,6 +33,8 @@ class EvaluateOptions:
     """Of the latents; none: a fixed one, other than that of the sample grids."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    wasserstein: bool = False
+    """Also bound the Wasserstein-1 distance of the features from below, with a critic trained for it."""
 
 
 def run(words: list[str]) -> int:
@@ -45,7 +47,12 @@ def run(words: list[str]) -> int:
     generator = load(options.run, device=str(device))
     images = prepare_data(generator.config)
     metrics = measure(
-        generator, images, extractors=extractors_for(images, device=device), num=options.num, seed=options.seed
+        generator,
+        images,
+        extractors=extractors_for(images, device=device),
+        num=options.num,
+        seed=options.seed,
+        wasserstein=options.wasserstein,
     )
     console = Console(soft_wrap=True, highlight=False)
     console.print(_table(metrics))

@@ -27,6 +27,7 @@ def measure(
     extractors: Sequence[FeatureExtractor],
     num: int,
     seed: int | None = None,
+    wasserstein: bool = False,
 ) -> tuple[Metric, ...]:
     """Compare generated images with the held-out ones.
 
@@ -36,8 +37,14 @@ def measure(
         extractors: what the metrics see images through.
         num: generated images.
         seed: of their latents; None: another one than that of the sample grids, so nothing is judged by what was shown.
+        wasserstein: whether to bound the Wasserstein-1 distance of features too, with a critic trained for it.
     """
     samples = generator.sample(num, seed=generator.config.seed + 1_000_003 if seed is None else seed)
     return evaluate(
-        samples, images.held_out, extractors=extractors, seed=generator.config.seed, class_names=images.class_names
+        samples,
+        images.held_out,
+        extractors=extractors,
+        seed=generator.config.seed,
+        class_names=images.class_names,
+        wasserstein=wasserstein,
     )
