@@ -1,5 +1,9 @@
 """What is certified is what `forward` computes with the weights that the layers use."""
 
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +105,40 @@ def test_table_has_a_line_for_every_layer():
         ["0", "linear", "3"],
         ["1", "relu", "3"],
     ]
+
+
+def test_picture_has_a_bar_for_each_bound(tmp_path: Path):
+    certificate = sn.certify(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), (3,))
+
+    path = certificate.draw(tmp_path / "bounds.svg")
+
+    titles = [element.text for element in ElementTree.parse(path).getroot().iter() if element.tag.endswith("title")]
+    first, _, last = certificate.layers
+    assert f"0: at most {first.upper:.6g}" in titles
+    assert f"2: at least {last.lower:.6g}" in titles
+    assert len(titles) == 5
+    with pytest.raises(sn.UserError, match=r"ends in .svg"):
+        certificate.draw(tmp_path / "bounds.png")
+
+
+@pytest.mark.parametrize("name", ["dcgan", "sncnn"])
+def test_shipped_discriminators_certify_with_and_without_their_normalization(name: str):
+    from spectralnorm.gan.models import ARCHITECTURES
+
+    model = sn.add_spectral_norm(ARCHITECTURES[name].discriminator(image_size=32, channels=3, width=4)).eval()
+    kept = sn.certify(model, (3, 32, 32), ascent_steps=5)
+    baked = sn.certify(sn.remove_spectral_norm(model), (3, 32, 32), ascent_steps=5)
+
+    assert kept.layers == baked.layers
+    assert 0 < kept.lower_bound <= kept.upper_bound < math.inf
+    for line in kept.layers:
+        assert line.gap is None or 1 <= line.gap < 1.3
+
+
+def test_bound_for_all_sizes_is_not_below_that_for_one():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
+
+    given, every = (sn.certify(model, (2, 8, 8), input_sizes=sizes, ascent_steps=0) for sizes in ("given", "all"))
+
+    assert given.upper_bound <= every.upper_bound <= 1.5 * given.upper_bound
+    assert "every image size" in str(every)

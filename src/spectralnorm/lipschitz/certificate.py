@@ -1,12 +1,14 @@
-"""What `certify` found, as a table and as JSON."""
+"""What `certify` found, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from spectralnorm.errors import UserError
+from spectralnorm.lipschitz.drawing import drawn
 
 __all__ = ["Certificate", "LayerBound"]
 
@@ -112,6 +114,21 @@ class Certificate:
             return cls(**(fields | {"layers": layers, "input_shape": tuple(fields["input_shape"])}))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"Expected the JSON of a certificate, as to_json writes it, but {error}.") from error
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture of the layers' bounds and of their running product, as SVG.
+
+        Args:
+            path: of a file to write; its name ends in ``.svg``.
+
+        Raises:
+            UserError: the name ends otherwise.
+        """
+        path = Path(path)
+        if path.suffix != ".svg":
+            raise UserError(f"Certificate.draw writes SVG; give a name that ends in .svg, not {path.name!r}.")
+        path.write_text(drawn(self), encoding="utf-8")
+        return path
 
 
 def _cells(layer: LayerBound) -> tuple[str, ...]:

@@ -1,0 +1,247 @@
+"""Random small networks: does any pair of inputs show a larger Lipschitz constant than the certificate allows?
+
+    python benchmarks/soundness_networks.py [NETWORKS] [STEPS]
+
+Chains of linear layers, convolutions of all kinds, transposed and grouped ones, norms, pools, activations, residuals,
+concatenations, shared modules and functional calls. Each is certified, and searched by gradient ascent in float64 on
+the model itself, not on what was recorded of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import spectralnorm as sn
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: nn.Module, *, share: float | None) -> None:
+        super().__init__()
+        self.branch, self.share = branch, share
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        branch = self.branch(inputs)
+        return inputs + branch if self.share is None else (1 - self.share) * inputs + self.share * branch
+
+
+class Concatenation(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([branch(inputs) for branch in self.branches], dim=1)
+
+
+class Functional(nn.Module):
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self.choice = draw.randrange(7)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.choice == 0:
+            return 2 - 0.5 * F.leaky_relu(inputs, -1.5)
+        if self.choice == 1:
+            first, second = inputs.chunk(2, dim=1)
+            return torch.cat([torch.maximum(first, second), first - second], dim=1)
+        if self.choice == 2:
+            return inputs.sort(dim=1).values.clamp_(-1.0, 2.0)
+        if self.choice == 3:
+            return F.softmax(3 * inputs, dim=1)
+        if self.choice == 4:
+            return inputs.flip(1) / 3 + inputs.abs().mean(1, keepdim=True)
+        if self.choice == 5:
+            return F.log_softmax(inputs, dim=-1) + inputs.amax(dim=1, keepdim=True)
+        return torch.lerp(inputs, torch.tanh(inputs), 0.3)
+
+
+def _activation(draw: random.Random) -> nn.Module:
+    kinds = (
+        nn.ReLU,
+        nn.Tanh,
+        nn.GELU,
+        nn.SiLU,
+        nn.Mish,
+        nn.SELU,
+        nn.Hardswish,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.ELU,
+        nn.PReLU,
+    )
+    return draw.choice(kinds)()
+
+
+def _normalized(layer: nn.Module, draw: random.Random) -> nn.Module:
+    kind = draw.randrange(5)
+    if kind == 0:
+        return sn.spectral_norm(layer)
+    if kind == 1:
+        return nn.utils.parametrizations.weight_norm(layer)
+    return layer
+
+
+def _convolution(channels: int, draw: random.Random) -> nn.Module:
+    groups = draw.choice((1, 1, 2))
+    kernel = draw.choice((1, 2, 3))
+    mode = draw.choice(("zeros", "zeros", "circular", "reflect", "replicate"))
+    dilation = draw.choice((1, 1, 2))
+    layer = nn.Conv2d(
+        channels,
+        channels,
+        kernel,
+        padding="same",
+        padding_mode=mode if kernel > 1 else "zeros",
+        dilation=dilation,
+        groups=groups,
+    )
+    return _normalized(layer, draw)
+
+
+def _image_layer(channels: int, size: int, draw: random.Random) -> tuple[nn.Module, int]:
+    """One that keeps the channels, and the size after it."""
+    kind = draw.randrange(11)
+    if kind <= 2:
+        return _convolution(channels, draw), size
+    if kind == 3 and size >= 4:
+        kernel, padding = draw.choice(((2, 0), (4, 1), (3, 1)))
+        layer = nn.Conv2d(channels, channels, kernel, stride=2, padding=padding, groups=draw.choice((1, 2)))
+        return layer, (size + 2 * padding - kernel) // 2 + 1
+    if kind == 4 and size <= 6:
+        layer = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, groups=draw.choice((1, 2)))
+        return layer, 2 * size
+    if kind == 5 and size >= 4:
+        kernel, stride = draw.choice(((2, 2), (3, 2), (2, 1)))
+        pool = draw.choice((nn.MaxPool2d, nn.AvgPool2d))(kernel, stride, ceil_mode=draw.random() < 0.5)
+        return pool, pool(torch.zeros(1, 1, size, size)).shape[-1]
+    if kind == 6:
+        return nn.BatchNorm2d(channels), size
+    if kind == 7 and size <= 6:
+        return nn.Upsample(scale_factor=2, mode=draw.choice(("nearest", "bilinear"))), 2 * size
+    if kind == 8:
+        return Functional(draw), size
+    if kind == 9:
+        inner = nn.Sequential(_convolution(channels, draw), _activation(draw))
+        return Residual(inner, share=draw.choice((None, 0.25, 0.5))), size
+    if kind == 10:
+        halves = (nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        return Concatenation(*halves), size
+    return _activation(draw), size
+
+
+def _image_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
+    channels, size = draw.choice((2, 4)), draw.choice((3, 4, 5, 8))
+    shape = (channels, size, size)
+    layers: list[nn.Module] = []
+    for _ in range(draw.randint(1, 5)):
+        layer, size = _image_layer(channels, size, draw)
+        layers += [layer] if draw.random() < 0.5 else [layer, _activation(draw)]
+    if draw.random() < 0.5:
+        layers += [nn.AdaptiveAvgPool2d(draw.choice((1, 2))), nn.Flatten(), nn.LazyLinear(3)]
+    return nn.Sequential(*layers), shape
+
+
+def _vector_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
+    width = draw.choice((2, 4, 8))
+    shared = _normalized(nn.Linear(width, width), draw)
+    layers: list[nn.Module] = []
+    for _ in range(draw.randint(1, 6)):
+        kind = draw.randrange(7)
+        layer: nn.Module
+        if kind == 0:
+            layer = shared
+        elif kind == 1:
+            layer = Residual(nn.Sequential(nn.Linear(width, width), _activation(draw)), share=draw.choice((None, 0.5)))
+        elif kind == 2:
+            layer = Residual(nn.Linear(width, width), share=draw.choice((None, 0.5)))
+        elif kind == 3:
+            layer = Concatenation(nn.Linear(width, width // 2), nn.Linear(width, width - width // 2))
+        elif kind == 4:
+            layer = nn.BatchNorm1d(width)
+        elif kind == 5:
+            layer = Functional(draw)
+        else:
+            layer = _normalized(nn.Linear(width, width), draw)
+        layers += [layer] if draw.random() < 0.5 else [layer, _activation(draw)]
+    return nn.Sequential(*layers), (width,)
+
+
+def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network and the shape of a sample; the same for the same seed."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model, shape = draw.choice((_image_network, _vector_network))(draw)
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(2, *shape))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_var.uniform_(0.3, 2)  # type: ignore[union-attr]
+                module.weight.uniform_(-2, 2)
+    return model, shape
+
+
+def largest_stretch(model: nn.Module, shape: tuple[int, ...], *, steps: int, pairs: int = 32) -> float:
+    """The largest quotient of a search over pairs of inputs, in float64 on the model itself."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if nn.utils.parametrize.is_parametrized(module):
+            # The weight that the float32 layer computes with, not that of a float64 one.
+            nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-2, 0.7, pairs, dtype=torch.float64).reshape(-1, *[1] * len(shape))
+    base = scales * torch.randn(pairs, *shape, generator=generator, dtype=torch.float64)
+    offset = 0.01 * scales * torch.randn(pairs, *shape, generator=generator, dtype=torch.float64)
+    best = 0.0
+    for step in range(steps):
+        base, offset = base.detach().requires_grad_(), offset.detach().requires_grad_()
+        change = (model(base + offset) - model(base)).flatten(1).norm(dim=1)
+        ratio = change / offset.flatten(1).norm(dim=1)
+        best = max(best, ratio.max().item())
+        direction, motion = torch.autograd.grad(ratio.clamp_min(1e-300).log().sum(), (offset, base))
+        with torch.no_grad():
+            if step < steps // 2:  # on a linear piece: power iteration
+                square = offset.flatten(1).square().sum(1).reshape(scales.shape)
+                grown = direction + offset / square
+                offset = grown * (square.sqrt() / grown.flatten(1).norm(dim=1).clamp_min(1e-300).reshape(scales.shape))
+            else:
+                base = base + 0.1 * scales * motion / motion.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(
+                    scales.shape
+                )
+                square = offset.flatten(1).square().sum(1).reshape(scales.shape)
+                offset = offset + 0.2 * square * direction
+    return best
+
+
+def main() -> None:
+    networks = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 60
+    begin, violations, ratios = time.perf_counter(), [], []
+    for seed in range(networks):
+        model, shape = random_network(seed)
+        upper = sn.certify(model, shape, ascent_steps=0).upper_bound
+        stretch = largest_stretch(model, shape, steps=steps)
+        # 1e-9: what rounding of a float64 evaluation may add to a quotient.
+        if stretch > upper * (1 + 1e-9) + 1e-12:
+            violations.append(seed)
+            print(f"seed {seed}: {stretch} > {upper}\n{model}")
+        if upper > 0:
+            ratios.append(stretch / upper)
+    ratios.sort()
+    print(f"{networks} networks, {len(violations)} violations {violations}; {time.perf_counter() - begin:.0f} s")
+    print(
+        f"largest stretch found / certificate: median {ratios[len(ratios) // 2]:.3f}, best {ratios[-1]:.6f}; "
+        f"above 0.9 in {sum(ratio > 0.9 for ratio in ratios)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
