@@ -150,6 +150,8 @@ def published_circular(case, num_iterations=5):
     """The bound of Delattre et al. 2023 (lip4conv) for stride 1 on a torus of the image's size."""
     refuse_dilation(case)
     size = case.geometry.output_size(case.input_size) if case.geometry.transposed else case.input_size
+    if max(case.geometry.kernel_size) > min(size):
+        raise ValueError("the transform would cut the kernel")
     symbol = torch.fft.rfftn(case.weight, s=size, dim=tuple(range(2, case.weight.ndim)))
     return gram_iteration(symbol.flatten(2).permute(2, 0, 1), num_iterations).amax()
 
@@ -369,8 +371,8 @@ def main():
         "## Zero padding: how often a number is below the norm",
         "",
         "Small random layers, kernels of 2 to 5, stride and dilation 1 or 2, padding 0 to 2, transposed ones too, half "
-        "of them with positive weights, against the SVD of the explicit matrix. The published bounds and the peers' are "
-        "asked about those without dilation only.",
+        "of them with positive weights, against the SVD of the explicit matrix. The published bounds and the peers' "
+        "are asked about those without dilation only.",
         "",
         *counted,
         "",
