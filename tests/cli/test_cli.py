@@ -225,7 +225,7 @@ def test_a_certificate_is_written_beside_the_run_and_into_its_report(
     assert main(["certify", str(run), "--max", "0.01"]) == 1
     assert "above the maximum 0.01" in capsys.readouterr().out
 
-    checkpoint = next((run / "checkpoints").glob("*.safetensors"))
+    checkpoint = max((run / "checkpoints").glob("*.safetensors"))
     out = tmp_path / "of-file.json"
     settings = ["--recipe", "fashion-strict", "--discriminator-width", "2", "--out", str(out)]
     assert main(["certify", str(checkpoint), *settings]) == 0

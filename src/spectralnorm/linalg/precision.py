@@ -13,7 +13,6 @@ __all__ = ["full_precision", "is_full_precision"]
 _FULL = ("ieee", "none")
 
 
-@torch.compiler.assume_constant_result
 def is_full_precision(device: torch.device) -> bool:
     """Whether products of float32 matrices on ``device`` are rounded to float32: neither TF32 nor bfloat16.
 
@@ -23,6 +22,10 @@ def is_full_precision(device: torch.device) -> bool:
     if settings is None:
         return torch.get_float32_matmul_precision() == "highest"
     return settings.fp32_precision in _FULL
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler for it.
+is_full_precision._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @contextmanager
