@@ -63,4 +63,4 @@ def _bound(problem: OnTorus) -> float:
         matrices = problem.kernel.flatten(2)
         norm = max(map(rigorous_matrix_bound, matrices)) + problem.moved
         return math.nextafter(norm * problem.factor * (1 + 2.0**-50), math.inf) if norm > 0 else 0.0
-    return float(largest_symbol_above(problem, margin=1e-9, eigenvalues=True))
+    return float(largest_symbol_above(problem, margin=1e-9, is_certificate=True))
