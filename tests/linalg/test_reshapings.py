@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
-from spectralnorm.linalg.reshapings import copies_by_padding, patches_bound, reads_per_pixel, reshapings_bound
+from spectralnorm.linalg.patches import copies_by_padding, reads_per_pixel
+from spectralnorm.linalg.reshapings import patches_bound, reshapings_bound
 
 from .operators import LAYERS, explicit
 

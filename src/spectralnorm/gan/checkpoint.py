@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Checkpoint", "latest_checkpoint", "save_checkpoint", "save_tensors"]
+__all__ = ["Checkpoint", "latest_checkpoint", "read_tensors", "save_checkpoint", "save_tensors", "under"]
 
 _NUM_KEPT = 2
 
@@ -65,14 +65,28 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """
     for path in _newest_first(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, metadata = read_tensors(path)
             if metadata["sha256"] == _digest(tensors):
                 return Checkpoint(path, tensors, json.loads(metadata["numbers"]))
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
             continue
     return None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, on the CPU, and the strings of its header.
+
+    Raises:
+        OSError: it cannot be opened.
+        SafetensorError: it is no such file, or damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.checkpoint import latest_checkpoint
+from spectralnorm.gan.checkpoint import latest_checkpoint, read_tensors, under
 from spectralnorm.gan.config import Config, config_from_json
 from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
 from spectralnorm.gan.run_folder import CHECKPOINTS, CONFIG_FILE
@@ -46,9 +46,9 @@ def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
     if checkpoint is None:
         raise UserError(f"{run} has no readable checkpoint yet, so there is no discriminator; train for a while first.")
     discriminator = NORMALIZATIONS[config.normalization](build_discriminator(config))
-    _load(discriminator, _under("discriminator.", checkpoint.tensors), checkpoint.path)
+    _load(discriminator, under("discriminator.", checkpoint.tensors), checkpoint.path)
     # With what was followed from step to step, its weights are divided by the very numbers of the training.
-    load_tracking_state(discriminator, _under("tracking.", checkpoint.tensors))
+    load_tracking_state(discriminator, under("tracking.", checkpoint.tensors))
     return discriminator.eval(), config
 
 
@@ -64,14 +64,13 @@ def discriminator_of_file(file: Path, config: Config) -> nn.Module:
         UserError: there is no such file, it cannot be read, or its weights are not those of this network.
     """
     try:
-        with safe_open(file, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+        tensors, _ = read_tensors(file)
     except FileNotFoundError as error:
         raise UserError(f"There is no file {file}; give a run folder or a safetensors file.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again.") from error
-    tracked = _under("tracking.", tensors)
-    tensors = _under("discriminator.", tensors) or tensors
+    tracked = under("tracking.", tensors)
+    tensors = under("discriminator.", tensors) or tensors
     discriminator = build_discriminator(config)
     if any(mark in name for name in tensors for mark in _NORMALIZED):
         normalize = NORMALIZATIONS["spectral" if config.normalization == "none" else config.normalization]
@@ -89,7 +88,3 @@ def _load(discriminator: nn.Module, tensors: dict[str, Tensor], file: Path) -> N
             f"The weights in {file} do not fit {type(discriminator).__name__} with these settings; give the recipe and "
             "settings that they were trained with."
         ) from error
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.checkpoint import save_tensors
+from spectralnorm.gan.checkpoint import read_tensors, save_tensors
 from spectralnorm.gan.config import Config, config_from_json, config_to_json
 from spectralnorm.gan.models import ARCHITECTURES
 
@@ -138,9 +138,7 @@ def load(run_or_file: str | Path, *, generator: nn.Module | None = None, device:
         what = "has no trained generator yet" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; give a run folder made by 'spectralnorm train', or a {GENERATOR_FILE}.")
     try:
-        with safe_open(file, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+        tensors, metadata = read_tensors(file)
     except SafetensorError as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again.") from error
     if "config" not in metadata:

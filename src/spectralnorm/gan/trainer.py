@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectralnorm.gan.augment import compose
+from spectralnorm.gan.checkpoint import under
 from spectralnorm.gan.config import Config, augmentation_names
 from spectralnorm.gan.data import Batches
 from spectralnorm.gan.ema import GeneratorAverage
@@ -180,14 +181,14 @@ class Trainer:
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Go back to what `state` returned."""
-        self.generator.load_state_dict(_under("generator.", tensors))
-        self.discriminator.load_state_dict(_under("discriminator.", tensors))
-        load_tracking_state(self.discriminator, _under("tracking.", tensors))
-        self.average.module.load_state_dict(_under("average.", tensors))
+        self.generator.load_state_dict(under("generator.", tensors))
+        self.discriminator.load_state_dict(under("discriminator.", tensors))
+        load_tracking_state(self.discriminator, under("tracking.", tensors))
+        self.average.module.load_state_dict(under("average.", tensors))
         for name, optimizer in self._optimizers():
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
-            for key, value in _under(f"{name}.", tensors).items():
+            for key, value in under(f"{name}.", tensors).items():
                 index, slot = key.split(".", 1)
                 state.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -273,7 +274,3 @@ def _prepare(network: nn.Module, device: torch.device) -> nn.Module:
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     # A checkpoint is contiguous; fused optimizers walk through a weight and its moments in the weight's own order.
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 
-__all__ = ["AsPatches", "as_patches"]
+__all__ = [
+    "AsPatches",
+    "as_patches",
+    "copies_by_padding",
+    "copies_on_axis",
+    "patches_of_any_size",
+    "reads_per_pixel",
+]
 
 
 class AsPatches(NamedTuple):
@@ -38,10 +45,48 @@ def as_patches(weight: Tensor, geometry: ConvolutionGeometry, input_size: Sequen
     """
     if input_size is None:
         return None
-    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
-    of_large_image = math.prod(-(-k * math.gcd(s, d) // s) for k, s, d in axes)
     count = max_patches_per_pixel(geometry, input_size)
-    if not count < of_large_image:
+    if not count < math.prod(reads_per_pixel(geometry)):
         return None
     factor = 1.0 if count == 1 else math.sqrt(count) * (1 + 2.0**-50)
     return AsPatches(weight.unflatten(0, (geometry.groups, -1)).flatten(2), factor)
+
+
+def reads_per_pixel(geometry: ConvolutionGeometry) -> tuple[int, ...]:
+    """How many taps read one pixel of a padded input at most, along each axis, whatever the size.
+
+    With g = gcd(stride, dilation), tap ``a`` of output ``m`` reads pixel ``stride m + dilation a``, so the taps that
+    read the same pixel differ by multiples of stride / g.
+    """
+    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
+    return tuple(math.ceil(k * math.gcd(s, d) / s) for k, s, d in axes)
+
+
+def copies_by_padding(geometry: ConvolutionGeometry) -> int:
+    """How many copies of one pixel the padding makes at most, itself included, over all axes and for any size.
+
+    The norm of the padding is the root of it. Where a convolution with circular padding is a part of one on a torus,
+    the padding costs nothing, and this is 1.
+    """
+    return math.prod(copies_on_axis(geometry, axis) for axis in range(geometry.num_axes))
+
+
+def copies_on_axis(geometry: ConvolutionGeometry, axis: int) -> int:
+    """As `copies_by_padding`, along one axis."""
+    before, after = geometry.padding[axis]
+    if geometry.padding_mode == "zeros" or not before + after:
+        return 1
+    if geometry.padding_mode == "replicate":
+        return 1 + before + after  # of the only pixel there may be
+    if geometry.padding_mode == "circular" and geometry.stride[axis] == 1 and before + after < geometry.extent[axis]:
+        return 1
+    # Neither reflects nor wraps around more than once at an end.
+    return 1 + (before > 0) + (after > 0)
+
+
+def patches_of_any_size(geometry: ConvolutionGeometry) -> int:
+    """How many patches read one pixel of an input at most, over all axes and for any size.
+
+    `max_patches_per_pixel` is never above it.
+    """
+    return math.prod(reads_per_pixel(geometry)) * copies_by_padding(geometry)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.patches import copies_by_padding
 from spectralnorm.linalg.power_iteration import compute_dtype
 from spectralnorm.linalg.precision import full_precision
-from spectralnorm.linalg.reshapings import copies_by_padding
 from spectralnorm.linalg.rounding import binary_exponent, gamma, power_of_two
 
 __all__ = ["almost_orthogonal", "gram_row_sums"]

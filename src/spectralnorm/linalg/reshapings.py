@@ -13,42 +13,12 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.patches import copies_by_padding, patches_of_any_size, reads_per_pixel
 
-__all__ = ["copies_by_padding", "patches_bound", "reads_per_pixel", "reshapings_bound"]
+__all__ = ["patches_bound", "reshapings_bound"]
 
 # A guaranteed bound times a root: sqrt and product round, each by 2^-53 at most.
 _UP = 1 + 4 * 2.0**-53
-
-
-def reads_per_pixel(geometry: ConvolutionGeometry) -> tuple[int, ...]:
-    """How many taps read one pixel of a padded input at most, along each axis, whatever the size.
-
-    With g = gcd(stride, dilation), tap ``a`` of output ``m`` reads pixel ``stride m + dilation a``, so the taps that
-    read the same pixel differ by multiples of stride / g.
-    """
-    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True)
-    return tuple(math.ceil(k * math.gcd(s, d) / s) for k, s, d in axes)
-
-
-def copies_by_padding(geometry: ConvolutionGeometry) -> int:
-    """How many copies of one pixel the padding makes at most, itself included, over all axes and for any size.
-
-    The norm of the padding is the root of it. Where a convolution with circular padding is a part of one on a torus,
-    the padding costs nothing, and this is 1.
-    """
-    return math.prod(_copies(geometry, axis) for axis in range(geometry.num_axes))
-
-
-def _copies(geometry: ConvolutionGeometry, axis: int) -> int:
-    before, after = geometry.padding[axis]
-    if geometry.padding_mode == "zeros" or not before + after:
-        return 1
-    if geometry.padding_mode == "replicate":
-        return 1 + before + after  # of the only pixel there may be
-    if geometry.padding_mode == "circular" and geometry.stride[axis] == 1 and before + after < geometry.extent[axis]:
-        return 1
-    # Neither reflects nor wraps around more than once at an end.
-    return 1 + (before > 0) + (after > 0)
 
 
 def patches_bound(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
@@ -64,8 +34,7 @@ def patches_bound(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:
         Scalar, float64: not below the norm of the convolution for an input of any size.
     """
     blocks = _blocks(weight, geometry).flatten(2)
-    factor = math.prod(reads_per_pixel(geometry)) * copies_by_padding(geometry)
-    return gram_upper_bound(blocks).amax() * (math.sqrt(factor) * _UP)
+    return gram_upper_bound(blocks).amax() * (math.sqrt(patches_of_any_size(geometry)) * _UP)
 
 
 def reshapings_bound(weight: Tensor, geometry: ConvolutionGeometry) -> Tensor:

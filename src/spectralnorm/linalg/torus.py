@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import PADDING_MODES, ConvolutionGeometry
+from spectralnorm.linalg.patches import copies_on_axis
 
 __all__ = ["OnTorus", "half_of_frequencies", "on_torus"]
 
@@ -155,11 +156,7 @@ def _padding_rule(geometry: ConvolutionGeometry, axis: int, n: int | None) -> tu
     if n is not None:
         copies = torch.bincount(geometry.sources(n, ends), minlength=n).max()
         return int(copies), math.ceil((n + sum(ends)) / stride)
-    if sum(ends) == 0:
-        return 1, None
-    if geometry.padding_mode == "replicate":
-        return 1 + sum(ends), None
-    return 3 if min(ends) >= 1 else 2, None
+    return copies_on_axis(geometry, axis), None
 
 
 def _embedded(blocks: Tensor) -> Tensor:

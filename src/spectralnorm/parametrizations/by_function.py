@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from spectralnorm import linalg
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry
-from spectralnorm.linalg.reshapings import copies_by_padding, reads_per_pixel
+from spectralnorm.linalg.patches import patches_of_any_size
 
 __all__ = ["AlmostOrthogonal", "MappedMatrix", "almost_orthogonal", "bjorck", "cayley", "soft_cap"]
 
@@ -59,8 +59,7 @@ class MappedMatrix(nn.Module):
         groups, scale = 1, self.coefficient
         if self.geometry is not None:
             groups = self.geometry.groups
-            patches = math.prod(reads_per_pixel(self.geometry)) * copies_by_padding(self.geometry)
-            scale = self.coefficient / math.sqrt(patches) * (1 - 2.0**-50)
+            scale = self.coefficient / math.sqrt(patches_of_any_size(self.geometry)) * (1 - 2.0**-50)
         blocks = weight.unflatten(0, (groups, -1)).flatten(2)
         with torch.autocast(weight.device.type, enabled=False):
             mapped = self.function(blocks.to(linalg.compute_dtype(weight.dtype))) * scale
@@ -161,7 +160,7 @@ def soft_cap(layer: Layer, name: str = "weight", *, coefficient: float = 1.0) ->
     """
     _require_positive(coefficient)
     geometry = _geometry_of(layer, name)
-    patches = 1.0 if geometry is None else math.prod(reads_per_pixel(geometry)) * copies_by_padding(geometry)
+    patches = 1 if geometry is None else patches_of_any_size(geometry)
     limit = coefficient / math.sqrt(patches)
     return _register(layer, name, partial(_capped_to_one, limit=limit), coefficient)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
+from spectralnorm.linalg.patches import patches_of_any_size
 
 __all__ = ["InputSizeCheck", "InputSizeLearner", "checked_input_size", "gain_of", "geometry_of", "usual_input_size"]
 
@@ -46,18 +47,7 @@ def gain_of(geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> 
 
     The root of the number of patches that read one pixel; without a size its largest value over all.
     """
-    if input_size is not None:
-        patches = max_patches_per_pixel(geometry, input_size)
-    else:
-        patches = 1
-        axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding, strict=True)
-        for size, stride, dilation, ends in axes:
-            patches *= math.ceil(size * math.gcd(stride, dilation) / stride)
-            # Copies of a pixel in the padded image: one from each end at most, but for replicate.
-            if geometry.padding_mode == "replicate":
-                patches *= 1 + sum(ends)
-            elif geometry.padding_mode != "zeros" and any(ends):
-                patches *= 3
+    patches = patches_of_any_size(geometry) if input_size is None else max_patches_per_pixel(geometry, input_size)
     return 1.0 if patches == 1 else math.sqrt(patches) * (1 + 2.0**-50)
 
 

@@ -69,9 +69,8 @@ def _environment() -> jinja2.Environment:
 
 def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
     """What the template shows: text, images, and what the scripts read."""
-    normalized = contents.config["normalization"] != "none"
     curves = curve_charts(contents)
-    spectrum = spectrum_chart(contents.spectra, normalized=normalized)
+    spectrum = spectrum_chart(contents.spectra, normalization=contents.config["normalization"])
     evaluation = contents.evaluations[-1] if contents.evaluations else None
     of_metrics = metric_charts(contents.evaluations)
     guaranteed = _guarantee(contents)

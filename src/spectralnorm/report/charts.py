@@ -18,6 +18,21 @@ __all__ = ["Chart", "curve_charts", "metric_charts", "spectrum_chart"]
 _FIRST_RANKS, _OTHER_RANKS = 64, 192
 """Points of one spectrum: each of the first ranks, where a logarithmic axis has room, and the others evenly spread."""
 
+_SIGMA_MEANS = {
+    "none": "Nothing holds these norms back in this run; look for steady growth: the discriminator gets ever steeper, "
+    "and training less stable.",
+    "spectral": "The layer divides its weight by this number, so growth is harmless here: the weight it uses keeps "
+    "norm 1.",
+    "strict": "Here it is a guaranteed bound of what the whole layer does to its input, and the layer divides by it, "
+    "so growth is harmless: what it uses stays below 1.",
+}
+"""What sigma is to a layer, by how the run normalizes."""
+_SPECTRUM_BEGINS = {
+    "none": "Nothing bounds where they begin in this run. ",
+    "spectral": "Normalized, each begins at about 1. ",
+    "strict": "A convolution begins below 1: its map of whole images is what is held at 1. ",
+}
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -36,13 +51,7 @@ class Chart:
 
 def curve_charts(contents: Contents) -> dict[str, Chart]:
     """Charts of what was logged while training, by id; without those of which nothing was logged."""
-    normalized = contents.config["normalization"] != "none"
-    sigma_meaning = (
-        "The layer divides its weight by this number, so growth is harmless here: the weight it uses keeps norm 1."
-        if normalized
-        else "Nothing holds these norms back in this run; look for steady growth: the discriminator gets ever steeper, "
-        "and training less stable."
-    )
+    sigma_meaning = _SIGMA_MEANS.get(contents.config["normalization"], _SIGMA_MEANS["spectral"])
     charts = [
         _timeline(
             contents.curves,
@@ -95,7 +104,7 @@ def curve_charts(contents: Contents) -> dict[str, Chart]:
     return {chart.id: chart for chart in charts if chart is not None}
 
 
-def spectrum_chart(spectra: Spectra | None, *, normalized: bool) -> Chart | None:
+def spectrum_chart(spectra: Spectra | None, *, normalization: str) -> Chart | None:
     """The singular values of every layer against their rank; None without any."""
     layers = {
         name: [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
@@ -117,7 +126,7 @@ def spectrum_chart(spectra: Spectra | None, *, normalized: bool) -> Chart | None
                 "count": len(values),
             }
         )
-    bound = "Normalized, each begins at about 1. " if normalized else "Nothing bounds where they begin in this run. "
+    bound = _SPECTRUM_BEGINS.get(normalization, _SPECTRUM_BEGINS["spectral"])
     return Chart(
         id="spectra",
         title="Singular values of each discriminator layer, as used",
