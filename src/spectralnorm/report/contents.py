@@ -82,6 +82,8 @@ def read_run(folder: Path) -> Contents:
         contents.problems.append("data.json cannot be read, so the data is not described.")
     try:
         contents.certificate = _read_object(folder / "certificate.json")
+        if contents.certificate is None:
+            contents.problems.append("certificate.json is not a certificate, so no guarantee is shown.")
     except FileNotFoundError:
         pass  # written only when somebody asks for it
     except (OSError, ValueError):
