@@ -11,6 +11,7 @@ import torch
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet, from_tensors, load_images
+from spectralnorm.gan.data.points import MIXTURES, open_points
 
 __all__ = ["GIVEN_DATA", "prepare_data", "resolve_device"]
 
@@ -30,6 +31,8 @@ def prepare_data(config: Config, data: Any = None) -> ImageSet:
         return data
     if data is None or isinstance(data, str | os.PathLike):
         path = config.data if data is None else os.fspath(data)
+        if path is not None and path in MIXTURES:
+            return open_points(path)
         if path == GIVEN_DATA:
             raise UserError("This run was trained on images given from Python; give them again as data=.")
         return load(path)

@@ -150,7 +150,7 @@ def train(
                 Averaging(),
                 StepSizeDecay(),
                 ScalarLog(log, display.log, trainer=trainer),
-                SampleGrids(folder, log, checkpoints, trainer=trainer),
+                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.images),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
                 *observers,
@@ -162,7 +162,7 @@ def train(
             if reason != "interrupted":
                 display.phase("Drawing and measuring the final samples")
                 measure = trainer.step >= _MIN_STEPS_FOR_METRICS
-                finish(folder, log, trainer, images, extractors if measure else [])
+                finish(folder, log, trainer, images, extractors, measured=measure)
             log.append(
                 Ending(
                     step=trainer.step,

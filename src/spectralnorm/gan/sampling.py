@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import read_tensors, save_tensors
 from spectralnorm.gan.config import Config, config_from_json, config_to_json
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.networks import build_generator
 
 __all__ = ["GENERATOR_FILE", "TrainedGenerator", "load", "save_generator"]
@@ -60,7 +61,7 @@ class TrainedGenerator(nn.Module):
             labels: int64 ``(num,)``, for a conditional generator; None: drawn in the proportions of the training data.
 
         Returns:
-            uint8 tensor ``(num, channels, height, width)`` on the CPU.
+            uint8 tensor ``(num, channels, height, width)`` on the CPU; points are float32 ``(num, 2, 1, 1)``.
 
         Raises:
             UserError: num or seed is out of range.
@@ -118,6 +119,8 @@ class TrainedGenerator(nn.Module):
         for start in range(0, len(latents), _BATCH):
             part = slice(start, start + _BATCH)
             batches.append(self(latents[part].to(device), None if labels is None else labels[part].to(device)))
+        if ARCHITECTURES[self.config.architecture].makes_points:
+            return torch.cat(batches).float().cpu()
         return torch.cat([_to_uint8(batch).cpu() for batch in batches]).contiguous()
 
 
