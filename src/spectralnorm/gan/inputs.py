@@ -10,7 +10,8 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet, from_tensors, load_images
+from spectralnorm.gan.data import ImageSet, from_huggingface, from_tensors, load_images
+from spectralnorm.gan.data.huggingface import is_huggingface
 
 __all__ = ["GIVEN_DATA", "prepare_data", "resolve_device"]
 
@@ -33,6 +34,8 @@ def prepare_data(config: Config, data: Any = None) -> ImageSet:
         if path == GIVEN_DATA:
             raise UserError("This run was trained on images given from Python; give them again as data=.")
         return load(path)
+    if is_huggingface(data):
+        return from_huggingface(data, image_size=config.image_size, channels=config.channels)
     if isinstance(data, torch.Tensor):
         return wrap(data)
     items = [data[index] for index in range(len(data))]

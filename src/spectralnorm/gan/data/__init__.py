@@ -2,7 +2,7 @@
 
 from spectralnorm.gan.data.batches import Batches
 from spectralnorm.gan.data.image_set import ImageSet
-from spectralnorm.gan.data.load import from_tensors, load_images
+from spectralnorm.gan.data.load import from_huggingface, from_tensors, load_images
 from spectralnorm.gan.data.summary import DataSummary, Unreadable
 
-__all__ = ["Batches", "DataSummary", "ImageSet", "Unreadable", "from_tensors", "load_images"]
+__all__ = ["Batches", "DataSummary", "ImageSet", "Unreadable", "from_huggingface", "from_tensors", "load_images"]

@@ -33,15 +33,28 @@ _IMAGES_PER_TASK = 16
 class Source(Protocol):
     """Images that can be read one by one, with what is known about them before."""
 
-    files: list[tuple[str, int, int]]
-    """Name, size and modification time of what they are read from: their identity in the cache."""
-    ignored: Counter[str]
-    """Files of other kinds, by extension."""
-    labels: np.ndarray | None
-    """int64 (N,), -1 for none."""
-    class_names: tuple[str, ...]
-    held_out: np.ndarray | None
-    """bool (N,), where the data brings its own split."""
+    @property
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, size and modification time of what they are read from: their identity in the cache."""
+        ...
+
+    @property
+    def ignored(self) -> Counter[str]:
+        """Files of other kinds, by extension."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (N,), -1 for none."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def held_out(self) -> np.ndarray | None:
+        """bool (N,), where the data brings its own split."""
+        ...
 
     @property
     def padding(self) -> str | None:
