@@ -16,6 +16,7 @@ from spectralnorm.gan.data.decode import Decoded, decode_file
 from spectralnorm.gan.data.extras import import_extra
 from spectralnorm.gan.data.files import part_of
 from spectralnorm.gan.data.parquet import decode_value, named_classes
+from spectralnorm.gan.data.prepare import block_starts
 
 __all__ = ["PREFIX", "HuggingFaceSource", "is_huggingface", "is_saved", "open_named", "open_saved"]
 
@@ -52,7 +53,7 @@ class HuggingFaceSource:
         label_column = choose_labels([*named, *plain], list(named))
         self._parts = [part.with_format(None).select_columns([self._column]) for part in parts]
         self._starts = np.cumsum([0, *map(len, parts)])
-        self.groups = self._starts
+        self.groups = block_starts(self._starts)
         self.held_out = np.arange(len(self)) >= self._starts[1] if len(parts) > 1 else None
         self.ignored: Counter[str] = Counter()
         self.files = [(str(part._fingerprint), len(part), 0) for part in parts] if files is None else files

@@ -16,8 +16,6 @@ from spectralnorm.gan.data.extras import import_extra
 
 __all__ = ["LmdbSource", "is_lmdb"]
 
-_GROUP = 1024
-
 
 def is_lmdb(folder: Path) -> bool:
     """Whether a folder is an LMDB."""
@@ -58,7 +56,6 @@ class LmdbSource:
             raise UserError(f"{what} cannot be read ({error}); download or copy it again.") from error
         if not self._keys:
             raise UserError(f"{what} is empty; download or copy it again.")
-        self.groups = np.array([*range(0, len(self._keys), _GROUP), len(self._keys)])
 
     @property
     def hashes(self) -> np.ndarray:

@@ -15,9 +15,17 @@ from spectralnorm.gan.data.huggingface import HuggingFaceSource
 from spectralnorm.gan.data.image_set import ImageSet
 from spectralnorm.gan.data.opening import identity, open_source
 from spectralnorm.gan.data.prepare import Progress, Source, image_set_of, prepare
+from spectralnorm.gan.data.stream import ImageStream, open_stream
 from spectralnorm.gan.data.summary import printable
+from spectralnorm.gan.data.tars import TarSource
 
-__all__ = ["from_huggingface", "from_tensors", "load_images"]
+__all__ = ["LOADING", "STREAM_BYTES", "from_huggingface", "from_tensors", "load_images", "open_images"]
+
+LOADING = ("auto", "prepare", "stream")
+"""How images may be loaded."""
+
+STREAM_BYTES = 2**33
+"""What a set may take when prepared before it is streamed."""
 
 
 def load_images(
@@ -37,8 +45,38 @@ def load_images(
         UserError: there are no images, too few different ones, more than 5 % of them cannot be read, labels do
             not match them, or a package that this kind of data needs is not installed.
     """
+    images = open_images(path, image_size=image_size, channels=channels, loading="prepare", progress=progress)
+    assert isinstance(images, ImageSet)
+    return images
+
+
+def open_images(
+    path: str | Path | None,
+    *,
+    image_size: int,
+    channels: int,
+    loading: str = "auto",
+    progress: Progress | None = None,
+) -> ImageSet | ImageStream:
+    """Open images to train on: prepared beforehand, or read while training goes on.
+
+    Args:
+        path: as `load_images` takes it.
+        image_size: height and width to train at, in pixels.
+        channels: 1 (gray) or 3 (RGB).
+        loading: ``prepare``: decode all once, into memory or the cache; ``stream``: decode while training goes on,
+            again in each epoch; ``auto``: stream tars that would be larger than 8 GB when prepared, and whatever is so
+            large that neither memory nor the disk of the cache has room for it.
+        progress: called with the number of images read so far and their total while images are decoded.
+
+    Raises:
+        UserError: as `load_images` does.
+    """
     _check_shape(image_size, channels)
+    if loading not in LOADING:
+        raise UserError(f"Unknown data loading {loading!r}; choose one of {', '.join(LOADING)}.")
     if path is None:
+        # Already in memory: there is nothing to stream.
         return prepare(
             builtin.open_builtin(),
             name=builtin.NAME,
@@ -50,11 +88,18 @@ def load_images(
     path = Path(path).expanduser()
     name, source_text = printable(path.resolve().name or str(path)), printable(str(path))
     files = identity(path)
-    if files is not None:
+    if files is not None and loading != "stream":
         stored = cache.find(cache.cache_key(path, files, image_size=image_size, channels=channels))
         if stored is not None:
             return image_set_of(stored, name=name, source_text=source_text)
     source = open_source(path)
+    streamed = loading == "stream" or (
+        loading == "auto" and _must_stream(source, len(source) * channels * image_size**2)
+    )
+    if streamed:
+        return open_stream(
+            source, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress
+        )
     return _prepared(
         source, path, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress
     )
@@ -85,6 +130,12 @@ def from_huggingface(data: Any, *, image_size: int, channels: int, progress: Pro
         channels=channels,
         progress=progress,
     )
+
+
+def _must_stream(source: Source, num_bytes: int) -> bool:
+    if num_bytes <= STREAM_BYTES:
+        return False
+    return isinstance(source, TarSource) or not (cache.has_room(num_bytes) or num_bytes < cache.free_memory() / 2)
 
 
 def _prepared(

@@ -41,6 +41,7 @@ from spectralnorm.gan.data.files import (
     own_split,
     part_of,
 )
+from spectralnorm.gan.data.prepare import block_starts
 
 __all__ = ["TarSource", "expand_shards"]
 
@@ -120,8 +121,9 @@ class TarSource:
         self.ignored: Counter[str] = sum((listing.ignored for listing in listings), Counter())
         if not sum(counts):
             raise UserError(_nothing_found(what, self.ignored))
-        self.groups = np.cumsum([0, *counts])
-        """Where each tar's images begin, and the end: images of a group lie side by side."""
+        self._starts = np.cumsum([0, *counts])
+        self.groups = block_starts(self._starts)
+        """Where blocks of images that lie side by side in one tar begin, and the end."""
         self.hashes = np.array([value for listing in listings for value in listing.hashes], np.uint64)
         """Of the names of tar and image: an order that looks random."""
         self._offsets = np.array([value for listing in listings for value in listing.offsets], np.int64)
@@ -174,7 +176,7 @@ class TarSource:
         return decode_file(io.BytesIO(data), image_size=image_size, channels=channels)
 
     def _shard_of(self, index: int) -> int:
-        return int(np.searchsorted(self.groups, index, side="right")) - 1
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
         unpacked = self._unpacked.get(shard)
