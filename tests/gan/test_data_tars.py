@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.data import cache, load_images
+from spectralnorm.gan.data import cache, load_images, tar_listing
 from spectralnorm.gan.data.tars import TarSource, expand_shards
 
 
@@ -216,3 +216,36 @@ def test_a_tar_is_listed_and_its_images_are_left_where_they_lie(tmp_path):
     first = source.read(0, image_size=8, channels=3).pixels
     assert source.file_name(4) == "shard-000000.tar/000004.png"
     assert torch.equal(torch.from_numpy(first), torch.from_numpy(noise(1)[0].transpose(2, 0, 1).copy()))
+
+
+def arrays_of(source):
+    return [source.hashes.tolist(), source.labels.tolist(), source.class_names, source.ignored, source.groups.tolist()]
+
+
+def test_a_tar_is_listed_once_and_again_when_it_changed(tmp_path, monkeypatch):
+    write_shards(tmp_path, 1)
+    shard = tmp_path / "shard-000000.tar"
+    listed = []
+    original = tar_listing.list_tar
+    monkeypatch.setattr(tar_listing, "list_tar", lambda *arguments: listed.append(1) or original(*arguments))
+    first, second = (TarSource([shard], what="it") for _ in range(2))
+    assert len(listed) == 1
+    assert arrays_of(first) == arrays_of(second)
+    assert (second.read(3, image_size=8, channels=3).pixels == first.read(3, image_size=8, channels=3).pixels).all()
+    write_tar(shard, {f"{i}.png": encoded(a) for i, a in enumerate(noise(4))})
+    assert len(TarSource([shard], what="it")) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "no place"])
+def test_a_listing_that_cannot_be_read_or_kept_is_made_again(tmp_path, damage):
+    write_shards(tmp_path, 1)
+    first = TarSource([tmp_path / "shard-000000.tar"], what="it")
+    folder = cache.cache_folder().parent / "tars"
+    (kept,) = folder.iterdir()
+    if damage == "no place":
+        kept.unlink()
+        folder.rmdir()
+        folder.write_text("in the way")
+    else:
+        kept.write_bytes({"cut": kept.read_bytes()[:200], "empty": b"", "other": b"not a zip" * 50}[damage])
+    assert arrays_of(TarSource([tmp_path / "shard-000000.tar"], what="it")) == arrays_of(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,20 @@ def _prepared(
 
 
 def from_tensors(
-    images: Tensor, labels: Tensor | None = None, *, image_size: int, channels: int, name: str = "tensors"
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int,
+    channels: int,
+    name: str = "tensors",
 ) -> ImageSet:
     """Use images already in memory.
 
     Args:
         images: ``(N, 1 or 3, height, width)``, uint8, or floats in [0, 1], or in [-1, 1] when any is negative.
         labels: integers ``(N,)``.
+        class_names: of the labels 0, 1, ..., where -1 means no class; None: each value is a class, named as it is.
         image_size: height and width to train at, in pixels; images of another size are cut square and resized.
         channels: 1 (gray) or 3 (RGB) to train with.
         name: shown in tables.
@@ -192,7 +200,7 @@ def from_tensors(
     floats = images.is_floating_point() and images.dtype != torch.float64
     array = images.detach().to("cpu", torch.float32 if floats else images.dtype).numpy()
     label_array = None if labels is None else labels.detach().cpu().numpy()
-    source = ArraySource(array, label_array, what=name, channels_last=False)
+    source = ArraySource(array, label_array, class_names=class_names, what=name, channels_last=False)
     return prepare(source, name=name, source_text="tensors in memory", image_size=image_size, channels=channels)
 
 

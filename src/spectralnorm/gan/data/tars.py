@@ -4,27 +4,24 @@ In a WebDataset the files of a sample stand together and share their name up to 
 class in ``0017.cls`` (a number or a name) or in ``0017.json`` under ``label`` or ``class``. Elsewhere folders name the
 classes, as they do for a folder of images. Shards called train and test (or val) are the set's own split.
 
-A tar is only listed when it is opened; an image is read from where it lies when it is wanted. Compressed tars are
+A tar is only listed when it is opened, once; an image is read from where it lies when it is wanted. Compressed tars are
 unpacked first, into files of the cache folder that have no name and vanish with the source.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import itertools
-import json
 import os
-import posixpath
 import re
 import tarfile
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -33,24 +30,20 @@ from spectralnorm.gan.data import cache
 from spectralnorm.gan.data.archives import TAR_ERRORS, is_tar, tar_unreadable
 from spectralnorm.gan.data.decode import Decoded, UnreadableError, decode_file
 from spectralnorm.gan.data.files import (
-    IMAGE_EXTENSIONS,
     classes_of_folders,
     extension,
-    is_hidden,
     number_classes,
     own_split,
     part_of,
 )
 from spectralnorm.gan.data.prepare import block_starts
+from spectralnorm.gan.data.tar_listing import Listing, list_cached, list_tar
 
 __all__ = ["TarSource", "expand_shards"]
 
-_LABEL_EXTENSIONS = (".cls", ".json")
-_LABEL_KEYS = ("label", "class", "cls")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-# No camera writes a larger picture, and no label needs more.
+# No camera writes a larger picture.
 _LARGEST_IMAGE = 2**29
-_LARGEST_LABEL = 2**20
 _MOST_COMPRESSED = 64
 _BLOCK = 512
 _PIECE = 2**22
@@ -79,19 +72,6 @@ def expand_shards(pattern: str) -> list[Path]:
             f"{str(missing[0])!r}; download them, or name those that are there."
         )
     return files
-
-
-@dataclass
-class _Listing:
-    """What stands in one shard: an entry for each image."""
-
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    classes: list[str | int | None] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-    has_classes: bool = False
 
 
 class TarSource:
@@ -185,75 +165,18 @@ class TarSource:
         with self.shards[shard].open("rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
-    def _list(self, number: int) -> _Listing:
+    def _list(self, number: int) -> Listing:
         path = self.shards[number]
         try:
             if extension(path.name) == ".tar":
-                with path.open("rb") as file:
-                    return _list_tar(file, path.name)
+                return list_cached(path)
             self._unpacked[number] = _unpack(path)
-            return _list_tar(self._unpacked[number], path.name)
+            weakref.finalize(self, self._unpacked[number].close)
+            return list_tar(self._unpacked[number], path.name)
         except TAR_ERRORS as error:
             if isinstance(error, UserError):
                 raise
             raise tar_unreadable(path, error) from error
-
-
-def _list_tar(file: IO[bytes], shard: str) -> _Listing:
-    found = _Listing()
-    keys: list[str] = []
-    values: dict[str, str | int | None] = {}
-    is_webdataset = False
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            # Else tarfile keeps every member it has seen.
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-            name, kind = member.name.removeprefix("./"), extension(member.name)
-            if not member.isfile() or member.issparse() or is_hidden(name):
-                continue
-            folder, base = posixpath.split(name)
-            key = posixpath.join(folder, base.split(".")[0])
-            if kind in _LABEL_EXTENSIONS:
-                is_webdataset = True
-                label = _read_label(archive, member, kind)
-                if label is not None:
-                    values.setdefault(key, label)
-            elif kind in IMAGE_EXTENSIONS:
-                keys.append(key)
-                found.offsets.append(member.offset_data)
-                found.sizes.append(member.size)
-                found.folders.append(folder)
-                text = f"{shard}/{name}".encode("utf-8", "surrogateescape")
-                found.hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
-            else:
-                found.ignored[kind or "no extension"] += 1
-    if is_webdataset:
-        # A sample is one image; what else stands beside it, such as a mask, is not trained on.
-        first = [position for position, key in enumerate(keys) if position == 0 or key != keys[position - 1]]
-        if len(first) < len(keys):
-            found.ignored["further images of a sample"] += len(keys) - len(first)
-        entries: list[Any]
-        for entries in (found.offsets, found.sizes, found.folders, found.hashes, keys):
-            entries[:] = [entries[position] for position in first]
-    found.classes = [values.get(key) for key in keys]
-    found.has_classes = bool(values)
-    return found
-
-
-def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> str | int | None:
-    stream = archive.extractfile(member) if member.size <= _LARGEST_LABEL else None
-    if stream is None:
-        return None
-    text = stream.read().decode("utf-8", "replace").strip()
-    if kind == ".json":
-        try:
-            content = json.loads(text)
-        except ValueError:
-            return None
-        found = [content[key] for key in _LABEL_KEYS if key in content] if isinstance(content, dict) else [content]
-        value = found[0] if found else None
-        return value if isinstance(value, str | int) and not isinstance(value, bool) else None
-    return int(text) if re.fullmatch(r"\d{1,18}", text) else text or None
 
 
 def _unpack(path: Path) -> IO[bytes]:
@@ -265,9 +188,13 @@ def _unpack(path: Path) -> IO[bytes]:
     folder = cache.cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open as long as the source
-    with gzip.open(path) as stream:
-        while piece := stream.read(_PIECE):
-            file.write(piece)
+    try:
+        with gzip.open(path) as stream:
+            while piece := stream.read(_PIECE):
+                file.write(piece)
+    except BaseException:
+        file.close()
+        raise
     file.seek(0)
     return file
 
