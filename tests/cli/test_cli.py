@@ -130,7 +130,7 @@ def files(tmp_path: Path) -> Path:
         ("train --recipe fashoin", "choose one of fashion"),
         ("train --recipe", "--recipe needs a value; choose one of fashion"),
         ("train --loss hing", "choose one of hinge, nonsaturating"),
-        ("train --normalization batch", "choose one of spectral, strict, none"),
+        ("train --normalization instance", "choose one of spectral, strict, weight"),
         ("train --stepz 5", "Unknown option '--stepz'; did you mean --steps?"),
         ("train --qqqqqq 5", "choose one of --"),
         ("train --steps abc", "--steps cannot be 'abc'"),

@@ -5,8 +5,9 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config
+from spectralnorm.gan.networks import build_generator
 from spectralnorm.gan.pictures import encode_png, image_grid, save_png
-from spectralnorm.gan.sampling import TrainedGenerator, build_generator, save_generator
+from spectralnorm.gan.sampling import TrainedGenerator, save_generator
 
 
 @pytest.fixture

@@ -28,12 +28,11 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet
-from spectralnorm.gan.discriminators import build_discriminator
 from spectralnorm.gan.evaluation import extractors_for
 from spectralnorm.gan.final import finish
-from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
-from spectralnorm.gan.models import NORMALIZATIONS
+from spectralnorm.gan.networks import build_discriminator, build_generator
+from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import (
     Averaging,
     Checkpoints,
@@ -44,7 +43,6 @@ from spectralnorm.gan.observers import (
     StepSizeDecay,
 )
 from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claim, default_folder, locked
-from spectralnorm.gan.sampling import build_generator
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
@@ -121,6 +119,8 @@ def train(
     check(folder, config)
     images = prepare_data(config, data)
     display.data(images)
+    if config.conditional:
+        config = _with_classes(config, images)
     if config.batch_size > len(images.images):
         raise UserError(
             f"batch_size must be at most the number of training images ({len(images.images)}), got {config.batch_size}."
@@ -178,6 +178,19 @@ def train(
     return Run(folder, trainer.step, reason)
 
 
+def _with_classes(config: Config, images: ImageSet) -> Config:
+    labels = images.labels
+    without = len(images.images) if labels is None else int((labels < 0).sum())
+    if labels is None or without:
+        raise UserError(
+            f"A conditional run needs a label for every image, and {without:,} of the {len(images.images):,} training "
+            f"images of {images.name} have none; give data with classes (such as a folder for each), or leave out "
+            "--conditional."
+        )
+    counts = torch.bincount(labels, minlength=len(images.class_names)).tolist()
+    return dataclasses.replace(config, class_names=tuple(images.class_names), class_counts=tuple(counts))
+
+
 def _build(
     config: Config,
     images: ImageSet,
@@ -185,15 +198,22 @@ def _build(
     generator: nn.Module | None,
     discriminator: nn.Module | None,
 ) -> Trainer:
-    initialize = INITIALIZATIONS[config.initialization]
     if generator is None:
         generator = build_generator(config)
-        initialize(generator)
+    else:
+        normalize(generator, config.generator_normalization)
     if discriminator is None:
         discriminator = build_discriminator(config)
-        initialize(discriminator)
-    NORMALIZATIONS[config.normalization](discriminator)
-    return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)
+    else:
+        normalize(discriminator, config.normalization)
+    return Trainer(
+        config,
+        generator=generator,
+        discriminator=discriminator,
+        images=images.images,
+        labels=images.labels if config.conditional else None,
+        device=device,
+    )
 
 
 def _evaluations(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import read_tensors, save_tensors
 from spectralnorm.gan.config import Config, config_from_json, config_to_json
-from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.networks import build_generator
 
 __all__ = ["GENERATOR_FILE", "TrainedGenerator", "load", "save_generator"]
 
@@ -43,15 +43,21 @@ class TrainedGenerator(nn.Module):
         self.training_seconds = training_seconds
         self.eval()
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.network(latents)
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.network(latents) if labels is None else self.network(latents, labels)
 
-    def sample(self, num: int, *, seed: int = 0) -> Tensor:
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that labels number; () for a generator without labels."""
+        return self.config.class_names
+
+    def sample(self, num: int, *, seed: int = 0, labels: Tensor | None = None) -> Tensor:
         """Generate images.
 
         Args:
             num: how many, at least 1.
             seed: of the latents; the same seed gives the same images, on every device up to rounding.
+            labels: int64 ``(num,)``, for a conditional generator; None: drawn in the proportions of the training data.
 
         Returns:
             uint8 tensor ``(num, channels, height, width)`` on the CPU.
@@ -59,7 +65,17 @@ class TrainedGenerator(nn.Module):
         Raises:
             UserError: num or seed is out of range.
         """
-        return self.render(self.latents(num, seed=seed))
+        latents = self.latents(num, seed=seed)
+        return self.render(latents, self.draw_labels(num, seed=seed) if labels is None else labels)
+
+    def draw_labels(self, num: int, *, seed: int) -> Tensor | None:
+        """Labels ``(num,)`` in the proportions of the training data; None for a generator without labels."""
+        if not self.config.conditional:
+            return None
+        shares = torch.tensor(self.config.class_counts, dtype=torch.float64)
+        # Another stream of numbers than that of the latents, which a label must not depend on.
+        random = torch.Generator().manual_seed((seed ^ 0x5EED_1AB5) & 0x7FFF_FFFF_FFFF_FFFF)
+        return torch.multinomial(shares, num, replacement=True, generator=random)
 
     def interpolate(self, rows: int, columns: int, *, seed: int = 0) -> Tensor:
         """Walk between pairs of latents on the sphere (spherical interpolation, White 2016).
@@ -82,7 +98,9 @@ class TrainedGenerator(nn.Module):
         angle = torch.arccos(cosine)[:, None, None]
         share = torch.linspace(0, 1, columns)[None, :, None]
         walk = torch.sin((1 - share) * angle) * start[:, None] + torch.sin(share * angle) * end[:, None]
-        return self.render((walk / torch.sin(angle)).flatten(0, 1))
+        labels = self.draw_labels(rows, seed=seed)
+        labels = None if labels is None else labels.repeat_interleave(columns)
+        return self.render((walk / torch.sin(angle)).flatten(0, 1), labels)
 
     def latents(self, num: int, *, seed: int) -> Tensor:
         """z ~ N(0, I), shape ``(num, latent_dim)``, on the CPU, so that a seed means the same on every device."""
@@ -93,10 +111,13 @@ class TrainedGenerator(nn.Module):
         return torch.randn(num, self.config.latent_dim, generator=torch.Generator().manual_seed(seed))
 
     @torch.inference_mode()
-    def render(self, latents: Tensor) -> Tensor:
-        """Images of the given latents ``(num, latent_dim)``, in small batches: uint8, on the CPU."""
+    def render(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images of the given latents ``(num, latent_dim)`` and labels ``(num,)``, in small batches: uint8 (CPU)."""
         device = next(self.network.parameters()).device
-        batches = [self.network(batch.to(device)) for batch in latents.split(_BATCH)]
+        batches = []
+        for start in range(0, len(latents), _BATCH):
+            part = slice(start, start + _BATCH)
+            batches.append(self(latents[part].to(device), None if labels is None else labels[part].to(device)))
         return torch.cat([_to_uint8(batch).cpu() for batch in batches]).contiguous()
 
 
@@ -154,14 +175,4 @@ def load(run_or_file: str | Path, *, generator: nn.Module | None = None, device:
         network.to(device).requires_grad_(False),
         config,
         **json.loads(metadata.get("trained", "{}")),
-    )
-
-
-def build_generator(config: Config) -> nn.Module:
-    """The generator that a config describes, with fresh weights from the global random state."""
-    return ARCHITECTURES[config.architecture].generator(
-        image_size=config.image_size,
-        channels=config.channels,
-        width=config.generator_width,
-        latent_dim=config.latent_dim,
     )

@@ -18,10 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spectralnorm.gan.augment import compose
 from spectralnorm.gan.checkpoint import under
 from spectralnorm.gan.config import Config, augmentation_names
-from spectralnorm.gan.data import Batches
+from spectralnorm.gan.data import Batch, Batches
 from spectralnorm.gan.ema import GeneratorAverage
 from spectralnorm.gan.losses import LOSSES
-from spectralnorm.gan.penalties import PENALTIES
+from spectralnorm.gan.optimizers import make_optimizer
+from spectralnorm.gan.penalties import PENALTIES, path_length_penalty, path_lengths
+from spectralnorm.gan.weight_control import OrthonormalPenalty, clip_weights
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 __all__ = ["Clock", "Observer", "RunningMeans", "Trainer"]
@@ -41,22 +43,40 @@ class Trainer:
         generator: latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1].
         discriminator: images to logits ``(batch,)``, already normalized as the config asks.
         images: training images, uint8, ``(num, channels, size, size)``.
+        labels: their classes, int64 ``(num,)``: both networks get labels as a second argument; None: they do not.
         device: where the networks and their data live.
+
+    Raises:
+        UserError: the batch is larger than the data, or the optimizer does not take the networks' weights.
     """
 
     def __init__(
-        self, config: Config, *, generator: nn.Module, discriminator: nn.Module, images: Tensor, device: torch.device
+        self,
+        config: Config,
+        *,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        images: Tensor,
+        labels: Tensor | None = None,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.device = device
         self.generator = _prepare(generator, device)
         self.discriminator = _prepare(discriminator, device)
         self._trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
-        adam = partial(torch.optim.Adam, betas=(config.beta1, config.beta2), fused=True)
-        self.generator_optimizer = adam(self.generator.parameters(), lr=config.generator_lr)
-        self.discriminator_optimizer = adam(self.discriminator.parameters(), lr=config.discriminator_lr)
+        self.generator_optimizer, self.discriminator_optimizer = (
+            make_optimizer(
+                f"{role}_optimizer", setting, network.parameters(), lr=lr, betas=(config.beta1, config.beta2)
+            )
+            for role, setting, network, lr in (
+                ("generator", config.generator_optimizer, self.generator, config.generator_lr),
+                ("discriminator", config.discriminator_optimizer, self.discriminator, config.discriminator_lr),
+            )
+        )
         self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
-        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, device=device)
+        self.batches = Batches(images, labels, batch_size=config.batch_size, seed=config.seed, device=device)
+        self._labels = None if labels is None else labels.to(device)
         self.random = torch.Generator(device).manual_seed(config.seed)
         # One pass over both batches is faster than two, but what mixes the images of a batch, such as batch
         # normalization, must not see real and fake together.
@@ -67,6 +87,8 @@ class Trainer:
         self._judge = self._judge_apart if mixes_images else self._judge_together
         self.loss = LOSSES[config.loss]
         self.penalty = None if config.penalty is None else PENALTIES[config.penalty]
+        self._orthonormal = OrthonormalPenalty(self.discriminator) if config.orthonormal_weight else None
+        self.average_path_length = torch.zeros((), device=device)
         self.augment = compose(augmentation_names(config.augmentation))
 
         self.step = 0
@@ -81,63 +103,101 @@ class Trainer:
         self.clock.start()
         while self.stop_reason is None:
             for _ in range(self.config.num_discriminator_steps):
-                fake_images = self.generator(self.latents(self.config.batch_size))
-                real_images = next(self.batches)
-                self.update_discriminator(real_images, fake_images.detach())
+                real = next(self.batches)
+                fake = self.generate(self.config.batch_size, real.labels)
+                self.update_discriminator(real, fake)
             # The images that the discriminator has just learned from serve the generator too: no need to make others.
-            self.update_generator(fake_images, real_images)
+            if self.config.generator_batch_size is not None:
+                num = self.config.generator_batch_size
+                fake = self.generate(num, self._draw_labels(num))
+            self.update_generator(fake, real)
             self.step += 1
             self.stop_reason = self.stop_reason or self.spent_budget()
             for observer in observers:
                 observer(self)
         self.clock.stop()
 
-    def update_discriminator(self, real_images: Tensor, fake_images: Tensor) -> None:
+    def generate(self, num: int, labels: Tensor | None = None) -> Batch:
+        """Images of fresh latents, with the graph that leads to the generator."""
+        latents = self.latents(num)
+        return Batch(self.generator(latents) if labels is None else self.generator(latents, labels), labels)
+
+    def update_discriminator(self, real: Batch, fake: Batch) -> None:
         """One step of the discriminator on a batch of real images and one of generated images."""
-        real_logits, fake_logits = self._judge(real_images, fake_images)
+        config = self.config
+        fake = Batch(fake.images.detach(), fake.labels)
+        real_logits, fake_logits = self._judge(real, fake)
         loss = self.loss.discriminator(real_logits, fake_logits)
-        if self.penalty is not None and self.images_seen // self.config.batch_size % self.config.penalty_interval == 0:
-            penalty = self.penalty(self._judge_augmented, real_images, fake_images, random=self.random)
-            loss = loss + self.config.penalty_weight * self.config.penalty_interval * penalty
+        if self.penalty is not None and self.images_seen // config.batch_size % config.penalty_interval == 0:
+            # Generated images have the labels of the real ones, and so has what lies between them.
+            judge = partial(self._judge_augmented, labels=real.labels)
+            penalty = self.penalty(judge, real.images, fake.images, random=self.random)
+            loss = loss + config.penalty_weight * config.penalty_interval * penalty
             self.means.add("penalty/discriminator", penalty)
+        if self._orthonormal is not None:
+            penalty = self._orthonormal()
+            loss = loss + config.orthonormal_weight * penalty
+            self.means.add("penalty/orthonormal", penalty)
         self.discriminator_optimizer.zero_grad()
         loss.backward()
         self.discriminator_optimizer.step()
-        self.images_seen += len(real_images)
+        if config.weight_clip:
+            clip_weights(self._trained, config.weight_clip)
+        self.images_seen += len(real.images)
         self.means.add("loss/discriminator", loss)
         self.means.add("logits/real", real_logits.mean())
         self.means.add("logits/fake", fake_logits.mean())
 
-    def update_generator(self, fake_images: Tensor, real_images: Tensor | None = None) -> None:
+    def update_generator(self, fake: Batch, real: Batch | None = None) -> None:
         """One step of the generator, whose graph the images carry, against the discriminator as it is.
 
         Args:
-            fake_images: of the generator.
-            real_images: as many; only losses with a ``paired_generator`` look at them, and only they need them.
+            fake: of the generator.
+            real: as many; only losses with a ``paired_generator`` look at them, and only they need them.
         """
         # The discriminator's own gradients are not wanted here, and cost a third of its backward pass.
         for parameter in self._trained:
             parameter.requires_grad_(False)
-        if self.loss.paired_generator is None or real_images is None:
-            loss = self.loss.generator(self._judge_augmented(fake_images))
+        if self.loss.paired_generator is None or real is None:
+            loss = self.loss.generator(self._judge_augmented(*fake))
         else:
-            loss = self.loss.paired_generator(*self._judge(real_images, fake_images))
+            loss = self.loss.paired_generator(*self._judge(real, fake))
+        self.means.add("loss/generator", loss)
+        if self.config.path_length_weight and self.step % self.config.path_length_interval == 0:
+            loss = loss + self.config.path_length_weight * self.config.path_length_interval * self._path_lengths()
         self.generator_optimizer.zero_grad()
         loss.backward()
         self.generator_optimizer.step()
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        self.means.add("loss/generator", loss)
 
-    def _judge_together(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
-        images = torch.cat([real_images, fake_images])
-        return self._judge_augmented(images).split([len(real_images), len(fake_images)])
+    def _path_lengths(self) -> Tensor:
+        """How unevenly images move with styles, on half a batch, as Karras et al. 2020 save time (appendix B)."""
+        generator: Any = self.generator
+        styles = generator.styles(self.latents(max(1, self.config.batch_size // 2)))
+        lengths = path_lengths(generator.synthesize(styles), styles, random=self.random)
+        penalty, self.average_path_length = path_length_penalty(lengths, self.average_path_length)
+        self.means.add("penalty/path_length", penalty)
+        return penalty
 
-    def _judge_apart(self, real_images: Tensor, fake_images: Tensor) -> Sequence[Tensor]:
-        return [self._judge_augmented(images) for images in (real_images, fake_images)]
+    def _judge_together(self, real: Batch, fake: Batch) -> Sequence[Tensor]:
+        images = torch.cat([real.images, fake.images])
+        labels = None if real.labels is None or fake.labels is None else torch.cat([real.labels, fake.labels])
+        return self._judge_augmented(images, labels).split([len(real.images), len(fake.images)])
 
-    def _judge_augmented(self, images: Tensor) -> Tensor:
-        return self.discriminator(self.augment(images, self.random))
+    def _judge_apart(self, real: Batch, fake: Batch) -> Sequence[Tensor]:
+        return [self._judge_augmented(*batch) for batch in (real, fake)]
+
+    def _judge_augmented(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        images = self.augment(images, self.random)
+        return self.discriminator(images) if labels is None else self.discriminator(images, labels)
+
+    def _draw_labels(self, num: int) -> Tensor | None:
+        """Labels of training images drawn at random, ``(num,)``; None where labels play no part."""
+        if self._labels is None:
+            return None
+        chosen = torch.randint(len(self._labels), (num,), generator=self.random, device=self.device)
+        return self._labels[chosen]
 
     def latents(self, num: int) -> Tensor:
         """Draw z ~ N(0, I), shape ``(num, latent_dim)``."""
@@ -163,10 +223,14 @@ class Trainer:
         tensors = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
         tensors |= {f"tracking.{k}": v for k, v in tracking_state(self.discriminator).items()}
+        tensors |= {f"generator_tracking.{k}": v for k, v in tracking_state(self.generator).items()}
         tensors |= {f"average.{k}": v for k, v in self.average.module.state_dict().items()}
         for name, optimizer in self._optimizers():
             for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+                filled = {slot: value for slot, value in slots.items() if value is not None}
+                tensors |= {f"{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in filled.items()}
+        if self.config.path_length_weight:
+            tensors["average_path_length"] = self.average_path_length
         tensors["random.run"] = self.random.get_state()
         tensors["random.torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -184,6 +248,7 @@ class Trainer:
         self.generator.load_state_dict(under("generator.", tensors))
         self.discriminator.load_state_dict(under("discriminator.", tensors))
         load_tracking_state(self.discriminator, under("tracking.", tensors))
+        load_tracking_state(self.generator, under("generator_tracking.", tensors))
         self.average.module.load_state_dict(under("average.", tensors))
         for name, optimizer in self._optimizers():
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -192,6 +257,8 @@ class Trainer:
                 index, slot = key.split(".", 1)
                 state.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if "average_path_length" in tensors:
+            self.average_path_length = tensors["average_path_length"].to(self.device)
         self.random.set_state(tensors["random.run"])
         torch.set_rng_state(tensors["random.torch"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
