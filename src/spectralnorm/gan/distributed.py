@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.draws import PartOfDraws
@@ -43,7 +44,7 @@ class Processes:
         size: processes in all.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, hosts: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, *, hosts: Any = None) -> None:
         self.rank = rank
         self.size = size
         self._hosts = hosts
@@ -53,30 +54,47 @@ class Processes:
         """Whether this process writes the records, samples and checkpoints."""
         return self.rank == 0
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """This process's rows of what all have drawn alike, ``(num, ...)`` to ``(num / size, ...)``."""
-        return whole if self.size == 1 else whole.chunk(self.size)[self.rank]
+    def mine(self, whole: Tensor, *, parts: int = 1) -> Tensor:
+        """This process's rows of what all have drawn alike, ``(num, ...)`` to ``(num / size, ...)``.
 
-    def agree(self, reason: str | None, seconds: float) -> tuple[str | None, float]:
+        Args:
+            whole: for each image of a batch.
+            parts: into which the batch is split; the process has its share of each.
+        """
+        if self.size == 1:
+            return whole
+        return whole.unflatten(0, (parts, self.size, -1))[:, self.rank].flatten(0, 1)
+
+    def agree(self, reason: str | None, times: Sequence[float]) -> tuple[str | None, list[float]]:
         """Whether to stop, and what time it is, the same on every process.
 
         Args:
             reason: why this process wants to stop; None: it does not.
-            seconds: of this process's clock.
+            times: of this process's clocks.
 
         Returns:
-            The reason of the first process that has one; the clock of the first process.
+            The reason of the first process that has one; the clocks of the first process.
         """
         if self.size == 1:
-            return reason, seconds
-        message = torch.tensor([float(reason is not None), seconds if self.is_first else 0.0], dtype=torch.float64)
+            return reason, list(times)
+        message = torch.tensor([reason is not None, *times], dtype=torch.float64)
+        if not self.is_first:
+            message[1:] = 0
         dist.all_reduce(message, dist.ReduceOp.SUM, group=self._hosts)
-        num_stopping, seconds = message.tolist()
+        num_stopping, *times = message.tolist()
         if not num_stopping:
-            return None, seconds
+            return None, list(times)
         reasons: list[str | None] = [None] * self.size
         dist.all_gather_object(reasons, reason, group=self._hosts)
-        return next(each for each in reasons if each is not None), seconds
+        return next(each for each in reasons if each is not None), list(times)
+
+    def mean_tensor(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes of a tensor on the device."""
+        if self.size == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean over all processes of numbers that each has under the same names."""
@@ -165,8 +183,8 @@ def started(
         if not _LOST.search(str(error)):
             raise
         raise UserError(
-            f"Another of the {launch.size} processes has ended, so process {launch.rank} ends too; its own message says "
-            "why, and the same command goes on from the last checkpoint."
+            f"Another of the {launch.size} processes has ended, so process {launch.rank} ends too; its own message "
+            "says why, and the same command goes on from the last checkpoint."
         ) from error
     finally:
         if is_ours:
@@ -177,10 +195,10 @@ def _meet(launch: Launch, backend: str, device: torch.device) -> None:
     try:
         # The first process listens there, unless the launcher does.
         is_listening = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(launch.address, launch.port, launch.size, is_master=launch.rank == 0 and not is_listening)
+        store = TCPStore(launch.address, launch.port, launch.size, is_master=launch.rank == 0 and not is_listening)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("spectralnorm", store),
+            store=PrefixStore("spectralnorm", store),
             rank=launch.rank,
             world_size=launch.size,
             device_id=device if backend == "nccl" else None,

@@ -18,10 +18,10 @@ _DRAWING = (torch.rand, torch.randn, torch.randint)
 class PartOfDraws(TorchFunctionMode):
     """Within it, what is drawn for the images of one process is its part of what one process alone would draw.
 
-    ``torch.rand``, ``torch.randn`` and ``torch.randint`` with a generator and one row for each image draw for the images
-    of all processes and return the rows of this one's. So the generators, seeded alike, stay in step, one state serves
-    all in a checkpoint, and a run depends on the number of its processes by rounding alone. What is drawn once for a
-    whole batch is drawn as ever, alike everywhere; so is what no generator is given for.
+    ``torch.rand``, ``torch.randn`` and ``torch.randint`` with a generator and one row for each image draw for the
+    images of all processes and return the rows of this one's. So the generators, seeded alike, stay in step, one state
+    serves all in a checkpoint, and a run depends on the number of its processes by rounding alone. What is drawn once
+    for a whole batch is drawn as ever, alike everywhere; so is what no generator is given for.
 
     Args:
         rank: of this process.

@@ -36,6 +36,9 @@ def finish(
         images: what it was trained on, with the held-out images to measure against.
         extractors: what the metrics see images through; empty: no metrics.
     """
+    layers = spectra(trainer.discriminator)  # gathered by all processes, where they hold it in parts
+    if not trainer.processes.is_first:
+        return
     generator = trained_generator(trainer)
     samples = generator.sample(128, seed=trainer.config.seed)
     _save(folder, log, trainer.step, "final", samples, columns=16)
@@ -47,7 +50,7 @@ def finish(
     _save(folder, log, trainer.step, "neighbours", pairs, columns=16, caption=caption)
     walks = generator.interpolate(rows=6, columns=12, seed=trainer.config.seed + 1)
     _save(folder, log, trainer.step, "interpolation", walks, columns=12)
-    log.append(Spectra(step=trainer.step, layers=spectra(trainer.discriminator)))
+    log.append(Spectra(step=trainer.step, layers=layers))
     if extractors:
         metrics = measure(generator, images, extractors=extractors, num=trainer.config.num_evaluation_samples)
         log.append(

@@ -16,10 +16,7 @@ from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 from spectralnorm.gan.precision import Precision
 
-__all__ = ["STRATEGIES", "InTraining"]
-
-STRATEGIES = ("ddp", "fsdp")
-"""How several processes hold a network: each all of it (DistributedDataParallel), or each a part (FSDP2)."""
+__all__ = ["InTraining"]
 
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding, EqualizedLinear, EqualizedConv2d)
 # Below it, a message of its own takes longer than what it carries.
@@ -33,7 +30,7 @@ class InTraining:
         module: on its device, normalized, not yet seen by an optimizer: one that is held in parts gets new parameters.
         precision: of its products.
         processes: that train it together.
-        strategy: one of `STRATEGIES`.
+        strategy: one of `spectralnorm.gan.precision.STRATEGIES`.
         compile: whether `torch.compile` makes code for it.
 
     Raises:
@@ -67,7 +64,7 @@ class InTraining:
         self._bare: nn.Module = torch.compile(module, fullgraph=True, dynamic=False) if compile else module  # pyright: ignore[reportAttributeAccessIssue]
         self._called = self._bare
         if processes.size > 1 and not self._is_sharded:
-            # The buffers are the same everywhere: statistics are shared, and what is tracked of a norm follows the weight.
+            # The buffers are the same everywhere: statistics are shared, tracked vectors follow from the weight.
             self._called = DistributedDataParallel(self._bare, broadcast_buffers=False)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 
-__all__ = ["PRECISIONS", "Precision"]
+__all__ = ["PRECISIONS", "STRATEGIES", "Precision"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 """The type that products are computed in, by the name of the precision; None: that of the weights."""
+
+STRATEGIES = ("ddp", "fsdp")
+"""How several processes hold a network: each all of it (DistributedDataParallel), or each a part (FSDP2)."""
 
 
 class Precision:
@@ -49,3 +52,11 @@ class Precision:
         The scale is halved after a step whose gradients overflowed, which is skipped, and doubled after 2000 others.
         """
         return torch.amp.GradScaler(self._device_type, enabled=self.dtype == torch.float16)
+
+    @staticmethod
+    def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Move the weights by gradients of a scaled loss; the gradients are without the scale afterwards."""
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()

@@ -107,7 +107,7 @@ def share_batch_norm(network: nn.Module) -> None:
                 continue
             if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 raise UserError(
-                    f"{type(layer).__name__} is a batch normalization of its own kind, whose statistics cannot be shared "
-                    "by several processes; use torch.nn.BatchNorm2d, or train in one process."
+                    f"{type(layer).__name__} is a batch normalization of its own kind, whose statistics cannot be "
+                    "shared by several processes; use torch.nn.BatchNorm2d, or train in one process."
                 )
             setattr(parent, name, SharedBatchNorm(layer))
