@@ -21,6 +21,7 @@ from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import check_normalization
 from spectralnorm.gan.optimizers import check_optimizer
 from spectralnorm.gan.penalties import PENALTIES
+from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
 __all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
@@ -134,7 +135,15 @@ class Config:
     """Of initial weights, latents and the order of the images."""
 
     device: str = _HARDWARE("auto", resumable=True)
-    """auto (CUDA if present), cpu or cuda."""
+    """auto (CUDA or MPS if present), cpu, cuda or mps."""
+    precision: str = _HARDWARE("fp32")
+    """fp32, bf16-mixed or fp16-mixed: what products of both networks are computed in; weights stay in float32."""
+    accumulate: int = _HARDWARE(1)
+    """Parts that a batch is split into, one after the other, to save memory; their gradients make one step."""
+    compile: bool = _HARDWARE(False, resumable=True)
+    """Compile both networks; the first step then takes a minute or so."""
+    strategy: str = _HARDWARE("ddp", resumable=True)
+    """How several processes hold the networks: each all of them (ddp), or each a part (fsdp)."""
 
     log_every: int = _RECORDS(10)
     """Generator updates between two lines of metrics.jsonl."""
@@ -159,12 +168,21 @@ class Config:
             self._require("lipschitz", above=0)
         if self.penalty is not None:
             choose("penalty", self.penalty, PENALTIES)
-        choose("device", self.device, ("auto", "cpu", "cuda"))
+        choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        choose("precision", self.precision, PRECISIONS)
+        choose("strategy", self.strategy, STRATEGIES)
         for name in augmentation_names(self.augmentation):
             choose("augmentation", name, AUGMENTATIONS)
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
         choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)
-        for name in ("generator_width", "discriminator_width", "latent_dim", "num_discriminator_steps", "log_every"):
+        for name in (
+            "generator_width",
+            "discriminator_width",
+            "latent_dim",
+            "num_discriminator_steps",
+            "log_every",
+            "accumulate",
+        ):
             self._require(name, at_least=1)
         for name in ("num_sample_grids", "num_evaluations"):
             self._require(name, at_least=1)

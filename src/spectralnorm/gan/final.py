@@ -41,12 +41,15 @@ def finish(
         extractors: what the metrics see images through.
         measured: whether to measure them at all.
     """
+    layers = spectra(trainer.discriminator)  # gathered by all processes, where they hold it in parts
+    if not trainer.processes.is_first:
+        return
     generator = trained_generator(trainer)
     if ARCHITECTURES[trainer.config.architecture].makes_points:
         _draw_points(folder, log, trainer.step, generator, images)
     else:
         _draw_images(folder, log, trainer.step, generator, images)
-    log.append(Spectra(step=trainer.step, layers=spectra(trainer.discriminator)))
+    log.append(Spectra(step=trainer.step, layers=layers))
     if measured:
         metrics = measure(generator, images, extractors=extractors, num=trainer.config.num_evaluation_samples)
         log.append(

@@ -67,13 +67,15 @@ def open_data(config: Config, data: Any = None, *, loading: str = "auto") -> Ima
 
 
 def resolve_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
+    """``"auto"`` is CUDA where there is one, else MPS (a Mac's GPU) where there is one, else the CPU.
 
     Raises:
-        UserError: CUDA was asked for and there is none.
+        UserError: what was asked for is not there.
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' was asked for, but torch finds no CUDA GPU here; use --device cpu or auto.")
+        name = next(kind for kind, is_there in there.items() if is_there)
+    if not there[name]:
+        what = {"cuda": "CUDA GPU", "mps": "GPU of a Mac"}[name]
+        raise UserError(f"device '{name}' was asked for, but torch finds no {what} here; use --device cpu or auto.")
     return torch.device(name)
