@@ -13,6 +13,7 @@ from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
 from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, matrix_bound
+from spectralnorm.lipschitz.composition import compose_convolutions
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
 
 __all__ = ["ConvolutionMap", "DenseMap", "ScaleMap"]
@@ -145,14 +146,22 @@ class ConvolutionMap:
 
     @cached_property
     def _bound(self) -> float:
-        return add_up(convolution_bound(self.weight, self.geometry, self.input_size), self.error)
+        return add_up(convolution_bound(*self._different_groups(), self.input_size), self.error)
 
     def lower_bound(self) -> float:
         """Of its norm at the size it was met with, from below."""
-        return max(0.0, convolution_lower_bound(self.weight, self.geometry, self.read_size) - self.error)
+        return max(0.0, convolution_lower_bound(*self._different_groups(), self.read_size) - self.error)
+
+    def _different_groups(self) -> tuple[Tensor, ConvolutionGeometry]:
+        """The norm is the largest of the groups', so groups that are alike (a blur of every channel) count once."""
+        groups = self.weight.unflatten(0, (self.geometry.groups, -1))
+        different = torch.unique(groups, dim=0) if len(groups) > 1 else groups
+        return different.flatten(0, 1), replace(self.geometry, groups=len(different))
 
     def after(self, first: Any) -> Any:
         """This after ``first``, as one map; None where that has no explicit form."""
+        if isinstance(first, ConvolutionMap):
+            return self._after_convolution(first)
         if not isinstance(first, ScaleMap) or first.scale.ndim != 1:
             return None
         groups = self.geometry.groups
@@ -163,6 +172,18 @@ class ConvolutionMap:
             scale = first.scale.reshape(groups, 1, self.weight.shape[1], *[1] * self.geometry.num_axes)
             scaled = (grouped * scale).flatten(0, 1)
         return self.scaled(scaled, first.relative + gamma(1), first.bound())
+
+    def _after_convolution(self, first: ConvolutionMap) -> ConvolutionMap | None:
+        if self.geometry.num_axes != first.geometry.num_axes:
+            return None
+        found = compose_convolutions(self.weight, self.geometry, first.weight, first.geometry)
+        if found is None:
+            return None
+        patches = max_patches_per_pixel(found.geometry, first.read_size)
+        own = mul_up(root_up(float(patches)), found.error)
+        # (B + F)(A + E) - B A = F (A + E) + B E
+        crossed = add_up(mul_up(self.error, first.bound()), mul_up(self.bound(), first.error))
+        return ConvolutionMap(found.weight, found.geometry, first.input_size, first.read_size, add_up(own, crossed))
 
     def scaled(self, weight: Tensor, relative: float, growth: float) -> ConvolutionMap:
         """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure
+from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure, with_maxima
 
 __all__ = ["trace"]
 
@@ -311,7 +311,7 @@ def _trace_once(
     if tracer.ambiguous is not None:
         return tracer.ambiguous
     _refuse_escaped(result)
-    return Graph(_needed(tracer.nodes, outputs), tuple(outputs), batch_size, device)
+    return with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device))
 
 
 def _copied(model: nn.Module, mode: str) -> nn.Module:
@@ -360,11 +360,3 @@ def _refuse_escaped(result: Any) -> None:
             raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
 
     map_structure(result, Tensor, check)
-
-
-def _needed(nodes: list[Node], outputs: list[Node]) -> tuple[Node, ...]:
-    needed = {*outputs, nodes[0]}
-    for node in reversed(nodes):
-        if node in needed:
-            needed.update(node.inputs)
-    return tuple(node for node in nodes if node in needed)
