@@ -61,7 +61,7 @@ class _Residual(nn.Module):
         with torch.no_grad():
             steps = self._steps().double()
         twin = copy.deepcopy(self).double()
-        object.__setattr__(twin, "_steps", lambda: steps)
+        object.__setattr__(twin, "_steps", lambda: steps.to(twin.weight.dtype))
         return twin
 
     def _squares(self) -> Tensor:

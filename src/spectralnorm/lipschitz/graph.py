@@ -77,12 +77,14 @@ class Graph:
         outputs: what `forward` returned, those that depend on the input.
         batch_size: it was recorded with; a first dimension is a multiple of it.
         device: where the constants are.
+        dtype: of the model's first floating tensor.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
     batch_size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
 
 def with_maxima(graph: Graph) -> Graph:

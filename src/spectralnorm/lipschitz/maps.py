@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["ConvolutionMap", "DenseMap", "ScaleMap"]
 # Multiplications that a merged matrix may cost; above, the two norms are multiplied instead.
 _MAX_PRODUCT = 2e10
 _MAX_ENTRIES = 2**26
+_MAX_IMAGE = 2**17  # entries of an image that a lower bound is searched on
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,7 @@ class ConvolutionMap:
         input_size: along each spatial axis; None stands for every size.
         error: the norm of the convolution with what the weight is off by, at most.
         read_size: the size that the error was computed for.
+        known_bound: of its norm, where there is no need to look for one.
     """
 
     weight: Tensor
@@ -139,6 +142,7 @@ class ConvolutionMap:
     input_size: tuple[int, ...] | None
     read_size: tuple[int, ...]
     error: float = 0.0
+    known_bound: float | None = None
 
     def bound(self) -> float:
         """Of its norm."""
@@ -146,11 +150,22 @@ class ConvolutionMap:
 
     @cached_property
     def _bound(self) -> float:
+        if self.known_bound is not None:
+            return self.known_bound
         return add_up(convolution_bound(*self._different_groups(), self.input_size), self.error)
 
     def lower_bound(self) -> float:
         """Of its norm at the size it was met with, from below."""
-        return max(0.0, convolution_lower_bound(*self._different_groups(), self.read_size) - self.error)
+        weight, geometry = self._different_groups()
+        size = list(self.read_size)
+        # A smaller image, at the start of a larger one that is zero elsewhere, gives a part of its outputs: a smaller
+        # norm, and by less than a percent.
+        while geometry.padding_mode == "zeros" and geometry.channels(weight)[0] * math.prod(size) > _MAX_IMAGE:
+            smaller = [-(-n // 2) for n in size]
+            if min(n / s for n, s in zip(smaller, geometry.extent, strict=True)) < 8:
+                break
+            size = smaller
+        return max(0.0, convolution_lower_bound(weight, geometry, size) - self.error)
 
     def _different_groups(self) -> tuple[Tensor, ConvolutionGeometry]:
         """The norm is the largest of the groups', so groups that are alike (a blur of every channel) count once."""
@@ -183,11 +198,28 @@ class ConvolutionMap:
         own = mul_up(root_up(float(patches)), found.error)
         # (B + F)(A + E) - B A = F (A + E) + B E
         crossed = add_up(mul_up(self.error, first.bound()), mul_up(self.bound(), first.error))
-        return ConvolutionMap(found.weight, found.geometry, first.input_size, first.read_size, add_up(own, crossed))
+        together = ConvolutionMap(found.weight, found.geometry, first.input_size, first.read_size, add_up(own, crossed))
+        # One filter for all channels and a matrix for all pixels do not meet: the norm is their norms' product.
+        if (self._is_pointwise and first._is_one_filter) or (self._is_one_filter and first._is_pointwise):
+            return replace(together, known_bound=mul_up(self.bound(), first.bound()))
+        return together
+
+    @property
+    def _is_pointwise(self) -> bool:
+        return math.prod(self.geometry.kernel_size) == 1
+
+    @property
+    def _is_one_filter(self) -> bool:
+        return self.weight.shape[1] == 1 and len(self.weight) == self.geometry.groups and self._num_different == 1
+
+    @cached_property
+    def _num_different(self) -> int:
+        return self._different_groups()[1].groups
 
     def scaled(self, weight: Tensor, relative: float, growth: float) -> ConvolutionMap:
         """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""
         # |conv| <= sqrt(patches per pixel) ||weight||_F, also of the difference.
         patches = max_patches_per_pixel(self.geometry, self.read_size)
         own = mul_up(1.01 * relative, root_up(float(patches)), frobenius(weight))
-        return replace(self, weight=weight, error=add_up(own, mul_up(self.error, growth)))
+        error = add_up(own, mul_up(self.error, growth))
+        return replace(self, weight=weight, error=error, known_bound=None)
