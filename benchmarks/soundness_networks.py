@@ -67,7 +67,8 @@ class Functional(nn.Module):
             larger = torch.where(first >= second, first, second)
             return torch.cat([larger, torch.minimum(first, second)], dim=1)
         if self.choice == 8:
-            weight = torch.linspace(-1, 1, inputs.shape[1] ** 2, dtype=inputs.dtype).reshape(inputs.shape[1], -1)
+            # In float32 first: the certificate is of the function with these numbers.
+            weight = torch.linspace(-1, 1, inputs.shape[1] ** 2).reshape(inputs.shape[1], -1).to(inputs.dtype)
             return torch.einsum("bi...,oi->bo...".replace("...", "hw"[: inputs.ndim - 2]), inputs, weight)
         half = inputs.shape[1] // 2
         return torch.cat([2 * inputs[:, :half].relu(), inputs[:, half:].sin()], dim=1)
