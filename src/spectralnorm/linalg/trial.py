@@ -22,7 +22,7 @@ _MARGINS = (1e-4, 1e-3, 8e-3)
 
 @torch.no_grad()
 def tried_upper_bound(matrix: Tensor, vector: Tensor) -> Tensor:
-    """As `gram_upper_bound`, mostly within 1.001 times the norm if ``vector`` is good; the same elsewhere than on the CPU.
+    """As `gram_upper_bound`, mostly within 1.001 times the norm if ``vector`` is good; beside the CPU the same.
 
     Looks at numbers, so not for what is traced or compiled.
 

@@ -323,10 +323,15 @@ class SpectralNorm(nn.Module):
             if is_followed:
                 self.symbol_vectors = vectors
             return upper
-        # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel. That is looser
-        # than its symbol, but has no branch on values, which what is compiled or transformed cannot have.
+        if self.geometry is not None:
+            # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel; a transposed
+            # one is the adjoint of that. That is looser than its symbol, but has no branch on values, which what is
+            # compiled or transformed cannot have.
+            kernel = weight.detach().unflatten(0, (self.geometry.groups, -1)).flatten(2)
+            if leading is None or self.geometry.transposed:  # whose vectors are of the kernel with outputs first
+                return gram_upper_bound(kernel).amax() * self._gain
         if leading is None:
-            return gram_upper_bound(self.weight_matrix(weight.detach())).amax() * self._gain
+            return gram_upper_bound(self.weight_matrix(weight.detach())).amax()
         return tried_upper_bound(self.view.memory_blocks(weight.detach()), leading).amax() * self._gain
 
     def target(self, dtype: torch.dtype) -> Target:
@@ -442,6 +447,8 @@ class SpectralNorm(nn.Module):
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if weight.is_meta and (self.strict or self.follows_map):
+            return weight * 1  # there are no values to bound
         if self.strict and not self._can_keep(weight):
             return self._unkept_strict(weight)
         if self._is_vector:
