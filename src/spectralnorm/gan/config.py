@@ -14,6 +14,7 @@ import tyro
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.augment import AUGMENTATIONS
+from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES
@@ -52,11 +53,11 @@ class Config:
     """Name of the recipe that these settings started from."""
 
     data: str | None = _DATA(None)
-    """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
+    """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST; toy-ring or toy-grid: points."""
     image_size: int = _DATA(32)
     """Height and width in pixels: 32, 48, 64 or 128 (sagan, stylegan2 and r3gan: not 48; stylegan2 also 256)."""
     channels: int = _DATA(1)
-    """1 for gray, 3 for colour."""
+    """1 for gray, 3 for colour; 2 for points."""
     augmentation: str = _DATA("none")
     """Of what the discriminator sees, real and fake: none, or a comma-separated list of shift, cutout, flip, color."""
     conditional: bool = _DATA(False)
@@ -67,7 +68,7 @@ class Config:
     """Training images of each class; generated images have classes in the same proportions."""
 
     architecture: str = _NETWORKS("dcgan")
-    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan or mlp."""
+    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan, mlp, or points (dense networks for the plane)."""
     generator_width: int = _NETWORKS(64)
     """Of the generator: 64 gives the published channels, another number scales them."""
     discriminator_width: int = _NETWORKS(64)
@@ -173,7 +174,7 @@ class Config:
         for name in augmentation_names(self.augmentation):
             choose("augmentation", name, AUGMENTATIONS)
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
-        choose("channels", self.channels, (1, 3))
+        choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)
         for name in (
             "generator_width",
             "discriminator_width",
@@ -214,6 +215,16 @@ class Config:
             raise UserError(
                 f"The architecture '{self.architecture}' has no form with labels; choose {' or '.join(conditional)}, "
                 "or leave out --conditional."
+            )
+        is_toy, makes_points = self.data in MIXTURES, ARCHITECTURES[self.architecture].makes_points
+        if is_toy and not makes_points:
+            raise UserError(
+                f"The data '{self.data}' are points, not images; take --recipe {self.data}, or --architecture points."
+            )
+        if makes_points and (not is_toy or self.augmentation != "none"):
+            raise UserError(
+                f"The architecture 'points' is for the data {' or '.join(MIXTURES)}, without augmentation; got data "
+                f"'{self.data}' and augmentation '{self.augmentation}'."
             )
         if self.path_length_weight and self.architecture != "stylegan2":
             raise UserError(

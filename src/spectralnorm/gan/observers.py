@@ -20,14 +20,15 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import save_checkpoint
 from spectralnorm.gan.data import ImageSet
 from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.parts import whole
-from spectralnorm.gan.pictures import image_grid, save_png
 from spectralnorm.gan.run_folder import CHECKPOINTS
+from spectralnorm.gan.run_pictures import save_grid, save_points
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_norms import LargestSingularValues
 from spectralnorm.metrics import FeatureExtractor
-from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
+from spectralnorm.records import Evaluation, Record, RecordFile, Scalars
 
 __all__ = [
     "Averaging",
@@ -150,14 +151,23 @@ class Milestones:
 
 
 class SampleGrids:
-    """Saves a grid of samples, always from the same latents, and a checkpoint with each."""
+    """Saves a grid of samples, always from the same latents, and a checkpoint with each.
 
-    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer) -> None:
+    Args:
+        run: the run folder.
+        log: its records.
+        checkpoints: saved with each grid.
+        trainer: the run, about to begin or to go on.
+        real: training images; points are drawn on top of real ones.
+    """
+
+    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer, real: Tensor) -> None:
         self._run = run
         self._log = log
         self._checkpoints = checkpoints
         self._milestones = Milestones(trainer.config.num_sample_grids, power=1.5, progress=trainer.progress)
         self._generator = trained_generator(trainer)
+        self._real = real
         if trainer.step == 0:
             self.save(trainer)
 
@@ -170,21 +180,13 @@ class SampleGrids:
     def save(self, trainer: Trainer) -> None:
         if not trainer.processes.is_first:
             return
-        images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
         file = f"samples/step-{trainer.step:09d}.png"
-        save_png(self._run / file, image_grid(images, columns=_GRID_SIDE))
-        height, width = images.shape[2:]
-        self._log.append(
-            Picture(
-                step=trainer.step,
-                role="samples",
-                file=file,
-                rows=_GRID_SIDE,
-                columns=_GRID_SIDE,
-                tile_height=height,
-                tile_width=width,
-            )
-        )
+        if ARCHITECTURES[trainer.config.architecture].makes_points:
+            picture = save_points(self._run, self._generator, self._real, file=file, step=trainer.step, role="samples")
+        else:
+            images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
+            picture = save_grid(self._run, images, file=file, step=trainer.step, role="samples", columns=_GRID_SIDE)
+        self._log.append(picture)
 
 
 class Evaluations:

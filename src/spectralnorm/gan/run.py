@@ -183,7 +183,7 @@ def _train(
                 Averaging(),
                 StepSizeDecay(),
                 ScalarLog(log, display.log, trainer=trainer),
-                SampleGrids(folder, log, checkpoints, trainer=trainer),
+                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.images),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
                 *observers,
@@ -194,8 +194,8 @@ def _train(
             reason = trainer.stop_reason or "interrupted"
             if reason != "interrupted":
                 display.phase("Drawing and measuring the final samples")
-                measured = extractors if trainer.step >= _MIN_STEPS_FOR_METRICS else []
-                finish(folder, log, trainer, images, measured)
+                measure = trainer.step >= _MIN_STEPS_FOR_METRICS
+                finish(folder, log, trainer, images, extractors, measured=measure)
             log.append(
                 Ending(
                     step=trainer.step,

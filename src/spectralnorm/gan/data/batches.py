@@ -34,7 +34,7 @@ class Batches(Iterator[Batch]):
     the same on every device, and `next` never waits for the device.
 
     Args:
-        images: uint8 ``(num, channels, height, width)``.
+        images: uint8 ``(num, channels, height, width)``; float32 ones, such as points, are handed out as they are.
         labels: int64 ``(num,)``; None: batches without labels.
         batch_size: at most ``num``.
         seed: of the order.
@@ -76,7 +76,9 @@ class Batches(Iterator[Batch]):
         indices = indices if self._share is None else self._share(indices)
         images = self._to_device(self._images.index_select(0, indices))
         labels = None if self._labels is None else self._to_device(self._labels.index_select(0, indices))
-        return Batch(images.to(torch.float32).div_(127.5).sub_(1), labels)
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(127.5).sub_(1)
+        return Batch(images, labels)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: a few integers."""
