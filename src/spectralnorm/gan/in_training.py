@@ -77,6 +77,14 @@ class InTraining:
         """The same in full precision and as written, so that it can be differentiated twice: compiled code cannot."""
         return self.module(*(each for each in inputs if each is not None))
 
+    def as_written(self) -> AbstractContextManager[Any]:
+        """A context in which compiled code is left aside.
+
+        Where `exactly` is called between a compiled call and its backward, the vectors of a normalization would be
+        written that the compiled graph has kept.
+        """
+        return torch.compiler.set_stance("force_eager") if self._bare is not self.module else nullcontext()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """A context in which the network passes gradients on, but its weights get none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -215,7 +215,7 @@ class Trainer:
         config = self.config
         self.discriminator_optimizer.zero_grad()
         for number, parts in enumerate(self._parts(*real, fake.images.detach(), fake.labels), start=1):
-            with self._discriminate.summing(is_last=number == config.accumulate):
+            with self._discriminate.summing(is_last=number == config.accumulate), self._with_penalty():
                 loss = self._discriminator_loss(Batch(*parts[:2]), Batch(*parts[2:]))
                 self.scalers["discriminator"].scale(self._share_of(loss)).backward()
         Precision.step(self.discriminator_optimizer, self.scalers["discriminator"])
@@ -227,10 +227,11 @@ class Trainer:
         config = self.config
         real_logits, fake_logits = self._judge(real, fake)
         loss = self.loss.discriminator(real_logits, fake_logits)
-        if self.penalty is not None and self.images_seen // config.batch_size % config.penalty_interval == 0:
+        if self._is_penalty_due():
             # Generated images have the labels of the real ones, and so has what lies between them.
             judge = partial(self._judge_exactly, labels=real.labels)
             with self.processes.draws(len(real.images)):
+                assert self.penalty is not None
                 penalty = self.penalty(judge, real.images, fake.images, random=self.random)
             loss = loss + config.penalty_weight * config.penalty_interval * penalty
             self.means.add("penalty/discriminator", penalty)
@@ -242,6 +243,13 @@ class Trainer:
         self.means.add("logits/real", real_logits.mean())
         self.means.add("logits/fake", fake_logits.mean())
         return loss
+
+    def _is_penalty_due(self) -> bool:
+        update = self.images_seen // self.config.batch_size
+        return self.penalty is not None and update % self.config.penalty_interval == 0
+
+    def _with_penalty(self) -> AbstractContextManager[Any]:
+        return self._discriminate.as_written() if self._is_penalty_due() else nullcontext()
 
     def update_generator(self, fake: Generated, real: Batch | None = None) -> None:
         """One step of the generator, whose graph the images carry, against the discriminator as it is.
