@@ -30,6 +30,8 @@ def _small(recipe: str) -> Config:
     if config.architecture == "stylegan2":
         changes["latent_dim"] = 16
         changes["image_size"] = min(config.image_size, 64)
+    if recipe == "sngan-resnet-128":
+        changes["image_size"] = 64
     if config.architecture == "sagan":
         changes["image_size"] = 32
     if config.generator_batch_size is not None:

@@ -23,7 +23,11 @@ from spectralnorm.gan.optimizers import check_optimizer
 from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
-__all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
+__all__ = ["GIVEN_DATA", "Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
+
+
+GIVEN_DATA = "given-from-python"
+"""What ``config.data`` says when the images were passed as objects: no path leads back to them."""
 
 
 def _setting(default: Any, group: str, *, resumable: bool = False) -> Any:
@@ -225,7 +229,7 @@ class Config:
             raise UserError(
                 f"The data '{self.data}' are points, not images; take --recipe {self.data}, or --architecture points."
             )
-        if makes_points and (not is_toy or self.augmentation != "none"):
+        if makes_points and (not (is_toy or self.data == GIVEN_DATA) or self.augmentation != "none"):
             raise UserError(
                 f"The architecture 'points' is for the data {' or '.join(MIXTURES)}, without augmentation; got data "
                 f"'{self.data}' and augmentation '{self.augmentation}'."

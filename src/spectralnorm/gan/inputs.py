@@ -9,16 +9,13 @@ from typing import Any
 import torch
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.config import Config
+from spectralnorm.gan.config import GIVEN_DATA, Config
 from spectralnorm.gan.data import ImageSet, ImageStream, from_huggingface, from_tensors, load_images, open_images
 from spectralnorm.gan.data.huggingface import is_huggingface
 from spectralnorm.gan.data.items import from_items
 from spectralnorm.gan.data.points import MIXTURES, open_points
 
 __all__ = ["GIVEN_DATA", "open_data", "prepare_data", "resolve_device"]
-
-GIVEN_DATA = "given-from-python"
-"""What ``config.data`` says when the images were passed as objects: no path leads back to them."""
 
 
 def prepare_data(config: Config, data: Any = None) -> ImageSet:
