@@ -71,10 +71,13 @@ class DataSummary:
                 "images",
                 f"{self.num_images:,}: {self.num_training:,} to train on, {self.num_held_out:,} held out for metrics",
             ),
-            ("sizes", _counts(self.original_sizes, limit=4)),
-            ("pixels", f"{_counts(self.modes, limit=6)} -> {'gray' if self.channels == 1 else 'RGB'}"),
-            ("resize", self.resize),
         ]
+        if self.original_sizes:  # points in the plane have none
+            rows += [
+                ("sizes", _counts(self.original_sizes, limit=4)),
+                ("pixels", f"{_counts(self.modes, limit=6)} -> {'gray' if self.channels == 1 else 'RGB'}"),
+                ("resize", self.resize),
+            ]
         # What was looked for and not found is said, too: a missing line might as well mean that no one looked.
         classes = f"{len(self.classes):,}: {_counts(self.classes, limit=10)}" if self.classes else "none given"
         rows += [("classes", classes), ("duplicates", f"{self.num_duplicates:,}" if self.num_duplicates else "none")]
