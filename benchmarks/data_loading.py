@@ -2,7 +2,7 @@
 
 The real trainer trains a small and a larger network. Sources of batches take turns with one batch that already lies on
 the device, which costs nothing: a source's share is 1 - (time of a turn with that batch) / (time of the source's turn),
-the median over the turns, by wall clock and by process CPU time. The streamed source has a buffer of two batches only,
+the median over the turns, by wall clock and by process CPU time. The streamed source has a buffer of one batch only,
 so that what a turn takes out is also decoded within it. Images are JPEGs of 256 x 256 with the frequencies of
 photographs.
 
@@ -113,7 +113,7 @@ def measure(settings, shards, arguments, device):
     streamed = open_images(shards, **size, loading="stream")
     assert isinstance(streamed, ImageStream)
     options: dict[str, Any] = {"batch_size": config.batch_size, "seed": 0, "device": device}
-    stream = StreamedBatches(streamed, **options, buffer=2 * config.batch_size)
+    stream = StreamedBatches(streamed, **options, buffer=config.batch_size)
     # A set that the device has room for is moved to it; this one is taken as one that it has no room for.
     from_disk = Batches(mapped.images, **options)
     from_disk._images = mapped.images
@@ -178,7 +178,7 @@ def main():
                 speed = f"{alone:.0f}" if source == "streamed" else ""
                 shown = f"{wall:.1%}{verdict} | {processor:.1%}"
                 lines.append(f"| {what} | {1000 * step_seconds:.1f} | {source} | {shown} | {speed} |")
-    print("\n".join(lines))
+            print("\n".join(lines[-len(shares) :]), flush=True)
     if not arguments.print:
         text = (
             "# What share of the training time loading takes\n\n"

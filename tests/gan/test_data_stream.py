@@ -2,6 +2,8 @@
 
 import gc
 import io
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -13,8 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan import make_config, train
+from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.data import Batches, ImageSet, ImageStream, StreamedBatches, load, open_batches, open_images
 from spectralnorm.gan.data.stream import epoch_order
+from spectralnorm.gan.run_folder import CHECKPOINTS
 
 SIZE = 4
 
@@ -276,10 +281,47 @@ def test_threads_end_with_the_batches(stream):
     assert threading.active_count() == before + 3
     del batches
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name.endswith("(_work)"):
-            thread.join(timeout=10)
     assert threading.active_count() == before
+
+
+def test_a_program_may_end_while_threads_are_reading(tmp_path):
+    large = np.random.default_rng(0).integers(0, 256, (40, 500, 500, 3), dtype=np.uint8)
+    write_shards(tmp_path / "set", list(large))
+    program = (
+        "from spectralnorm.gan.data import StreamedBatches, open_images\n"
+        f"images = open_images({str(tmp_path / 'set')!r}, image_size=64, channels=3, loading='stream')\n"
+        "batches = StreamedBatches(images, batch_size=4, seed=0, device='cpu', num_threads=4)\n"
+        "for _ in range(3): next(batches)\n"
+        "print('ends now')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ends now\n", "")
+
+
+def test_a_run_on_a_streamed_set_goes_on_to_the_last_bit(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    config = make_config(
+        "fashion",
+        channels=3,
+        data=str(write_shards(tmp_path / "set", list(images))),
+        data_loading="stream",
+        batch_size=4,
+        generator_width=4,
+        discriminator_width=4,
+        steps=5,
+        device="cpu",
+    )
+
+    def stop_after_two(trainer):
+        trainer.stop_reason = "interrupted" if trainer.step == 2 else trainer.stop_reason
+
+    train(config, out=tmp_path / "whole")
+    assert train(config, out=tmp_path / "parts", observers=[stop_after_two]).step == 2
+    assert train(config, out=tmp_path / "parts").step == 5
+    whole, parts = (latest_checkpoint(tmp_path / name / CHECKPOINTS) for name in ("whole", "parts"))
+    assert whole.numbers["batches"] == parts.numbers["batches"]
+    assert whole.tensors.keys() == parts.tensors.keys()
+    assert [name for name in whole.tensors if not torch.equal(whole.tensors[name], parts.tensors[name])] == []
 
 
 # What cannot be read

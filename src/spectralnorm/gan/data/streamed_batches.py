@@ -247,14 +247,13 @@ class _Reader:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         # What Pillow says of odd metadata is not for the terminal; its own way to silence it is not safe with threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        threads = [
-            # Daemons, so that a program that ends does not wait for the buffer. They hold no reference to the reader.
-            threading.Thread(target=_work, args=(self._tasks, stream, self.store.numpy()), daemon=True)
-            for _ in range(num_threads)
-        ]
+        stopped = threading.Event()
+        arguments = (self._tasks, stopped, stream, self.store.numpy())
+        # They hold no reference to the reader. Daemons, since Python waits for others before it ends anything at exit.
+        threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(num_threads)]
         for thread in threads:
             thread.start()
-        self.close = weakref.finalize(self, _stop, self._tasks, num_threads)
+        self.close = weakref.finalize(self, _stop, self._tasks, stopped, threads)
         epoch, done = divmod(drawn, self._num)
         reading, handing = self._order(epoch)
         until = min(done + buffer, self._num)
@@ -308,12 +307,18 @@ class _Task(NamedTuple):
     """For each None, or why it is skipped."""
 
 
-def _work(tasks: queue.SimpleQueue[_Task | None], stream: ImageStream, store: np.ndarray) -> None:
-    """What a thread does until it finds None among its tasks."""
+def _work(
+    tasks: queue.SimpleQueue[_Task | None], stopped: threading.Event, stream: ImageStream, store: np.ndarray
+) -> None:
+    """What a thread does until it finds None among its tasks, or is stopped."""
     while (task := tasks.get()) is not None:
+        problems: list[str | None] = []
         try:
-            pairs = zip(task.indices, task.slots, strict=True)
-            task.future.set_result([_read_into(store[slot], stream, index) for index, slot in pairs])
+            for index, slot in zip(task.indices, task.slots, strict=True):
+                if stopped.is_set():
+                    return
+                problems.append(_read_into(store[slot], stream, index))
+            task.future.set_result(problems)
         # Whatever it is, it belongs to the one who waits.
         except BaseException as error:
             task.future.set_exception(error)
@@ -330,12 +335,12 @@ def _read_into(place: np.ndarray, stream: ImageStream, index: int) -> str | None
     return None
 
 
-def _stop(tasks: queue.SimpleQueue[_Task | None], num_threads: int) -> None:
-    """Empty the queue and end the threads."""
-    while True:
-        try:
-            tasks.get_nowait()
-        except queue.Empty:
-            break
-    for _ in range(num_threads):
+def _stop(tasks: queue.SimpleQueue[_Task | None], stopped: threading.Event, threads: list[threading.Thread]) -> None:
+    """End the threads, each after the image it is at. One that outlived the interpreter would take it down."""
+    stopped.set()
+    for _ in threads:
         tasks.put(None)
+    for thread in threads:
+        # The garbage collector may have called this from any thread.
+        if thread is not threading.current_thread():
+            thread.join(timeout=30)
