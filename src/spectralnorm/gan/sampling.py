@@ -16,6 +16,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import read_tensors, save_tensors
 from spectralnorm.gan.config import Config, config_from_json, config_to_json
 from spectralnorm.gan.latents import Labels, label_tensor, slerp, truncated, walk_latents
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.networks import build_generator
 
 __all__ = ["GENERATOR_FILE", "TrainedGenerator", "load", "save_generator"]
@@ -77,7 +78,7 @@ class TrainedGenerator(nn.Module):
                 drawn from a normal distribution cut off at ``2 * truncation`` (Brock et al. 2019); 1: not cut off.
 
         Returns:
-            uint8 tensor ``(num, channels, height, width)`` on the CPU.
+            uint8 tensor ``(num, channels, height, width)`` on the CPU; points are float32 ``(num, 2, 1, 1)``.
 
         Raises:
             UserError: num, a seed, a label or the truncation is out of range.
@@ -201,8 +202,13 @@ class TrainedGenerator(nn.Module):
         for start in range(0, len(latents), _BATCH):
             part = slice(start, start + _BATCH)
             given = latents[part].to(device), None if labels is None else labels[part].to(device)
-            batches.append(_to_uint8(self(*given, **options)).cpu())
+            samples = self(*given, **options)
+            batches.append((samples.float() if self._makes_points else _to_uint8(samples)).cpu())
         return torch.cat(batches).contiguous()
+
+    @property
+    def _makes_points(self) -> bool:
+        return ARCHITECTURES[self.config.architecture].makes_points
 
     def _render_walks(self, latents: Tensor, *, seed: int, labels: Labels | None, truncation: float) -> Tensor:
         """Images ``(walks, steps, channels, height, width)`` of latents ``(walks, steps, dim)``, one label a walk."""
