@@ -73,6 +73,25 @@ def test_a_normalized_generator_is_exported_with_the_weights_it_uses(tmp_path: P
     assert all(torch.equal(before[name], tensor) for name, tensor in generator.state_dict().items())
 
 
+class _Frozen(nn.Module):
+    """Counts its images in a way that an exporter takes for a constant."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.network(latents) + torch.zeros(len(latents), 1, 1, 1)
+
+
+def test_a_file_for_one_batch_size_alone_is_refused(tmp_path: Path):
+    generator = _generator("mlp")
+    generator.network = _Frozen(generator.network)
+    with pytest.raises(UserError, match="_Frozen cannot be exported"):
+        export_program(generator, tmp_path / "generator.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 class _Moody(nn.Module):
     """Computes something else as soon as it is captured."""
 
@@ -91,6 +110,11 @@ def test_a_program_that_computes_something_else_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="differs from the trained one by"):
         export_program(generator, tmp_path / "generator.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_generator_of_stylegan2_takes_any_batch(tmp_path: Path):
+    assert export_program(_generator("stylegan2"), tmp_path / "generator.pt2") <= MAX_DIFFERENCE
 
 
 class _Branching(nn.Module):

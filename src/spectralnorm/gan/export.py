@@ -118,16 +118,16 @@ def _export(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        with _silenced():
-            try:
+        try:
+            with _silenced():
                 write(network, _inputs(generator, _EXAMPLE_BATCH), temporary)
-            except (OSError, UserError):
-                raise
-            except Exception as error:  # whatever an exporter meets in a network of one's own
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UserError(f"{type(generator.network).__name__} cannot be exported ({first}).") from error
-            run = read(temporary)
-        difference = max(_difference(network, run, _inputs(generator, batch)) for batch in _CHECKED_BATCHES)
+                run = read(temporary)
+            difference = max(_difference(network, run, _inputs(generator, batch)) for batch in _CHECKED_BATCHES)
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # whatever an exporter, or what runs its file, meets in a network of one's own
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{type(generator.network).__name__} cannot be exported ({first}).") from error
         # Written so that NaN, which fails every comparison, is refused too.
         if not difference <= MAX_DIFFERENCE:
             raise UserError(
