@@ -192,7 +192,7 @@ def files(tmp_path: Path) -> Path:
         ("train --out {}/not-a-run", "not a run folder"),
         ("train --out {}/file", "choose another --out"),
         ("train --out /proc/nothing-can-be-made-here", "choose another --out"),
-        ("trian", "Unknown command 'trian'; choose one of train, recipes, sample, evaluate, certify, report"),
+        ("trian", "Unknown command 'trian'; choose one of train, recipes, sample, export, evaluate, certify, report"),
         ("sample {}/nowhere", "does not exist"),
         ("sample {}/empty", "has no trained generator yet"),
         ("sample", "PATH"),

@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": "train a GAN, or go on with a run; the same command again resumes",
     "recipes": "list the named starting points: what each trains, what it costs, where its settings are from",
     "sample": "generate images from a run",
+    "export": "bring a generator elsewhere: ONNX, torch.export, a folder for a model hub, a model card",
     "evaluate": "measure a run's samples against held-out real images",
     "certify": "prove a Lipschitz constant of a run's discriminator",
     "report": "rebuild a run's report.html from its records",

@@ -99,7 +99,8 @@ class StyleGAN2Generator(nn.Module):
 
     def synthesize(self, styles: Tensor) -> Tensor:
         """Images ``(batch, channels, size, size)`` of the styles of each layer."""
-        features = self.constant.expand(len(styles), -1, -1, -1)
+        # Not len(): an exporter would take it for a constant.
+        features = self.constant.expand(styles.shape[0], -1, -1, -1)
         image: Tensor | None = None
         layer = 0
         for block in self.blocks:
