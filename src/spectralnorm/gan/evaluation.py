@@ -61,13 +61,13 @@ def measure(
     """
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
-    if progress is not None:
-        progress("generating images", 0, num)
-    samples = generator.sample(num, seed=seed)
-    if progress is not None:
-        progress("generating images", num, num)
     found: tuple[Metric, ...] = ()
     if of_images:
+        if progress is not None:
+            progress("generating images", 0, num)
+        samples = generator.sample(num, seed=seed)
+        if progress is not None:
+            progress("generating images", num, num)
         found = evaluate(
             samples,
             images.held_out,
@@ -97,7 +97,7 @@ def _path_lengths(
     device = next(generator.network.parameters()).device
     starts, ends = (part.to(device) for part in generator.latents(2 * num, seed=seed).chunk(2))
     # A path stays within one class.
-    labels = _labels(generator, num, seed)
+    labels = generator.draw_labels(num, seed=seed)
     # Typed loosely: what more than forward() it has is asked below.
     network: Any = generator.network
 
@@ -159,11 +159,3 @@ def _path_metric(space: str, mean: float, error: float, num: int, provenance: Pr
         details={"steps": num, "epsilon": 1e-4},
         provenance=provenance,
     )
-
-
-def _labels(generator: TrainedGenerator, num: int, seed: int) -> Tensor | None:
-    """Classes of the paths, drawn evenly; None for a generator that takes none."""
-    if not getattr(generator.config, "conditional", False):
-        return None
-    names: Sequence[str] = getattr(generator, "class_names", ())
-    return torch.randint(len(names), (num,), generator=torch.Generator().manual_seed(seed))
