@@ -192,7 +192,7 @@ def files(tmp_path: Path) -> Path:
         ("train --out {}/not-a-run", "not a run folder"),
         ("train --out {}/file", "choose another --out"),
         ("train --out /proc/nothing-can-be-made-here", "choose another --out"),
-        ("trian", "Unknown command 'trian'; choose one of train, sample, evaluate, certify, report"),
+        ("trian", "Unknown command 'trian'; choose one of train, recipes, sample, evaluate, certify, report"),
         ("sample {}/nowhere", "does not exist"),
         ("sample {}/empty", "has no trained generator yet"),
         ("sample", "PATH"),
@@ -232,7 +232,7 @@ def test_ctrl_c_before_training_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectralnorm.cli.train.train", interrupt)
+    monkeypatch.setattr("spectralnorm.gan.run.train", interrupt)
     assert main(["train", "--steps", "4", "--out", str(tmp_path / "my run")]) == 130
     assert capsys.readouterr().err.endswith(f"with: spectralnorm train --steps 4 --out '{tmp_path}/my run'\n")
 

@@ -304,7 +304,7 @@ def test_running_means_are_over_the_steps_since_last_read():
 
 def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
-    monkeypatch.setattr("spectralnorm.gan.trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("spectralnorm.gan.clock.time.perf_counter", lambda: now)
     clock = Clock(torch.device("cpu"))
     clock.start()
     now = 3.0

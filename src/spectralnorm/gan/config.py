@@ -13,13 +13,15 @@ from typing import Annotated, Any
 import tyro
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.augment import AUGMENTATIONS
+from spectralnorm.gan.augment import read_augmentation
+from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import check_normalization
 from spectralnorm.gan.optimizers import check_optimizer
 from spectralnorm.gan.penalties import PENALTIES
+from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
 __all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
@@ -51,13 +53,17 @@ class Config:
     """Name of the recipe that these settings started from."""
 
     data: str | None = _DATA(None)
-    """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
+    """Images: a folder, ZIP, tar, Parquet, IDX, .npy/.npz, CIFAR or STL-10 file, or hf:NAME; none: the built-in
+    Fashion-MNIST; toy-ring or toy-grid: points in the plane."""
     image_size: int = _DATA(32)
     """Height and width in pixels: 32, 48, 64 or 128 (sagan, stylegan2 and r3gan: not 48; stylegan2 also 256)."""
     channels: int = _DATA(1)
-    """1 for gray, 3 for colour."""
+    """1 for gray, 3 for colour; 2 for points."""
     augmentation: str = _DATA("none")
-    """Of what the discriminator sees, real and fake: none, or a comma-separated list of shift, cutout, flip, color."""
+    """Of what the discriminator sees, real and fake: none; a comma-separated list of shift, cutout, flip, color,
+    translation; diffaugment; or ada, whose probability adapts. A constant probability is written ada:p=0.2."""
+    data_loading: str = _DATA("auto", resumable=True)
+    """prepare (all images before training begins), stream (read them while it goes on), or auto: by size."""
     conditional: bool = _DATA(False)
     """Give the labels of the data to both networks (resnet, sagan)."""
     class_names: Annotated[tuple[str, ...], tyro.conf.Suppress] = _DATA((), resumable=True)
@@ -66,7 +72,7 @@ class Config:
     """Training images of each class; generated images have classes in the same proportions."""
 
     architecture: str = _NETWORKS("dcgan")
-    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan or mlp."""
+    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan, mlp, or points (dense networks for the plane)."""
     generator_width: int = _NETWORKS(64)
     """Of the generator: 64 gives the published channels, another number scales them."""
     discriminator_width: int = _NETWORKS(64)
@@ -133,7 +139,15 @@ class Config:
     """Of initial weights, latents and the order of the images."""
 
     device: str = _HARDWARE("auto", resumable=True)
-    """auto (CUDA if present), cpu or cuda."""
+    """auto (CUDA or MPS if present), cpu, cuda or mps."""
+    precision: str = _HARDWARE("fp32")
+    """fp32, bf16-mixed or fp16-mixed: what products of both networks are computed in; weights stay in float32."""
+    accumulate: int = _HARDWARE(1)
+    """Parts that a batch is split into, one after the other, to save memory; their gradients make one step."""
+    compile: bool = _HARDWARE(False, resumable=True)
+    """Compile both networks; the first step then takes a minute or so."""
+    strategy: str = _HARDWARE("ddp", resumable=True)
+    """How several processes hold the networks: each all of them (ddp), or each a part (fsdp)."""
 
     log_every: int = _RECORDS(10)
     """Generator updates between two lines of metrics.jsonl."""
@@ -158,12 +172,21 @@ class Config:
             self._require("lipschitz", above=0)
         if self.penalty is not None:
             choose("penalty", self.penalty, PENALTIES)
-        choose("device", self.device, ("auto", "cpu", "cuda"))
-        for name in augmentation_names(self.augmentation):
-            choose("augmentation", name, AUGMENTATIONS)
+        choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        choose("precision", self.precision, PRECISIONS)
+        choose("strategy", self.strategy, STRATEGIES)
+        read_augmentation(self.augmentation)
+        choose("data_loading", self.data_loading, ("auto", "prepare", "stream"))
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
-        choose("channels", self.channels, (1, 3))
-        for name in ("generator_width", "discriminator_width", "latent_dim", "num_discriminator_steps", "log_every"):
+        choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)
+        for name in (
+            "generator_width",
+            "discriminator_width",
+            "latent_dim",
+            "num_discriminator_steps",
+            "log_every",
+            "accumulate",
+        ):
             self._require(name, at_least=1)
         for name in ("num_sample_grids", "num_evaluations"):
             self._require(name, at_least=1)
@@ -197,6 +220,16 @@ class Config:
                 f"The architecture '{self.architecture}' has no form with labels; choose {' or '.join(conditional)}, "
                 "or leave out --conditional."
             )
+        is_toy, makes_points = self.data in MIXTURES, ARCHITECTURES[self.architecture].makes_points
+        if is_toy and not makes_points:
+            raise UserError(
+                f"The data '{self.data}' are points, not images; take --recipe {self.data}, or --architecture points."
+            )
+        if makes_points and (not is_toy or self.augmentation != "none"):
+            raise UserError(
+                f"The architecture 'points' is for the data {' or '.join(MIXTURES)}, without augmentation; got data "
+                f"'{self.data}' and augmentation '{self.augmentation}'."
+            )
         if self.path_length_weight and self.architecture != "stylegan2":
             raise UserError(
                 f"path_length_weight is for stylegan2, whose generator has styles; leave it out for "
@@ -225,13 +258,6 @@ class Config:
         upper = f" and below {below}" if math.isfinite(below) else ""
         upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
         raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
-
-
-def augmentation_names(augmentation: str) -> tuple[str, ...]:
-    """Split ``"shift,cutout"`` into its parts; ``"none"`` has none."""
-    if augmentation == "none":
-        return ()
-    return tuple(part.strip() for part in augmentation.split(","))
 
 
 def choose(setting: str, name: Any, choices: Iterable[Any]) -> None:

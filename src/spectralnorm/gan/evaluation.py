@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
+from spectralnorm.gan.data.points import MIXTURES
+from spectralnorm.gan.point_metrics import measure_points
 from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.metrics import (
     FeatureExtractor,
@@ -23,19 +25,23 @@ from spectralnorm.records import Metric, Provenance
 
 __all__ = ["PATH_LENGTH", "extractors_for", "measure"]
 
+_MOST_SEARCHED = 100_000
+"""Training images among which copies are looked for; the first ones are a fair sample."""
 PATH_LENGTH = "ppl"
 """The name that asks for the path length: the one metric that needs the generator itself."""
 
 
-def extractors_for(images: ImageSet, *, device: torch.device) -> list[FeatureExtractor]:
+def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> list[FeatureExtractor]:
     """What can judge these images, quickest first: the classifier knows garments only, SqueezeNet sees any image."""
+    if images.name in MIXTURES:  # points are seen as they are
+        return []
     names = ["classifier", "squeezenet"] if images.name == "fashion-mnist" else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
 
 
 def measure(
     generator: TrainedGenerator,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     *,
     extractors: Sequence[FeatureExtractor],
     num: int,
@@ -61,6 +67,12 @@ def measure(
     """
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
+    if images.name in MIXTURES:
+        points, own_seed = generator.sample(num, seed=seed), generator.config.seed
+        bounded = "wasserstein" in metrics
+        return measure_points(points, images.held_out, mixture=images.name, seed=own_seed, wasserstein=bounded)
+    # To read what was trained on may take long, and only one metric needs it.
+    searched = images.examples(_MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
     if of_images:
         if progress is not None:
@@ -73,7 +85,7 @@ def measure(
             images.held_out,
             extractors=extractors,
             metrics=of_images,
-            training=images.images,
+            training=searched,
             seed=generator.config.seed,
             class_names=images.class_names,
             with_intervals=with_intervals,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,11 +34,12 @@ class Batches(Iterator[Batch]):
     the same on every device, and `next` never waits for the device.
 
     Args:
-        images: uint8 ``(num, channels, height, width)``.
+        images: uint8 ``(num, channels, height, width)``; float32 ones, such as points, are handed out as they are.
         labels: int64 ``(num,)``; None: batches without labels.
         batch_size: at most ``num``.
         seed: of the order.
         device: where the batches are wanted.
+        share: picks, of the positions of a batch, those that are wanted here: of several processes each has a share.
 
     Raises:
         UserError: the batch is larger than the data.
@@ -52,6 +53,7 @@ class Batches(Iterator[Batch]):
         batch_size: int,
         seed: int,
         device: torch.device | str,
+        share: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(images):
             raise UserError(
@@ -63,6 +65,7 @@ class Batches(Iterator[Batch]):
         self._labels = None if labels is None else labels.to(self._images.device)
         self._batch_size = batch_size
         self._seed = seed
+        self._share = share
         self._drawn = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -70,9 +73,12 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """The next batch, on the device."""
         indices = self._next_indices()
+        indices = indices if self._share is None else self._share(indices)
         images = self._to_device(self._images.index_select(0, indices))
         labels = None if self._labels is None else self._to_device(self._labels.index_select(0, indices))
-        return Batch(images.to(torch.float32).div_(127.5).sub_(1), labels)
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(127.5).sub_(1)
+        return Batch(images, labels)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: a few integers."""

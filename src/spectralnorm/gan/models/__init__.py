@@ -21,7 +21,7 @@ from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from spectralnorm.gan.models.mlp import ImageMLPDiscriminator, ImageMLPGenerator
+from spectralnorm.gan.models.mlp import ImageMLPDiscriminator, ImageMLPGenerator, PointDiscriminator, PointGenerator
 from spectralnorm.gan.models.r3gan import R3GANDiscriminator, R3GANGenerator
 from spectralnorm.gan.models.resnet import ResNetDiscriminator, ResNetGenerator
 from spectralnorm.gan.models.sagan import SAGANDiscriminator, SAGANGenerator
@@ -43,6 +43,10 @@ class Architecture:
     """The sizes that it is offered for."""
     conditional: bool = False
     """Whether both networks take ``num_classes=``, and then labels."""
+    channels: tuple[int, ...] = (1, 3)
+    """Of the images that it is offered for."""
+    makes_points: bool = False
+    """Whether its images are points: of one pixel, and of any real numbers instead of [-1, 1]."""
 
 
 _MOST_CHANNELS = 512
@@ -75,5 +79,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mlp": Architecture(ImageMLPGenerator, ImageMLPDiscriminator),
     "stylegan2": Architecture(_stylegan2_generator, _stylegan2_discriminator, image_sizes=(32, 64, 128, 256)),
     "r3gan": Architecture(R3GANGenerator, _r3gan_discriminator, image_sizes=(32, 64, 128)),
+    "points": Architecture(PointGenerator, PointDiscriminator, image_sizes=(1,), channels=(2,), makes_points=True),
 }
 """Architectures by name."""
