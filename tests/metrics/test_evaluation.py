@@ -177,7 +177,7 @@ def test_intervals_hold_the_value_and_come_when_asked() -> None:
 def test_progress_is_told_from_none_to_all() -> None:
     told: dict[str, list[tuple[int, int]]] = {}
     measure(noise(20), noise(40), progress=lambda what, done, total: told.setdefault(what, []).append((done, total)))
-    assert list(told) == ["Mean: real images", "Mean: generated images", "Mean: metrics"]
+    assert list(told) == ["Mean: real images", "Mean: generated images", "Mean: fd", "Mean: kid", "Mean: classes"]
     for steps in told.values():
         assert (steps[0][0], steps[-1][0]) == (0, steps[-1][1])
 

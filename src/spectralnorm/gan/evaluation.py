@@ -67,22 +67,25 @@ def measure(
     """
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
-    if progress is not None:
-        progress("generating images", 0, num)
-    samples = generator.sample(num, seed=seed)
-    if progress is not None:
-        progress("generating images", num, num)
     if images.name in MIXTURES:
-        held_out, seed = images.held_out, generator.config.seed
-        return measure_points(samples, held_out, mixture=images.name, seed=seed, wasserstein="wasserstein" in metrics)
+        points, own_seed = generator.sample(num, seed=seed), generator.config.seed
+        bounded = "wasserstein" in metrics
+        return measure_points(points, images.held_out, mixture=images.name, seed=own_seed, wasserstein=bounded)
+    # To read what was trained on may take long, and only one metric needs it.
+    searched = images.examples(_MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
     if of_images:
+        if progress is not None:
+            progress("generating images", 0, num)
+        samples = generator.sample(num, seed=seed)
+        if progress is not None:
+            progress("generating images", num, num)
         found = evaluate(
             samples,
             images.held_out,
             extractors=extractors,
             metrics=of_images,
-            training=images.examples(_MOST_SEARCHED)[0],
+            training=searched,
             seed=generator.config.seed,
             class_names=images.class_names,
             with_intervals=with_intervals,

@@ -94,10 +94,10 @@ def evaluate(
         seen = _see(extractor, fake, real, trained_on, split=split, seed=seed, progress=tell)
         seen = replace(seen, class_names=class_names, with_intervals=with_intervals)
         possible = [name for name in names if MEASURES[name].is_possible(seen)]
-        for number, name in enumerate(possible):
-            tell("metrics", number, len(possible))
+        for name in possible:
+            tell(name, 0, 1)
             results += MEASURES[name].compute(seen)
-        tell("metrics", len(possible), len(possible))
+            tell(name, 1, 1)
         computed.update(possible)
     for name in names:
         if name in named and name not in computed:

@@ -136,9 +136,10 @@ def _inception(path: Path, device: torch.device | str) -> FeatureExtractor:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
         )
-    except ImportError as error:
+    # A torchvision that does not fit torch, which torch-fidelity needs, raises the latter.
+    except (ImportError, RuntimeError) as error:
         raise UserError(
-            "The extractor 'inception' is torch-fidelity's, which is not installed; "
+            f"The extractor 'inception' is torch-fidelity's, which cannot be imported ({error}); "
             "install it with: pip install 'spectralnorm[inception]'."
         ) from error
     try:

@@ -1,0 +1,101 @@
+"""Measuring generators: path lengths, and folders of images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan import make_config
+from spectralnorm.gan.data import ImageSet, from_tensors
+from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.image_folders import all_images, size_of_first
+from spectralnorm.gan.sampling import TrainedGenerator, build_generator
+from spectralnorm.metrics import load_extractor
+from spectralnorm.records import Metric
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    pixels = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return from_tensors(pixels, image_size=32, channels=1)
+
+
+def generator(**settings) -> TrainedGenerator:
+    config = make_config("fashion", generator_width=4, latent_dim=8, **settings)
+    return TrainedGenerator(build_generator(config).requires_grad_(False), config)
+
+
+def path_lengths(made: TrainedGenerator, images: ImageSet) -> dict[str, Metric]:
+    extractor = load_extractor("classifier")
+    return {metric.name: metric for metric in measure(made, images, extractors=[extractor], num=40, metrics=["ppl"])}
+
+
+def test_a_generator_has_a_path_length_in_z(images: ImageSet) -> None:
+    (found,) = path_lengths(generator(), images).values()
+    assert found.name == "Path length in z-Classifier"
+    assert found.value > 0
+    assert found.interval is not None
+    assert found.interval[0] < found.value < found.interval[1]
+    assert found.details["steps"] == 20
+
+
+def test_a_generator_with_styles_has_one_in_w_too(images: ImageSet) -> None:
+    made = generator(architecture="stylegan2")
+    assert list(path_lengths(made, images)) == ["Path length in z-Classifier", "Path length in w-Classifier"]
+
+
+def test_a_path_stays_in_its_class(images: ImageSet) -> None:
+    made = generator(architecture="resnet", conditional=True, class_names=("a", "b"), class_counts=(1, 1))
+    seen: list[torch.Tensor] = []
+
+    def forward(latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels)
+        # A step into the other class would be a jump of 1 / epsilon.
+        return (latents.sum(1) * 1e-3 + labels).view(-1, 1, 1, 1).expand(-1, 1, 32, 32).float() / 2
+
+    made.network.forward = forward
+    (found,) = path_lengths(made, images).values()
+    assert set(torch.cat(seen).tolist()) == {0, 1}
+    assert torch.equal(seen[0], seen[1])
+    assert found.value < 1e3
+
+
+def test_a_generator_that_ignores_its_latent_has_no_path(images: ImageSet) -> None:
+    made = generator()
+    made.network.forward = lambda latents: latents.new_zeros(len(latents), 1, 32, 32)
+    (found,) = path_lengths(made, images).values()
+    assert found.value == 0
+
+
+def test_the_size_of_a_folder_is_that_of_its_first_image(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / "in" / "a.png")
+    Image.new("L", (50, 50)).save(tmp_path / "in" / "b.png")
+    assert size_of_first(tmp_path) == (20, 3)
+    (tmp_path / "in" / "a.png").unlink()
+    assert size_of_first(tmp_path) == (50, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((5, 3, 24, 20), (20, 3)), ((5, 24, 20, 3), (20, 3)), ((5, 28, 28), (28, 1)), ((5, 1, 16, 16), (16, 1))],
+)
+def test_the_size_of_an_array_is_in_its_shape(tmp_path: Path, shape: tuple[int, ...], expected) -> None:
+    np.save(tmp_path / "images.npy", np.zeros(shape, dtype=np.uint8))
+    assert size_of_first(tmp_path / "images.npy") == expected
+
+
+def test_a_size_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give --image-size"):
+        size_of_first(tmp_path)
+
+
+def test_all_images_of_a_folder_are_measured_in_a_fixed_order(tmp_path: Path) -> None:
+    for level in range(12):
+        Image.new("L", (8, 8), level).save(tmp_path / f"{level}.png")
+    found = all_images(tmp_path, image_size=8, channels=1)
+    assert sorted(found[:, 0, 0, 0].tolist()) == list(range(12))
+    assert torch.equal(all_images(tmp_path, image_size=8, channels=1), found)
