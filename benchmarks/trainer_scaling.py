@@ -41,8 +41,8 @@ def scaling(in_turns, rounds, device, *, quick):
             config = task.config()
             images = config.batch_size * config.num_discriminator_steps
             for name in COLOURS:
-                curves[panel][name].append((value, images / statistics.median(times[name])))
-            ratios = [b / a for a, b in zip(times["trainer"], times["script"], strict=True)]
+                curves[panel][name].append((value, images / statistics.median(wall for wall, _ in times[name])))
+            ratios = [b[0] / a[0] for a, b in zip(times["trainer"], times["script"], strict=True)]
             paces = " | ".join(f"{curves[panel][name][-1][1]:.4g}" for name in COLOURS)
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             lines.append(f"| {panel} | {value} | {paces} | {spread} |")
