@@ -62,7 +62,7 @@ def measure(recipe, device, seconds, memory_limit):
         recipe, steps=99, device=device, num_sample_grids=1, num_evaluations=1, num_evaluation_samples=100
     )
     data = None
-    if config.data is None and config.image_size not in BUILT_IN_SIZES:
+    if config.data is None and not config.conditional and config.image_size not in BUILT_IN_SIZES:
         shape = (4 * config.batch_size, config.channels, config.image_size, config.image_size)
         data = torch.randint(256, shape, dtype=torch.uint8)
     pace = Pace(seconds)

@@ -54,8 +54,13 @@ class Ours:
     def __init__(self, task):
         torch.manual_seed(0)
         config = task.config()
-        networks = {"generator": build_generator(config), "discriminator": build_discriminator(config)}
-        self.trainer = Trainer(config, images=task.images(), device=torch.device(task.device), **networks)
+        self.trainer = Trainer(
+            config,
+            generator=build_generator(config),
+            discriminator=build_discriminator(config),
+            images=task.images(),
+            device=torch.device(task.device),
+        )
         folder = tempfile.mkdtemp(prefix="benchmark-")
         log = RecordLog(RecordFile(Path(folder) / "metrics.jsonl"), SummaryWriter(folder))
         self.observers = [

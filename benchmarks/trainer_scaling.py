@@ -41,8 +41,8 @@ def scaling(in_turns, rounds, device, *, quick):
             config = task.config()
             images = config.batch_size * config.num_discriminator_steps
             for name in COLOURS:
-                curves[panel][name].append((value, images / statistics.median(times[name])))
-            ratios = [b / a for a, b in zip(times["trainer"], times["script"], strict=True)]
+                curves[panel][name].append((value, images / statistics.median(wall for wall, _ in times[name])))
+            ratios = [b[0] / a[0] for a, b in zip(times["trainer"], times["script"], strict=True)]
             paces = " | ".join(f"{curves[panel][name][-1][1]:.4g}" for name in COLOURS)
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             lines.append(f"| {panel} | {value} | {paces} | {spread} |")
@@ -71,7 +71,7 @@ def drawing(curves):
         for half in range(round(2 * y0), round(2 * y1) + 1):
             y = place(2**x0, 10 ** (half / 2))[1]
             parts.append(f'<path d="M{left} {y:.0f}h{width}" stroke="#ddd"/>')
-            parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{10 ** (half / 2):.2g}</text>')
+            parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{_short(10 ** (half / 2))}</text>')
         for name, line in lines.items():
             places = [place(*point) for point in line]
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
@@ -81,5 +81,11 @@ def drawing(curves):
             parts.append(f'<text x="{left + width - 50}" y="{top + 14 + 15 * row}" fill="{colour}">{name}</text>')
         for x, _ in next(iter(lines.values())):
             parts.append(f'<text x="{place(x, 10**y0)[0]:.0f}" y="248" text-anchor="middle">{x}</text>')
-        parts.append(f'<text x="{left + width / 2}" y="275" text-anchor="middle">images/s against {title}</text>')
+        axis, _, network = title.partition(" (")
+        for y, text in ((268, f"images/s against {axis}"), (284, network.rstrip(")"))):
+            parts.append(f'<text x="{left + width / 2}" y="{y}" text-anchor="middle">{text}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _short(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

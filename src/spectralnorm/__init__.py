@@ -3,22 +3,21 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from spectralnorm.errors import UserError
-from spectralnorm.lipschitz import Certificate, certify, register_rule
-from spectralnorm.parametrizations import SpectralNorm, spectral_norm
-from spectralnorm.transform import (
-    add_spectral_norm,
-    export_state_dict,
-    invalidate,
-    keep_values,
-    monitor,
-    remove_spectral_norm,
-    summary,
-    update_,
-)
-
 if TYPE_CHECKING:
     from spectralnorm import gan as gan
+    from spectralnorm.errors import UserError
+    from spectralnorm.lipschitz import Certificate, certify, register_rule
+    from spectralnorm.parametrizations import SpectralNorm, spectral_norm
+    from spectralnorm.transform import (
+        add_spectral_norm,
+        export_state_dict,
+        invalidate,
+        keep_values,
+        monitor,
+        remove_spectral_norm,
+        summary,
+        update_,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,8 +40,39 @@ __all__ = [
 ]
 
 
+# Where each name is from. It is imported when it is first used: a help page of the command line needs no torch, and
+# only the trainer needs more than torch.
+_SOURCES = {
+    "UserError": "errors",
+    **dict.fromkeys(("Certificate", "certify", "register_rule"), "lipschitz"),
+    **dict.fromkeys(("SpectralNorm", "spectral_norm"), "parametrizations"),
+    **dict.fromkeys(
+        (
+            "add_spectral_norm",
+            "export_state_dict",
+            "invalidate",
+            "keep_values",
+            "monitor",
+            "remove_spectral_norm",
+            "summary",
+            "update_",
+        ),
+        "transform",
+    ),
+}
+_MODULES = ("errors", "gan", "layers", "linalg", "lipschitz", "parametrizations", "transform")
+
+
 def __getattr__(name: str) -> Any:
-    # The trainer needs more than torch, and time to import: only who asks for it pays.
-    if name == "gan":
-        return import_module("spectralnorm.gan")
-    raise AttributeError(f"module 'spectralnorm' has no attribute {name!r}")
+    if name in _SOURCES:
+        value = getattr(import_module(f"spectralnorm.{_SOURCES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"spectralnorm.{name}")
+    else:
+        raise AttributeError(f"module 'spectralnorm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from spectralnorm.gan.config import Config
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.normalizations import NORMALIZATIONS
+from spectralnorm.gan.parameter_counts import parameter_counts
 from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.gan.recipe_costs import COSTS_FILE, Cost, read_costs, telling_settings, write_costs
 from spectralnorm.gan.recipes import RECIPES, make_config
@@ -178,6 +182,29 @@ def test_one_recipe_is_shown_with_all_settings_and_what_it_changes(capsys: pytes
         assert field.name == "recipe" or re.search(rf"^ *{field.name} ", page, re.MULTILINE)
     assert main(["recipes", "sncn"]) == 2
     assert "Unknown recipe 'sncn'; choose one of fashion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["fashion", "sngan-projection-cifar10", "stylegan2-64"])
+def test_parameters_are_counted_without_making_the_networks(recipe: str):
+    config = dataclasses.replace(make_config(recipe), generator_width=8, discriminator_width=8)
+    given = dataclasses.replace(config, class_names=tuple("0123456789")) if config.conditional else config
+    networks = build_generator(given, normalized=False), build_discriminator(given, normalized=False)
+    assert parameter_counts(config) == tuple(sum(p.numel() for p in network.parameters()) for network in networks)
+
+
+@pytest.mark.parametrize("command", ["train", "recipes"])
+def test_a_help_page_is_there_before_torch_could_be(command: str):
+    code = f"""
+import sys
+from spectralnorm.cli import main
+try:
+    main(["{command}", "--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def cost_of(config: Config, **fields: object) -> Cost:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from torch.overrides import TorchFunctionMode
 
 from spectralnorm.cli.arguments import parse
 from spectralnorm.cli.settings import shown_fields
 from spectralnorm.gan.config import Config, choose
-from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.recipe_costs import Cost, read_costs
 from spectralnorm.gan.recipes import RECIPES, make_config
 
 __all__ = ["run"]
 
 _NOT_MEASURED = "not measured"
-_CLASSES = tuple("0123456789")
-"""For a recipe whose classes come with the data: as many as in the set that it is named after."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,8 @@ def _source(name: str) -> str:
 
 
 def _images(config: Config) -> str:
+    if config.architecture == "points":
+        return "points"
     return f"{config.image_size} {'gray' if config.channels == 1 else 'RGB'}"
 
 
@@ -130,20 +126,9 @@ def _budget(config: Config) -> str:
 
 
 def _parameters(config: Config) -> str:
-    if config.conditional and not config.class_names:
-        config = dataclasses.replace(config, class_names=_CLASSES)
-    with torch.device("meta"), _NoInitialization():  # counts, and fills no memory
-        networks = [build(config, normalized=False) for build in (build_generator, build_discriminator)]
-    return "+".join(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2g}" for network in networks)
+    from spectralnorm.gan.parameter_counts import parameter_counts  # needs torch, which a help page does not
 
-
-class _NoInitialization(TorchFunctionMode):
-    """Random numbers for tensors without memory would only take time."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+    return "+".join(f"{count / 1e6:.2g}" for count in parameter_counts(config))
 
 
 def _cost(cost: Cost) -> str:

@@ -13,15 +13,6 @@ from typing import Annotated, Any
 import tyro
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.augment import read_augmentation
-from spectralnorm.gan.data.points import MIXTURES
-from spectralnorm.gan.initialization import INITIALIZATIONS
-from spectralnorm.gan.losses import LOSSES
-from spectralnorm.gan.models import ARCHITECTURES
-from spectralnorm.gan.normalizations import check_normalization
-from spectralnorm.gan.optimizers import check_optimizer
-from spectralnorm.gan.penalties import PENALTIES
-from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
 __all__ = ["GIVEN_DATA", "Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
@@ -165,6 +156,16 @@ class Config:
     """At most this much time between two checkpoints."""
 
     def __post_init__(self) -> None:
+        # Here, and not above: what can be chosen comes with torch, and a help page needs only the settings.
+        from spectralnorm.gan.augment import read_augmentation
+        from spectralnorm.gan.initialization import INITIALIZATIONS
+        from spectralnorm.gan.losses import LOSSES
+        from spectralnorm.gan.models import ARCHITECTURES
+        from spectralnorm.gan.normalizations import check_normalization
+        from spectralnorm.gan.optimizers import check_optimizer
+        from spectralnorm.gan.penalties import PENALTIES
+        from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
+
         choose("architecture", self.architecture, ARCHITECTURES)
         choose("initialization", self.initialization, INITIALIZATIONS)
         check_normalization("normalization", self.normalization)
@@ -217,7 +218,18 @@ class Config:
         if self.minutes is not None:
             self._require("minutes", above=0)
 
+    @classmethod
+    def unchecked(cls, **values: Any) -> Config:
+        """A config whose values are known to be valid, made without torch."""
+        config = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            object.__setattr__(config, field.name, values.get(field.name, field.default))
+        return config
+
     def _check_combinations(self) -> None:
+        from spectralnorm.gan.data.points import MIXTURES
+        from spectralnorm.gan.models import ARCHITECTURES
+
         conditional = [name for name, architecture in ARCHITECTURES.items() if architecture.conditional]
         if self.conditional and self.architecture not in conditional:
             raise UserError(
