@@ -20,9 +20,8 @@ import torch
 from hardware import hardware, write_result
 
 from spectralnorm import gan
-from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
-from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.networks import build_discriminator, build_generator
 
 
 class BareLoop:
@@ -30,13 +29,8 @@ class BareLoop:
 
     def __init__(self, trainer):
         self.config, self.device = trainer.config, trainer.device
-        config, architecture = trainer.config, ARCHITECTURES[trainer.config.architecture]
-        sizes = {"image_size": config.image_size, "channels": config.channels}
-        self.generator = architecture.generator(**sizes, width=config.generator_width, latent_dim=config.latent_dim)
-        self.discriminator = architecture.discriminator(**sizes, width=config.discriminator_width)
-        for network in (self.generator, self.discriminator):
-            INITIALIZATIONS[config.initialization](network)
-        NORMALIZATIONS[config.normalization](self.discriminator)
+        config = trainer.config
+        self.generator, self.discriminator = build_generator(config), build_discriminator(config)
         for network in (self.generator, self.discriminator):
             network.to(trainer.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         options = {key: trainer.generator_optimizer.defaults[key] for key in ("betas", "fused", "foreach")}

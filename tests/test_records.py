@@ -34,7 +34,9 @@ RECORDS: list[Record] = [
         images_seen=1280,
         training_seconds=3.0,
         final=True,
-        metrics=(Metric(name="FD", value=3.5, spread=0.1, details={"boot": 0.2}, provenance=PROVENANCE),),
+        metrics=(
+            Metric(name="FD", value=3.5, spread=0.1, interval=(3.0, 4.0), details={"boot": 0.2}, provenance=PROVENANCE),
+        ),
     ),
     Ending(step=20, reason="steps", images_seen=1280, training_seconds=3.0, total_seconds=4.0, peak_memory_bytes=2**30),
 ]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spectralnorm.gan.data.arrays import read_idx
+from spectralnorm.gan.data.idx import read_idx
 
 CLASS_NAMES = (
     "T-shirt/top",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectralnorm.gan.data.arrays import read_idx
+from spectralnorm.gan.data.idx import read_idx
 from spectralnorm.metrics.classifier import GarmentClassifier
 
 BATCH_SIZE = 128

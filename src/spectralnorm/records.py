@@ -26,6 +26,7 @@ __all__ = [
     "Scalars",
     "Session",
     "Spectra",
+    "metric_fields",
     "read_records",
     "replace_text",
 ]
@@ -83,10 +84,12 @@ class Metric:
     value: float
     spread: float | None = None
     """Standard deviation over subsets, for metrics that are means over subsets."""
+    interval: tuple[float, float] | None = None
+    """Where other draws of as many images would put the number, with 95 % confidence; None: not computed."""
     floor: float | None = None
     """The same metric between two halves of the real images: what a perfect generator would score."""
     better: str = "lower"
-    """``lower`` or ``higher``."""
+    """``lower``, ``higher`` or ``near 1``."""
     details: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Parts of the number: for class coverage, the share of each class."""
     provenance: Provenance
@@ -214,6 +217,11 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def metric_fields(metric: Metric) -> dict[str, Any]:
+    """A metric as it is written to JSON; what is not finite is None."""
+    return _finite(dataclasses.asdict(metric))
+
+
 def _to_line(record: Record) -> str:
     fields = {"kind": record.kind, **dataclasses.asdict(record)}
     return json.dumps(_finite(fields), ensure_ascii=False, allow_nan=False) + "\n"
@@ -245,6 +253,9 @@ def _metric(fields: dict[str, Any]) -> Metric:
     fields = _known(Metric, fields)
     fields["value"] = _number(fields["value"])
     fields["details"] = {name: _number(value) for name, value in fields.get("details", {}).items()}
+    if fields.get("interval") is not None:
+        low, high = map(_number, fields["interval"])
+        fields["interval"] = (low, high)
     fields["provenance"] = Provenance(**_known(Provenance, fields["provenance"]))
     return Metric(**fields)
 

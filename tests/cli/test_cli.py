@@ -74,7 +74,7 @@ def test_walks_have_one_row_each(run: Path, tmp_path: Path):
 
 
 def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["evaluate", str(run), "--num", "100"]) == 0
+    assert main(["evaluate", str(run), "--num", "100", "--no-intervals"]) == 0
     printed = capsys.readouterr().out
     (record,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
     assert record.step == 4
@@ -84,10 +84,57 @@ def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.
             assert told in printed
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders of noise, dark and bright."""
+    folders = []
+    for number, most in enumerate((100, 256)):
+        folder = tmp_path_factory.mktemp("photos")
+        generator = torch.Generator().manual_seed(number)
+        for index in range(24):
+            pixels = torch.randint(0, most, (20, 20, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        folders.append(folder)
+    return folders
+
+
+def test_two_folders_are_compared_and_written_as_json(
+    photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["evaluate", str(photos[0]), "--against", str(photos[1]), "--metrics", "fd, pr"]
+    assert main([*command, "--json", str(tmp_path / "numbers.json")]) == 0
+    written = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert [metric["name"] for metric in written["metrics"]] == [
+        *("FD-SqueezeNet", "Precision-SqueezeNet", "Recall-SqueezeNet")
+    ]
+    distance = written["metrics"][0]
+    assert distance["provenance"]["num_fake"] == 24
+    assert distance["provenance"]["split"] == f"all of {photos[1].name}"
+    assert distance["interval"][0] < distance["value"] < distance["interval"][1]
+    printed = capsys.readouterr().out
+    assert "FD-SqueezeNet" in printed
+    assert "95 % interval" in printed
+    assert distance["value"] > 5 * distance["floor"]
+
+
+def test_a_folder_is_compared_with_the_held_out_part_of_data(photos: list[Path], capsys: pytest.CaptureFixture[str]):
+    command = ["evaluate", str(photos[0]), "--data", str(photos[1]), "--metrics", "fd,copying", "--no-intervals"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Copied share-SqueezeNet" in printed
+    assert "real images (held-out)" in printed
+
+
+def test_the_path_length_of_a_run_is_measured(run: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["evaluate", str(run / "generator.safetensors"), "--num", "100", "--metrics", "ppl"]
+    assert main([*command, "--extractor", "classifier"]) == 0
+    assert "Path length in z-Classifier" in capsys.readouterr().out
+
+
 def test_evaluating_a_run_that_is_being_trained_leaves_its_records_alone(run: Path, capsys: pytest.CaptureFixture[str]):
     before = (run / "metrics.jsonl").stat()
     with locked(run):
-        assert main(["evaluate", str(run), "--num", "100"]) == 0
+        assert main(["evaluate", str(run), "--num", "100", "--no-intervals"]) == 0
     printed = capsys.readouterr().out
     assert "KID-SqueezeNet" in printed
     assert "Not recorded, because another process is training" in printed
@@ -130,7 +177,7 @@ def files(tmp_path: Path) -> Path:
         ("train --recipe fashoin", "choose one of fashion"),
         ("train --recipe", "--recipe needs a value; choose one of fashion"),
         ("train --loss hing", "choose one of hinge, nonsaturating"),
-        ("train --normalization batch", "choose one of spectral, strict, none"),
+        ("train --normalization instance", "choose one of spectral, strict, weight"),
         ("train --stepz 5", "Unknown option '--stepz'; did you mean --steps?"),
         ("train --qqqqqq 5", "choose one of --"),
         ("train --steps abc", "--steps cannot be 'abc'"),
@@ -145,7 +192,7 @@ def files(tmp_path: Path) -> Path:
         ("train --out {}/not-a-run", "not a run folder"),
         ("train --out {}/file", "choose another --out"),
         ("train --out /proc/nothing-can-be-made-here", "choose another --out"),
-        ("trian", "Unknown command 'trian'; choose one of train, sample, evaluate, certify, report"),
+        ("trian", "Unknown command 'trian'; choose one of train, recipes, sample, evaluate, certify, report"),
         ("sample {}/nowhere", "does not exist"),
         ("sample {}/empty", "has no trained generator yet"),
         ("sample", "PATH"),
@@ -153,6 +200,11 @@ def files(tmp_path: Path) -> Path:
         ("sample {}/empty --num 0", "num must be at least 1, got 0"),
         ("evaluate {}/nowhere", "does not exist"),
         ("evaluate {}/empty --num 5", "num must be at least 100"),
+        ("evaluate {}/empty", "say what to compare them with: --data"),
+        ("evaluate {}/empty --data a --against b", "two things to compare with"),
+        ("evaluate {}/empty --metrics fd,nope", "Unknown metric 'nope'; choose one of default, all, fd"),
+        ("evaluate {}/empty --against {}/texts --metrics ppl", "needs a generator"),
+        ("evaluate {}/empty --against {}/texts", "give --image-size"),
         ("report {}/nowhere", "nowhere"),
     ],
 )
@@ -180,7 +232,7 @@ def test_ctrl_c_before_training_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectralnorm.cli.train.train", interrupt)
+    monkeypatch.setattr("spectralnorm.gan.run.train", interrupt)
     assert main(["train", "--steps", "4", "--out", str(tmp_path / "my run")]) == 130
     assert capsys.readouterr().err.endswith(f"with: spectralnorm train --steps 4 --out '{tmp_path}/my run'\n")
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
-from spectralnorm.gan.discriminators import build_discriminator
+from spectralnorm.gan.networks import build_discriminator
 from spectralnorm.gan.recipes import RECIPES, make_config
 from spectralnorm.linalg import ConvolutionGeometry, max_patches_per_pixel
 
@@ -24,7 +24,20 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
     [
         ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
         ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
-        ({"normalization": "batch"}, "choose one of spectral, strict, none"),
+        ({"normalization": "instance"}, "Unknown normalization 'instance'; choose one of spectral, strict, weight"),
+        ({"normalization": "spectral:nrom=matrix"}, "normalization has no option 'nrom'; choose among"),
+        ({"normalization": "spectral:norm"}, "normalization must read name or name:option=value"),
+        ({"normalization": "spectral:eps=1,eps=2"}, "gives the option eps twice"),
+        ({"normalization": "batch:eps=1"}, "'batch' takes no options"),
+        ({"generator_normalization": "spectral:coefficient=-1"}, "coefficient"),
+        ({"generator_optimizer": "adamm"}, "Unknown generator_optimizer 'adamm'; choose one of adadelta"),
+        ({"discriminator_optimizer": "sgd:lr=1"}, "the step size is a setting of its own"),
+        ({"discriminator_optimizer": "sgd:momentun=0.9"}, "has no option 'momentun'; choose among momentum"),
+        ({"discriminator_optimizer": "sgd:momentum=-1"}, "cannot be: Invalid momentum value"),
+        ({"conditional": True}, "'dcgan' has no form with labels; choose resnet or sagan"),
+        ({"path_length_weight": 2.0}, "path_length_weight is for stylegan2"),
+        ({"weight_clip": -0.1}, "weight_clip must be a number at least 0, got -0.1"),
+        ({"loss": "relativistic", "generator_batch_size": 128}, "generator_batch_size must be left out or equal"),
         ({"penalty": "r3"}, "Unknown penalty 'r3'; choose one of r1, r2, r1-r2"),
         ({"penalty_interval": 0}, "penalty_interval must be a number at least 1, got 0"),
         ({"penalty_weight": -1.0}, "penalty_weight must be a number at least 0, got -1.0"),
@@ -74,14 +87,17 @@ def test_the_settings_of_the_paper_are_recipes(recipe: str, adam: tuple[float, f
     assert config.architecture == "sncnn"
 
 
-@pytest.mark.parametrize("image_size", [32, 48, 64, 128])
-def test_the_residual_networks_are_recipes_with_the_settings_of_the_paper(image_size: int):
-    config = make_config(f"sngan-resnet-{image_size}")
+@pytest.mark.parametrize(
+    ("recipe", "image_size", "steps"),
+    [("cifar10", 32, 100_000), ("stl48", 48, 100_000), ("64", 64, 100_000), ("128", 128, 450_000)],
+)
+def test_the_residual_networks_are_recipes_with_the_settings_of_the_paper(recipe: str, image_size: int, steps: int):
+    config = make_config(f"sngan-resnet-{recipe}")
     assert (config.architecture, config.image_size, config.loss) == ("resnet", image_size, "hinge")
     # Miyato et al. 2018, section 4.1 and Table 1, last row: alpha, beta1, beta2, n_dis; linear decay over all updates.
     assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == (2e-4, 0.0, 0.9, 5)
     assert config.discriminator_lr == config.generator_lr
-    assert (config.lr_decay_from, config.steps) == (0.0, 100_000)
+    assert (config.lr_decay_from, config.steps) == (0.0, steps)
 
 
 def test_a_run_without_an_end_is_refused():

@@ -197,6 +197,7 @@ def test_the_summary_counts_what_was_found(photos):
         "unreadable": (),
         "ignored": {".txt": 1},
         "resize": "centre-cropped, Lanczos-antialiased to 8",
+        "streamed": False,
     }
 
 

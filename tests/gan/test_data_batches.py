@@ -14,7 +14,7 @@ def numbered(num):
 
 
 def numbers(batch):
-    return ((batch[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+    return ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
 
 
 def take(stream, num_batches):
@@ -23,7 +23,7 @@ def take(stream, num_batches):
 
 def test_pixels_are_scaled_to_exactly_minus_one_to_one(device):
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    batch = next(Batches(images, batch_size=1, seed=0, device=device))
+    batch = next(Batches(images, batch_size=1, seed=0, device=device)).images
     assert batch.dtype == torch.float32
     assert batch.device.type == device.type
     assert (batch.min().item(), batch.max().item()) == (-1.0, 1.0)
@@ -40,7 +40,19 @@ def test_every_epoch_takes_each_image_once_also_across_batches(device, batch_siz
 
 def test_batches_are_always_full(device):
     stream = Batches(numbered(10), batch_size=7, seed=0, device=device)
-    assert [len(next(stream)) for _ in range(9)] == [7] * 9
+    assert [len(next(stream).images) for _ in range(9)] == [7] * 9
+
+
+def test_labels_stay_with_their_images(device):
+    stream = Batches(numbered(10), torch.arange(10) * 3, batch_size=7, seed=0, device=device)
+    for _ in range(5):
+        batch = next(stream)
+        assert batch.labels.device.type == device.type
+        assert batch.labels.tolist() == [3 * number for number in numbers(batch)]
+
+
+def test_without_labels_there_are_none(device):
+    assert next(Batches(numbered(10), batch_size=7, seed=0, device=device)).labels is None
 
 
 def test_epochs_and_seeds_differ():
@@ -98,7 +110,7 @@ def test_a_batch_larger_than_the_data_or_empty_is_refused(batch_size):
 
 def test_changing_a_batch_does_not_change_the_data(device):
     stream = Batches(numbered(10), batch_size=10, seed=0, device=device)
-    next(stream).zero_()
+    next(stream).images.zero_()
     assert sorted(take(stream, 1)) == list(range(10))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data import from_tensors, load_images
-from spectralnorm.gan.data.arrays import read_idx
+from spectralnorm.gan.data.idx import read_idx
 
 
 @pytest.fixture(autouse=True)
@@ -556,9 +556,9 @@ def test_npz_labels_that_do_not_match_are_refused(tmp_path, labels):
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
-    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    (tmp_path / "data.csv").write_bytes(b"1,2,3")
     with pytest.raises(UserError, match="of an unknown kind; give a folder"):
-        load(tmp_path / "data.parquet")
+        load(tmp_path / "data.csv")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])

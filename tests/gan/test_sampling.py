@@ -5,8 +5,9 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config
+from spectralnorm.gan.networks import build_generator
 from spectralnorm.gan.pictures import encode_png, image_grid, save_png
-from spectralnorm.gan.sampling import TrainedGenerator, build_generator, save_generator
+from spectralnorm.gan.sampling import TrainedGenerator, save_generator
 
 
 @pytest.fixture
@@ -49,6 +50,108 @@ def test_a_walk_begins_and_ends_at_its_latents(generator: TrainedGenerator):
 def test_a_senseless_request_is_refused(generator: TrainedGenerator, num: int, seed: int):
     with pytest.raises(UserError, match=r"at least 1|seed must be"):
         generator.sample(num, seed=seed)
+
+
+@pytest.fixture
+def conditional() -> TrainedGenerator:
+    config = make_config(
+        "sngan-resnet-cifar10",
+        steps=1,
+        generator_width=4,
+        latent_dim=8,
+        conditional=True,
+        class_names=("cat", "dog", "2"),
+        class_counts=(1, 0, 3),
+    )
+    network = build_generator(config)
+    for name, parameter in network.named_parameters():
+        if "embed" in name or parameter.dim() == 2:  # fresh class weights are alike
+            torch.nn.init.normal_(parameter)
+    return TrainedGenerator(network, config)
+
+
+@pytest.fixture
+def styled() -> TrainedGenerator:
+    config = make_config("fashion", steps=1, architecture="stylegan2", generator_width=4, latent_dim=8)
+    network = build_generator(config)
+    network.style_average.normal_()  # pyright: ignore[reportCallIssue]
+    return TrainedGenerator(network, config)
+
+
+def test_an_image_depends_on_its_own_seed_alone(generator: TrainedGenerator, conditional: TrainedGenerator):
+    for trained in (generator, conditional):
+        many, few = trained.sample(seeds=[5, 3, 9]), trained.sample(seeds=[9, 5])
+        assert (many[[2, 0]].int() - few.int()).abs().max() <= 1
+        assert not torch.equal(many[0], many[1])
+
+
+def test_labels_choose_what_is_made(conditional: TrainedGenerator):
+    dogs = conditional.sample(3, seed=1, labels="dog")
+    assert torch.equal(dogs, conditional.sample(3, seed=1, labels=1))
+    assert torch.equal(dogs, conditional.sample(3, seed=1, labels=torch.tensor([1, 1, 1])))
+    assert not torch.equal(dogs, conditional.sample(3, seed=1, labels="cat"))
+    mixed = conditional.sample(3, seed=1, labels=["cat", "dog", 2])
+    assert (mixed[1].int() - dogs[1].int()).abs().max() <= 1
+
+
+def test_labels_that_are_not_given_follow_the_training_data(conditional: TrainedGenerator):
+    labels = conditional.draw_labels(2000, seed=4)
+    assert labels is not None
+    assert labels.unique().tolist() == [0, 2]
+    assert abs((labels == 2).float().mean().item() - 0.75) < 6 * (0.75 * 0.25 / 2000) ** 0.5
+
+
+def test_walks_keep_their_class(conditional: TrainedGenerator):
+    rows = conditional.interpolate(2, 3, seed=1, labels=["cat", "dog"])
+    cats = conditional.interpolate(2, 3, seed=1, labels="cat")
+    assert (rows[:3].int() - cats[:3].int()).abs().max() <= 1
+    assert not torch.equal(rows[3:], cats[3:])
+
+
+def test_truncation_moves_stylegan2_to_its_mean_style(styled: TrainedGenerator):
+    assert styled.truncates_styles
+    images = [styled.sample(6, seed=2, truncation=psi).float() for psi in (1.0, 0.5, 0.0)]
+    spreads = [batch.std(0).mean() for batch in images]
+    assert spreads[0] > spreads[1] > spreads[2]
+    assert spreads[2] <= 0.5  # of rounding
+    assert torch.equal(styled.sample(6, seed=2), images[0].to(torch.uint8))
+
+
+def test_truncation_of_other_networks_is_that_of_their_latents(generator: TrainedGenerator):
+    assert not generator.truncates_styles
+    latents = generator.latents(50, seed=2, truncation=0.25)
+    assert latents.abs().max() <= 0.5
+    assert torch.equal(generator.sample(50, seed=2, truncation=0.25), generator.render(latents))
+    assert torch.equal(generator.latents(50, seed=2), generator.latents(50, seed=2, truncation=1.0))
+
+
+def test_a_walk_for_a_video_comes_back(generator: TrainedGenerator):
+    frames = generator.walk(2, 8, stops=2, seed=3)
+    assert frames.shape == (2, 8, 1, 32, 32)
+    stops = generator.render(generator.latents(4, seed=3)).unflatten(0, (2, 2))
+    assert (frames[:, ::4].int() - stops.int()).abs().max() <= 1
+    # Two stops, there and back the same way.
+    assert (frames[:, 3].int() - frames[:, 5].int()).abs().max() <= 1
+    ends = generator.walk(2, 8, stops=2, seed=3, loop=False)[:, [0, -1]]
+    assert (ends.int() - stops.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "Neither num nor seeds"),
+        ({"num": 3, "seeds": [1, 2]}, "leave out num"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [-1]}, "seed must be"),
+        ({"num": 2, "labels": 0}, "trained without labels"),
+        ({"num": 2, "truncation": 0.0}, "truncation must be"),
+        ({"num": 2, "truncation": 1.5}, "truncation must be"),
+        ({"num": 2, "truncation": float("nan")}, "truncation must be"),
+    ],
+)
+def test_a_slip_in_sampling_is_told(generator: TrainedGenerator, arguments: dict, says: str):
+    with pytest.raises(UserError, match=says):
+        generator.sample(**arguments)
 
 
 def test_a_saved_generator_is_the_same_network(generator: TrainedGenerator, tmp_path: Path):

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.models import NORMALIZATIONS
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 from spectralnorm.gan.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, modulated_convolution
+from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.penalties import PENALTIES, path_length_penalty, path_lengths
 from spectralnorm.gan.trainer import Trainer
 
@@ -291,7 +291,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(normalization: s
     def trainer() -> Trainer:
         torch.manual_seed(0)
         generator = StyleGAN2Generator(image_size=16, channels=1, width=2, latent_dim=6)
-        discriminator = NORMALIZATIONS[normalization](StyleGAN2Discriminator(image_size=16, channels=1, width=2))
+        discriminator = normalize(StyleGAN2Discriminator(image_size=16, channels=1, width=2), normalization)
         images = torch.randint(256, (20, 1, 16, 16), dtype=torch.uint8)
         return Trainer(config, generator=generator, discriminator=discriminator, images=images, device=device)
 

@@ -71,8 +71,8 @@ def test_an_observer_can_end_the_run(device: torch.device):
 def test_each_update_changes_its_own_network_only(device: torch.device):
     trainer = _trainer(device)
     before = _weights(trainer)
-    fake_images = trainer.generator(trainer.latents(4))
-    trainer.update_discriminator(next(trainer.batches), fake_images.detach())
+    fake = trainer.generate(4)
+    trainer.update_discriminator(next(trainer.batches), fake)
     after = _weights(trainer)
     trainable = dict(trainer.generator.named_parameters())
     assert all(torch.equal(before[f"generator.{name}"], after[f"generator.{name}"]) for name in trainable)
@@ -80,7 +80,7 @@ def test_each_update_changes_its_own_network_only(device: torch.device):
         before["discriminator.0.parametrizations.weight.original"],
         after["discriminator.0.parametrizations.weight.original"],
     )
-    trainer.update_generator(fake_images)
+    trainer.update_generator(fake)
     last = _weights(trainer)
     assert not torch.equal(after["generator.0.weight"], last["generator.0.weight"])
     for name in dict(trainer.discriminator.named_parameters()):
@@ -171,6 +171,128 @@ def test_a_relativistic_generator_sees_the_real_images_of_the_last_batch(device:
     assert seen == [8, 8]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"generator_optimizer": "sgd:momentum=0.9", "discriminator_optimizer": "sgd"},
+        {"generator_optimizer": "rmsprop:alpha=0.9", "discriminator_optimizer": "adagrad"},
+        {"generator_optimizer": "muon", "discriminator_optimizer": "muon:momentum=0.5"},
+        {"generator_optimizer": "NAdam", "discriminator_optimizer": "adamw:weight_decay=0.1"},
+        {"orthonormal_weight": 0.1, "weight_clip": 0.05, "generator_batch_size": 6},
+    ],
+    ids=["sgd", "rmsprop-adagrad", "muon", "nadam-adamw", "controls"],
+)
+def test_other_optimizers_and_controls_resume_exactly(settings: dict, device: torch.device):
+    config = dataclasses.replace(CONFIG, steps=4, **settings)
+    whole = _trainer(device, config)
+    whole.run([StepSizeDecay()])
+    first = _trainer(device, dataclasses.replace(config, steps=2))
+    first.run([StepSizeDecay()])
+    tensors, numbers = first.state()
+    second = _trainer(device, config)
+    second.load_state({name: tensor.cpu().clone() for name, tensor in tensors.items()}, numbers)
+    second.run([StepSizeDecay()])
+    resumed, expected = _weights(second), _weights(whole)
+    start = _weights(_trainer(device, config))
+    for name in resumed.keys() - {"random.torch"}:  # the line above has drawn from it
+        assert torch.equal(resumed[name], expected[name]), name
+    moved = "discriminator.0.parametrizations.weight.original"
+    assert not torch.equal(start[moved], expected[moved])
+
+
+def test_a_batch_of_its_own_for_the_generator(device: torch.device):
+    trainer = _trainer(device, dataclasses.replace(CONFIG, steps=2, generator_batch_size=6))
+    sizes = []
+    trainer.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    trainer.run([])
+    assert sizes == [4, 4, 6, 4, 4, 6]
+
+
+def test_clipped_weights_stay_in_their_interval(device: torch.device):
+    trainer = _trainer(device, dataclasses.replace(CONFIG, weight_clip=0.02, discriminator_lr=0.1))
+    trainer.run([])
+    largest = max(parameter.abs().max().item() for parameter in trainer.discriminator.parameters())
+    assert largest == pytest.approx(0.02)
+
+
+class _ByClass(nn.Module):
+    """A network that is told labels, and remembers them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.told: list[list[int]] = []
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.told.append(labels.tolist())
+        return self.network(inputs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"generator_batch_size": 6}, {"penalty": "r2"}])
+def test_both_networks_of_a_conditional_run_are_told_labels(settings: dict, device: torch.device):
+    generator = _ByClass(nn.Sequential(nn.Linear(5, 4), nn.Unflatten(1, (1, 2, 2))))
+    discriminator = _ByClass(nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)))
+    labels = torch.arange(20) % 3
+    images = (labels * 100).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    trainer = Trainer(
+        dataclasses.replace(CONFIG, steps=1, num_discriminator_steps=1, augmentation="none", **settings),
+        generator=generator,
+        discriminator=discriminator,
+        images=images,
+        labels=labels,
+        device=device,
+    )
+    seen = []
+    discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 0, 0, 0].clone()))
+    trainer.run([])
+    real_and_fake = discriminator.told[0]
+    assert real_and_fake[:4] == ((seen[0][:4] + 1) * 1.275).round().long().tolist()
+    assert generator.told[0] == real_and_fake[4:] == real_and_fake[:4]
+    assert generator.told[-1] == discriminator.told[-1]
+    assert len(generator.told[-1]) == settings.get("generator_batch_size", 4)
+
+
+def test_the_path_length_penalty_draws_lengths_together(device: torch.device):
+    class Styled(nn.Module):
+        """Half of its styles move the image ten times as far as the other half."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor([1.0, 10.0]))
+
+        def styles(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents[:, None].clone().requires_grad_()  # no mapping network would do it here
+
+        def synthesize(self, styles: torch.Tensor) -> torch.Tensor:
+            gains = torch.where(styles[:, :1, :1] > 0, self.gain[0], self.gain[1])
+            return (styles[:, 0, :4] * gains[:, 0]).view(-1, 1, 2, 2)
+
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return self.synthesize(self.styles(latents))
+
+    def spread(weight: float) -> float:
+        torch.manual_seed(0)
+        config = dataclasses.replace(
+            CONFIG, steps=60, architecture="stylegan2", path_length_weight=weight, generator_lr=0.02,
+            num_discriminator_steps=1, batch_size=16, normalization="none", discriminator_lr=1e-9,
+            generator_optimizer="sgd",
+        )  # fmt: skip
+        dull = nn.Linear(4, 1)
+        nn.init.zeros_(dull.weight)  # gives the generator nothing to learn, so that only the penalty moves it
+        trainer = Trainer(
+            config,
+            generator=Styled(),
+            discriminator=nn.Sequential(nn.Flatten(), dull, nn.Flatten(0)),
+            images=torch.randint(256, (20, 1, 2, 2), dtype=torch.uint8),
+            device=device,
+        )
+        trainer.run([])
+        gains = trainer.generator.gain.detach().abs()
+        return float(gains.max() - gains.min())
+
+    assert spread(2.0) < 0.5 * spread(0.0)
+
+
 def test_running_means_are_over_the_steps_since_last_read():
     means = RunningMeans()
     for value in (1.0, 2.0, 6.0):
@@ -182,7 +304,7 @@ def test_running_means_are_over_the_steps_since_last_read():
 
 def test_the_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
-    monkeypatch.setattr("spectralnorm.gan.trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("spectralnorm.gan.clock.time.perf_counter", lambda: now)
     clock = Clock(torch.device("cpu"))
     clock.start()
     now = 3.0

@@ -132,7 +132,7 @@ def test_the_global_random_numbers_are_left_alone(distance) -> None:
     [
         (torch.zeros(5, 3), torch.zeros(5, 4), r"as many columns, got \(5, 3\) and \(5, 4\)"),
         (torch.zeros(5), torch.zeros(5, 4), "must be two matrices"),
-        (torch.zeros(1, 4), torch.zeros(5, 4), "at least two images on each side, got 1 and 5"),
+        (torch.zeros(1, 4), torch.zeros(5, 4), "at least 2 images on each side, got 1 and 5"),
     ],
 )
 def test_sets_that_do_not_fit_together_are_refused(distance, real: Tensor, fake: Tensor, message: str) -> None:

@@ -14,12 +14,14 @@ from spectralnorm.metrics import (
     FeatureExtractor,
     Features,
     evaluate,
-    evaluation,
     frechet_distance,
     load_extractor,
+    measures,
     wasserstein_lower_bound,
 )
 from spectralnorm.records import Metric
+
+WITH_BOUND = ("fd", "kid", "wasserstein")
 
 
 class MeanExtractor:
@@ -31,6 +33,7 @@ class MeanExtractor:
 
     def __init__(self, *, logits: bool = True) -> None:
         self.images_seen = 0
+        self.is_published_inception = False
         self._logits = logits
 
     def resize_description(self, height: int, width: int, *, channels: int = 3) -> str:
@@ -69,12 +72,9 @@ def test_an_extractor_without_logits_gives_distances_only() -> None:
     assert list(measure(noise(20), noise(40), MeanExtractor(logits=False))) == ["FD-Mean", "KID-Mean"]
 
 
-def test_the_wasserstein_bound_comes_when_asked_with_its_floor_and_what_it_rests_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    quick = functools.partial(wasserstein_lower_bound, options=CriticOptions(width=4, num_hidden=1, num_steps=3))
-    monkeypatch.setattr(evaluation, "wasserstein_lower_bound", quick)
-    metrics = measure(noise(60, high=150), noise(150, seed=1), MeanExtractor(logits=False), wasserstein=True)
+@pytest.mark.usefixtures("quick_critic")
+def test_the_wasserstein_bound_comes_when_asked_with_its_floor_and_what_it_rests_on() -> None:
+    metrics = measure(noise(60, high=150), noise(150, seed=1), MeanExtractor(logits=False), metrics=WITH_BOUND)
     assert list(metrics) == ["FD-Mean", "KID-Mean", "W1 lower bound-Mean"]
     bound = metrics["W1 lower bound-Mean"]
     assert bound.floor is not None
@@ -84,6 +84,109 @@ def test_the_wasserstein_bound_comes_when_asked_with_its_floor_and_what_it_rests
     assert bound.details["critic's constant"] == pytest.approx(1, abs=1e-6)
     assert (bound.details["real images for the bound"], bound.details["generated images for the bound"]) == (45, 30)
     assert bound.provenance == metrics["FD-Mean"].provenance
+
+
+@pytest.fixture
+def quick_critic(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = functools.partial(wasserstein_lower_bound, options=CriticOptions(width=4, num_hidden=1, num_steps=3))
+    monkeypatch.setattr(measures, "wasserstein_lower_bound", quick)
+
+
+@pytest.mark.usefixtures("quick_critic")
+def test_all_that_is_possible_comes_with_logits_and_training_images() -> None:
+    metrics = measure(noise(60, seed=2), noise(150, seed=1), metrics=("all",), training=noise(80, seed=3))
+    assert list(metrics) == [
+        *(
+            "FD-Mean",
+            "KID-Mean",
+            "W1 lower bound-Mean",
+            "Class coverage",
+            "Class entropy",
+            "Confident share",
+            "IS-Mean",
+        ),
+        *("Precision-Mean", "Recall-Mean", "Density-Mean", "Coverage-Mean"),
+        *("Diversity-Mean", "Diversity within classes-Mean", "Copied share-Mean"),
+    ]
+    assert all(metric.floor is not None for metric in metrics.values())
+
+
+@pytest.mark.usefixtures("quick_critic")
+def test_all_leaves_out_what_is_not_possible_and_a_name_does_not() -> None:
+    extractor = MeanExtractor(logits=False)
+    names = list(measure(noise(20), noise(60, seed=1), extractor, metrics=("all",)))
+    assert "IS-Mean" not in names
+    assert "Copied share-Mean" not in names
+    assert "Recall-Mean" in names
+    with pytest.raises(UserError, match="The metric 'is' needs an extractor that classifies"):
+        measure(noise(20), noise(40), extractor, metrics=("fd", "is"))
+    with pytest.raises(UserError, match="The metric 'copying' needs the images that were trained on"):
+        measure(noise(20), noise(40), metrics=("copying",))
+    with pytest.raises(UserError, match="Unknown metric 'fdd'; choose of fd, kid"):
+        measure(noise(20), noise(40), metrics=("fdd",))
+
+
+def test_every_floor_is_what_the_stand_ins_score() -> None:
+    real, extractor = noise(100, seed=1), MeanExtractor()
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    names = ("fd", "kid", "classes", "is", "pr", "dc", "diversity", "copying")
+    found = measure(real[order[:30]], real, extractor, metrics=names, training=noise(50, seed=4))
+    for metric in found.values():
+        assert metric.floor == pytest.approx(metric.value, rel=1e-9), metric.name
+
+
+def test_copied_training_images_are_found() -> None:
+    training, real = noise(80, seed=3), noise(100, seed=1)
+    honest = measure(noise(50, seed=2), real, metrics=("copying",), training=training)["Copied share-Mean"]
+    copies = measure(training[:50], real, metrics=("copying",), training=training)["Copied share-Mean"]
+    assert honest.value < 0.2
+    assert copies.value == 1
+    assert copies.details["median distance over that of held-out ones"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_was_trained_on_is_looked_at_once_and_only_for_copies() -> None:
+    extractor, training = MeanExtractor(), noise(80, seed=3)
+    measure(noise(20), noise(40, seed=1), extractor, training=training)
+    assert extractor.images_seen == 60
+    for seen in (160, 180):
+        measure(noise(20), noise(40, seed=1), extractor, metrics=("copying",), training=training)
+        assert extractor.images_seen == seen
+
+
+def test_neighbours_of_the_real_images_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = measures.smallest_distances
+    monkeypatch.setattr(measures, "smallest_distances", lambda *a, **k: calls.append(1) or original(*a, **k))
+    first = measure(noise(20), noise(60, seed=1), metrics=("pr", "dc"))
+    assert len(calls) == 1
+    assert measure(noise(20), noise(60, seed=1), metrics=("pr", "dc")) == first
+    assert len(calls) == 1
+
+
+def test_intervals_hold_the_value_and_come_when_asked() -> None:
+    without = measure(noise(60), noise(150, seed=1))
+    metrics = measure(noise(60), noise(150, seed=1), with_intervals=True)
+    for name in ("FD-Mean", "KID-Mean"):
+        assert without[name].interval is None
+        assert metrics[name].value == without[name].value
+        interval = metrics[name].interval
+        assert interval is not None
+        assert interval[0] < metrics[name].value < interval[1]
+
+
+def test_progress_is_told_from_none_to_all() -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    measure(noise(20), noise(40), progress=lambda what, done, total: told.setdefault(what, []).append((done, total)))
+    assert list(told) == ["Mean: real images", "Mean: generated images", "Mean: metrics"]
+    for steps in told.values():
+        assert (steps[0][0], steps[-1][0]) == (0, steps[-1][1])
+
+
+def test_only_the_published_inceptions_distance_is_called_fid() -> None:
+    extractor = MeanExtractor()
+    extractor.is_published_inception = True
+    names = list(measure(noise(20), noise(60, seed=1), extractor, metrics=("fd", "kid", "is", "pr")))
+    assert names == ["FID", "KID", "IS", "Precision-Mean", "Recall-Mean"]
 
 
 def test_the_packages_extractors_name_their_metrics(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``spectralnorm train | sample | evaluate | certify | report``. It parses, calls and prints."""
+"""The command line: ``spectralnorm train``, ``recipes``, ``sample`` and more. It parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": "train a GAN, or go on with a run; the same command again resumes",
+    "recipes": "list the named starting points: what each trains, what it costs, where its settings are from",
     "sample": "generate images from a run",
     "evaluate": "measure a run's samples against held-out real images",
     "certify": "prove a Lipschitz constant of a run's discriminator",

@@ -19,7 +19,15 @@ __all__ = ["parse"]
 T = TypeVar("T")
 
 
-def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | None = None) -> T:
+def parse(
+    options: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    default: T | None = None,
+    description: str | None = None,
+    epilog: str = "",
+) -> T:
     """Fill a dataclass of options.
 
     Args:
@@ -27,6 +35,8 @@ def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | Non
         words: the command line after the command.
         prog: the command, for its help page.
         default: values of the flags that are not given.
+        description: of the command; None: the docstring of the dataclass.
+        epilog: stands below the help page.
 
     Raises:
         UserError: a flag is unknown (the nearest known ones are named), or its value cannot be read.
@@ -36,9 +46,13 @@ def parse(options: type[T], words: Sequence[str], *, prog: str, default: T | Non
     try:
         # tyro explains a slip in a box of many lines on standard error; ours is one line.
         with contextlib.redirect_stderr(output):
-            parsed, unknown = tyro.cli(options, args=list(words), prog=prog, return_unknown_args=True, **settings)
+            parsed, unknown = tyro.cli(
+                options, args=list(words), prog=prog, description=description, return_unknown_args=True, **settings
+            )
     except SystemExit as stop:
         if not stop.code:
+            if epilog:
+                print(epilog)
             raise
         raise UserError(f"{_one_sentence(output.getvalue())}; see {prog} --help.") from None
     if unknown:
@@ -83,5 +97,7 @@ def _one_sentence(box: str) -> str:
     sentence = " ".join(lines).rstrip(".") or "The options cannot be read"
     if sentence.startswith("Error parsing config: "):  # one of our own checks, in our own words
         return sentence.removeprefix("Error parsing config: ")
-    value = re.match(r"Error parsing (\S+): .*\['(.*)'\]", sentence)
+    if missing := re.match(r"Missing value for argument '(\S+?)'", sentence):
+        return f"{missing[1]} needs a value"
+    value = re.match(r"Error parsing (--\S+): .*?'([^']*)'\]?$", sentence)
     return f"{value[1]} cannot be '{value[2]}'" if value else sentence

@@ -2,65 +2,206 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
-from spectralnorm.gan.evaluation import extractors_for, measure
+from spectralnorm.gan.data import load_images
+from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure
+from spectralnorm.gan.image_folders import all_images, size_of_first
 from spectralnorm.gan.inputs import prepare_data, resolve_device
-from spectralnorm.gan.run_folder import RECORDS_FILE, locked
-from spectralnorm.gan.sampling import TrainedGenerator, load
-from spectralnorm.records import Evaluation, Metric, RecordFile
+from spectralnorm.gan.run_folder import CONFIG_FILE, RECORDS_FILE, locked
+from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, load
+from spectralnorm.metrics import MEASURES, FeatureExtractor, evaluate, load_extractor
+from spectralnorm.records import Evaluation, Metric, RecordFile, metric_fields, replace_text
 
 __all__ = ["run"]
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a run's samples against held-out real images, and add the numbers to its records."""
+    """Measure a run's samples, or images in a folder, against real images.
 
-    run: tyro.conf.Positional[Path]
-    """Run folder."""
-    num: int = 5000
-    """Generated images."""
+    A run is measured against the held-out part of its data, and the numbers are added to its records. Images are
+    measured against the held-out part of --data, or against all that is in --against.
+    """
+
+    target: tyro.conf.Positional[Path]
+    """Run folder, generator.safetensors, or images: a folder, ZIP, IDX, .npy or .npz file."""
+    data: Path | None = None
+    """Real images, parted as for training; none: a run's own data."""
+    against: Path | None = None
+    """Images to compare with, all of them."""
+    metrics: str = "default"
+    """Comma-separated: default (fd, kid, classes), is, pr, dc, diversity, copying, ppl, wasserstein; or all."""
+    extractor: str = "auto"
+    """Comma-separated: classifier, squeezenet, inception, dinov2, or a TorchScript file; auto: what fits."""
+    weights: Path | None = None
+    """File of the weights of inception or dinov2; nothing is ever downloaded."""
+    num: int | None = None
+    """Generated images; none: 5000 of a run, all of a folder."""
+    image_size: int | None = None
+    """Height and width at which folders are compared; none: that of the first image."""
     seed: int | None = None
     """Of the latents; none: a fixed one, other than that of the sample grids."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    intervals: bool = True
+    """Whether to find 95 % intervals of the distances."""
     wasserstein: bool = False
     """Also bound the Wasserstein-1 distance of the features from below, with a critic trained for it."""
+    json: Path | None = None
+    """File to write the numbers to."""
 
 
 def run(words: list[str]) -> int:
     """Measure, print a table, append to the run's records."""
     options = parse(EvaluateOptions, words, prog="spectralnorm evaluate")
     choose("device", options.device, ("auto", "cpu", "cuda"))
-    if options.num < 100:
+    if options.num is not None and options.num < 100:
         raise UserError(f"num must be at least 100 for a metric to mean anything, got {options.num}.")
+    names = _metric_names(options)
+    if options.data is not None and options.against is not None:
+        raise UserError("--data and --against are two things to compare with; give one of them.")
     device = resolve_device(options.device)
-    generator = load(options.run, device=str(device))
-    images = prepare_data(generator.config)
+    console = Console(soft_wrap=True, highlight=False)
+    with _ProgressBar(console) as progress:
+        if _is_run(options.target):
+            metrics, generator = _measure_run(options, names, device, progress)
+        else:
+            metrics, generator = _measure_images(options, names, device, progress), None
+    table = _table(metrics, options)
+    # As wide as it is: a name that was cut short names nothing.
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, width=max(width, console.width), crop=False)
+    for line in _provenance(metrics):
+        console.print(line, markup=False)
+    if "all" in names:
+        console.print(" Left out is what these images, extractors and data do not allow.", markup=False)
+    if options.json is not None:
+        _write_json(options, metrics)
+    if generator is not None and options.target.is_dir() and options.data is None:
+        _record(options.target, generator, metrics)
+    return 0
+
+
+def _metric_names(options: EvaluateOptions) -> tuple[str, ...]:
+    """What was asked for."""
+    names = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
+    for name in names:
+        choose("metric", name, ("default", "all", *MEASURES, PATH_LENGTH))
+    return (*names, "wasserstein") if options.wasserstein else names
+
+
+def _is_run(target: Path) -> bool:
+    if not target.exists():
+        raise UserError(f"{target} does not exist; give a run folder, a {GENERATOR_FILE}, or images.")
+    if target.is_dir():
+        return (target / CONFIG_FILE).exists() or (target / GENERATOR_FILE).exists()
+    return target.suffix == ".safetensors"
+
+
+def _measure_run(
+    options: EvaluateOptions, names: tuple[str, ...], device: torch.device, progress: _ProgressBar
+) -> tuple[tuple[Metric, ...], TrainedGenerator]:
+    if options.against is not None:
+        raise UserError("--against is for two folders of images; a run is compared with its own data, or --data.")
+    if options.image_size is not None:
+        raise UserError("--image-size is for folders of images; a run has its own size.")
+    generator = load(options.target, device=str(device))
+    images = prepare_data(generator.config, options.data)
     metrics = measure(
         generator,
         images,
-        extractors=extractors_for(images, device=device),
-        num=options.num,
+        extractors=_extractors(options, device) or extractors_for(images, device=device),
+        num=5000 if options.num is None else options.num,
         seed=options.seed,
-        wasserstein=options.wasserstein,
+        metrics=names,
+        with_intervals=options.intervals,
+        progress=progress.show,
     )
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(_table(metrics))
-    for line in _provenance(metrics):
-        console.print(line, markup=False)
-    if options.run.is_dir():
-        _record(options.run, generator, metrics)
-    return 0
+    return metrics, generator
+
+
+def _measure_images(
+    options: EvaluateOptions, names: tuple[str, ...], device: torch.device, progress: _ProgressBar
+) -> tuple[Metric, ...]:
+    if options.data is None and options.against is None:
+        raise UserError(
+            f"{options.target} is not a run folder; to measure the images in it, say what to compare them with: --data "
+            "(its held-out part) or --against (all of it)."
+        )
+    if PATH_LENGTH in names:
+        raise UserError(f"The metric '{PATH_LENGTH}' needs a generator; give a run instead of images.")
+    size, channels = size_of_first(options.target) if options.image_size is None else (options.image_size, 3)
+    progress.show("reading images", 0, 2)
+    fake = all_images(options.target, image_size=size, channels=channels)[: options.num]
+    progress.show("reading images", 1, 2)
+    if options.against is not None:
+        real, training = all_images(options.against, image_size=size, channels=channels), None
+        split = f"all of {options.against.resolve().name}"
+        class_names: tuple[str, ...] = ()
+        extractors = _extractors(options, device) or [load_extractor("squeezenet", device=device)]
+    else:
+        images = load_images(options.data, image_size=size, channels=channels)
+        real, training, class_names, split = images.held_out, images.images, images.class_names, "held-out"
+        extractors = _extractors(options, device) or extractors_for(images, device=device)
+    progress.show("reading images", 2, 2)
+    return evaluate(
+        fake,
+        real,
+        extractors=extractors,
+        metrics=names,
+        training=training,
+        split=split,
+        seed=options.seed or 0,
+        class_names=class_names,
+        with_intervals=options.intervals,
+        progress=progress.show,
+    )
+
+
+def _extractors(options: EvaluateOptions, device: torch.device) -> list[FeatureExtractor]:
+    """Those that were named; none for ``auto``."""
+    names = [] if options.extractor == "auto" else [name.strip() for name in options.extractor.split(",")]
+    if options.weights is not None and len(names) != 1:
+        raise UserError("--weights is the file of one extractor; name it alone, as in --extractor dinov2.")
+    return [load_extractor(name, device=device, weights=options.weights) for name in names]
+
+
+class _ProgressBar:
+    """One line for each thing that is being done, where there is a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Say how much of something is done."""
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
 
 
 def _record(run: Path, generator: TrainedGenerator, metrics: tuple[Metric, ...]) -> None:
@@ -86,30 +227,51 @@ def _record(run: Path, generator: TrainedGenerator, metrics: tuple[Metric, ...])
         ) from error
 
 
-def _table(metrics: tuple[Metric, ...]) -> Table:
-    table = Table(title="Generated against held-out real images", title_justify="left", box=None, padding=(0, 1))
-    for heading in ("metric", "value", "spread", "floor", "better", "fake", "real", "extractor"):
-        table.add_column(heading, no_wrap=True)
-    for metric in metrics:
-        source = metric.provenance
-        table.add_row(
+def _write_json(options: EvaluateOptions, metrics: tuple[Metric, ...]) -> None:
+    assert options.json is not None
+    compared_with = options.against or options.data
+    content: dict[str, Any] = {
+        "generated": str(options.target),
+        "real": None if compared_with is None else str(compared_with),
+        "metrics": [metric_fields(metric) for metric in metrics],
+    }
+    try:
+        replace_text(options.json, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"Cannot write {options.json} ({error.strerror}); give another --json.") from error
+
+
+def _table(metrics: tuple[Metric, ...], options: EvaluateOptions) -> Table:
+    title = "Generated against held-out real images"
+    if options.against is not None:
+        title = f"{options.target} against {options.against}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    headings = ["metric", "value", "spread", "95 % interval", "floor", "better"]
+    rows = [
+        (
             metric.name,
             f"{metric.value:.4g}",
             "" if metric.spread is None else f"{metric.spread:.2g}",
+            "" if metric.interval is None else f"{metric.interval[0]:.3g} to {metric.interval[1]:.3g}",
             "" if metric.floor is None else f"{metric.floor:.4g}",
             metric.better,
-            str(source.num_fake),
-            str(source.num_real),
-            source.extractor,
         )
+        for metric in metrics
+    ]
+    shown = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(headings[place], no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     return table
 
 
 def _provenance(metrics: tuple[Metric, ...]) -> list[str]:
     """What each extractor's numbers depend on, beside what the table says: one line an extractor."""
-    sources = dict.fromkeys(metric.provenance for metric in metrics)
+    sources = dict.fromkeys(metric.provenance for metric in metrics if metric.provenance.num_real)
     return [
-        f" {source.extractor}: weights {source.weights_sha256[:12]}, real images: {source.split}, "
+        f" {source.extractor}: {source.num_fake} generated against {source.num_real} real images "
+        f"({source.split}), weights {source.weights_sha256[:12]}, "
         f"resized: {source.resize}"
         for source in sources
     ]

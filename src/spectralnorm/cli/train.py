@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from spectralnorm.cli.arguments import parse
-from spectralnorm.cli.display import TerminalDisplay
+from spectralnorm.cli.settings import flatten, grouped, optional_flags
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_to_json
+from spectralnorm.gan.config_file import overlay, read_config_file
 from spectralnorm.gan.recipes import RECIPES, make_config
-from spectralnorm.gan.run import train
-from spectralnorm.report import build_report
 
 __all__ = ["run"]
 
 _PROG = "spectralnorm train"
 
+_DESCRIPTION = """Train a GAN on the built-in images or on yours; the same command again resumes.
+
+A setting is what the command line says, else the file, else the recipe.
+
+The defaults below are those of the recipe and the file that are given here."""
+
+_EXAMPLES = """examples:
+  spectralnorm train                         the built-in images, minutes
+  spectralnorm train --data photos/ --recipe dcgan-64 --minutes 60
+  spectralnorm train --recipe r3gan-32 --help    the defaults of that recipe
+  spectralnorm train --loss hinge --dry-run > mine.json    all settings, to edit
+  spectralnorm train --config mine.json --seed 1  from a file, one replaced
+  spectralnorm recipes                       what recipes there are"""
+
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Train a GAN on the built-in images or on your own; the same command again resumes.
+class RunOptions:
+    """Where the settings come from and where the run goes."""
 
-    The recipe sets every default; --steps or --minutes replaces its budget.
-    """
-
-    config: tyro.conf.OmitArgPrefixes[Config]
-    out: Path | None = None
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """What the settings start from; spectralnorm recipes lists them. --steps or --minutes replaces its budget."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """File of settings, any number of them: TOML, YAML, or the JSON that --dry-run prints."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Run folder; none: runs/ and the name of the recipe, or of the data."""
-    dry_run: bool = False
-    """Print the full config and stop."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print all settings and stop; the output is a file for --config."""
 
 
 def run(words: list[str]) -> int:
     """Train, then write the report."""
-    options = _options(words)
+    config, options = _options(words)
     if options.dry_run:
-        print(config_to_json(options.config), end="")
+        print(config_to_json(config), end="")
         return 0
-    command = shlex.join([*_PROG.split(), *words])
+    return _train(config, options.out, command=shlex.join([*_PROG.split(), *words]))
+
+
+def _train(config: Config, out: Path | None, *, command: str) -> int:
+    # Here, and not above: a help page needs none of it.
+    from spectralnorm.cli.display import TerminalDisplay
+    from spectralnorm.gan.run import train
+    from spectralnorm.report import build_report
+
     try:
-        with TerminalDisplay(options.config) as display:
-            result = train(options.config, out=options.out, display=display)
+        with TerminalDisplay(config) as display:
+            result = train(config, out=out, display=display)
     except KeyboardInterrupt:  # while images were read, at the end, or a second time
         print(f"Interrupted. Go on from the last checkpoint with: {command}", file=sys.stderr)
         return 130
@@ -60,17 +83,36 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _options(words: list[str]) -> TrainOptions:
-    recipe = _value_of("--recipe", words) or "fashion"
-    base = make_config(recipe)
-    # A budget that is given takes the place of the recipe's, instead of running beside it.
-    budget = {name: getattr(base, name) for name in ("steps", "minutes")}
-    given = {name for name in budget if _value_of(f"--{name}", words) is not None}
-    options = parse(TrainOptions, words, prog=_PROG, default=TrainOptions(config=base))
-    if given:
-        dropped = {name: None for name in budget if name not in given}
-        options = replace(options, config=replace(options.config, **dropped))
-    return options
+def _options(words: list[str]) -> tuple[Config, RunOptions]:
+    file = _value_of("--config", words)
+    from_file = {} if file is None else read_config_file(file)
+    recipe = _value_of("--recipe", words) or from_file.get("recipe", "fashion")
+    below = overlay(_settings_of(recipe), from_file) | {"recipe": recipe}
+    words = _nones(words)
+    default = grouped(below, front=RunOptions(recipe=recipe))
+    options = parse(type(default), words, prog=_PROG, default=default, description=_DESCRIPTION, epilog=_EXAMPLES)
+    front, values = flatten(options)
+    # What the command line says of the budget replaces what stood below it; all other values are there already.
+    given = {name: values[name] for name in ("steps", "minutes") if _value_of(f"--{name}", words) is not None}
+    return Config(**overlay({**below, **values}, given)), front
+
+
+def _settings_of(recipe: str) -> dict[str, Any]:
+    if recipe == "custom":  # settings that began with no recipe, such as a config made in Python
+        return {field.name: field.default for field in dataclasses.fields(Config)}
+    return vars(make_config(recipe))
+
+
+def _nones(words: list[str]) -> list[str]:
+    """Let "none" mean the absence of a value where a flag may have none; the parser's word for that is "None"."""
+    flags, replaced = optional_flags(), list(words)
+    for position, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in flags and value == "none":
+            replaced[position] = f"{flag}=None"
+        elif word == "none" and position and words[position - 1] in flags:
+            replaced[position] = "None"
+    return replaced
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:

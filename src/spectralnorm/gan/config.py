@@ -7,21 +7,38 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
+
+import tyro
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.augment import AUGMENTATIONS
+from spectralnorm.gan.augment import read_augmentation
+from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
-from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.normalizations import check_normalization
+from spectralnorm.gan.optimizers import check_optimizer
 from spectralnorm.gan.penalties import PENALTIES
+from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
 __all__ = ["Config", "choose", "config_from_json", "config_to_json", "differing_lines"]
 
 
-def _setting(default: Any, *, resumable: bool = False) -> Any:
+def _setting(default: Any, group: str, *, resumable: bool = False) -> Any:
     """A field of `Config`; a resumable one may change when a run goes on (it does not alter what was trained)."""
-    return dataclasses.field(default=default, metadata={"resumable": resumable})
+    return dataclasses.field(default=default, metadata={"group": group, "resumable": resumable})
+
+
+_DATA = partial(_setting, group="Data")
+_NETWORKS = partial(_setting, group="Networks")
+_NORMALIZATION = partial(_setting, group="Normalization")
+_LOSS = partial(_setting, group="Loss and penalty")
+_OPTIMIZATION = partial(_setting, group="Optimization")
+_BUDGET = partial(_setting, group="Budget")
+_HARDWARE = partial(_setting, group="Hardware")
+_RECORDS = partial(_setting, group="Records", resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,105 +49,155 @@ class Config:
         UserError: a setting is out of its range, or a name is not one of the choices.
     """
 
-    recipe: str = _setting("custom")
+    recipe: str = _setting("custom", "Recipe")
     """Name of the recipe that these settings started from."""
 
-    # Data.
-    data: str | None = _setting(None)
-    """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST."""
-    image_size: int = _setting(32)
+    data: str | None = _DATA(None)
+    """Images: a folder, ZIP, tar, Parquet, IDX, .npy/.npz, CIFAR or STL-10 file, or hf:NAME; none: the built-in
+    Fashion-MNIST; toy-ring or toy-grid: points in the plane."""
+    image_size: int = _DATA(32)
     """Height and width in pixels: 32, 48, 64 or 128 (sagan, stylegan2 and r3gan: not 48; stylegan2 also 256)."""
-    channels: int = _setting(1)
-    """1 for gray, 3 for colour."""
-    augmentation: str = _setting("none")
-    """Of what the discriminator sees, real and fake: none, or a comma-separated list of shift, cutout, flip, color."""
+    channels: int = _DATA(1)
+    """1 for gray, 3 for colour; 2 for points."""
+    augmentation: str = _DATA("none")
+    """Of what the discriminator sees, real and fake: none; a comma-separated list of shift, cutout, flip, color,
+    translation; diffaugment; or ada, whose probability adapts. A constant probability is written ada:p=0.2."""
+    data_loading: str = _DATA("auto", resumable=True)
+    """prepare (all images before training begins), stream (read them while it goes on), or auto: by size."""
+    conditional: bool = _DATA(False)
+    """Give the labels of the data to both networks (resnet, sagan)."""
+    class_names: Annotated[tuple[str, ...], tyro.conf.Suppress] = _DATA((), resumable=True)
+    """The classes of a conditional run; taken from the data."""
+    class_counts: Annotated[tuple[int, ...], tyro.conf.Suppress] = _DATA((), resumable=True)
+    """Training images of each class; generated images have classes in the same proportions."""
 
-    # Networks.
-    architecture: str = _setting("dcgan")
-    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan or mlp."""
-    generator_width: int = _setting(64)
+    architecture: str = _NETWORKS("dcgan")
+    """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan, mlp, or points (dense networks for the plane)."""
+    generator_width: int = _NETWORKS(64)
     """Of the generator: 64 gives the published channels, another number scales them."""
-    discriminator_width: int = _setting(64)
+    discriminator_width: int = _NETWORKS(64)
     """Of the discriminator: 64 gives the published channels, another number scales them."""
-    latent_dim: int = _setting(128)
+    latent_dim: int = _NETWORKS(128)
     """Dimensions of the latent z ~ N(0, I)."""
-    initialization: str = _setting("published")
+    initialization: str = _NETWORKS("published")
     """Of the weights of both networks: published (the architecture's own) or orthogonal."""
-    lipschitz: float | None = _setting(None)
+    lipschitz: float | None = _NETWORKS(None)
     """The discriminator in the form whose parts without weights have norm at most 1, its logits times this number;
     none: as published."""
-    normalization: str = _setting("spectral")
-    """Of the discriminator's weights: spectral, strict (by guaranteed bounds of each layer's own norm) or none."""
 
-    # Optimization.
-    loss: str = _setting("hinge")
+    normalization: str = _NORMALIZATION("spectral")
+    """Of the discriminator: spectral, strict (by guaranteed bounds of each layer's own norm), weight, batch, layer or
+    none; the first two with options of the layer, as in spectral:norm=operator,mode=cap,coefficient=2."""
+    generator_normalization: str = _NORMALIZATION("none")
+    """Of the generator, beside what its architecture has: as for the discriminator."""
+
+    loss: str = _LOSS("hinge")
     """hinge, nonsaturating, minimax, wasserstein, least-squares or relativistic."""
-    penalty: str | None = _setting(None)
+    penalty: str | None = _LOSS(None)
     """Of the discriminator's gradients: none, r1, r2, r1-r2, gradient-penalty (WGAN-GP, GAN-GP) or dragan."""
-    penalty_weight: float = _setting(10.0)
+    penalty_weight: float = _LOSS(10.0)
     """Factor of the penalty: gamma of R1 and R2 (which carry a half of their own), lambda of the others."""
-    penalty_interval: int = _setting(1)
+    penalty_interval: int = _LOSS(1)
     """Discriminator updates from one with the penalty to the next, whose penalty counts that many times."""
-    batch_size: int = _setting(64)
+    orthonormal_weight: float = _LOSS(0.0)
+    """Factor of the orthonormal regularization of the discriminator's weights; 0: none."""
+    weight_clip: float = _LOSS(0.0)
+    """Bring every weight of the discriminator into plus and minus this after each update; 0: not."""
+    path_length_weight: float = _LOSS(0.0)
+    """Factor of the path length regularization of stylegan2's generator (2 in the paper); 0: none."""
+    path_length_interval: int = _LOSS(4)
+    """Generator updates from one with that regularization to the next, where it counts that many times."""
+
+    batch_size: int = _OPTIMIZATION(64)
     """Real images per discriminator update, and fake images per update of either network."""
-    num_discriminator_steps: int = _setting(1)
+    generator_batch_size: int | None = _OPTIMIZATION(None)
+    """Fake images per generator update, made for it alone; none: those that the discriminator has just seen."""
+    num_discriminator_steps: int = _OPTIMIZATION(1)
     """Discriminator updates per generator update (n_dis in Miyato et al. 2018)."""
-    generator_lr: float = _setting(2e-4)
-    """Adam's step size for the generator."""
-    discriminator_lr: float = _setting(2e-4)
-    """Adam's step size for the discriminator."""
-    beta1: float = _setting(0.5)
-    """Adam's decay of the first moment."""
-    beta2: float = _setting(0.999)
-    """Adam's decay of the second moment."""
-    lr_decay_from: float = _setting(1.0)
+    generator_optimizer: str = _OPTIMIZATION("adam")
+    """adam, adamw, sgd, rmsprop, adagrad, muon or any other of torch.optim, with options as in rmsprop:alpha=0.9."""
+    discriminator_optimizer: str = _OPTIMIZATION("adam")
+    """As the generator's."""
+    generator_lr: float = _OPTIMIZATION(2e-4)
+    """Step size of the generator."""
+    discriminator_lr: float = _OPTIMIZATION(2e-4)
+    """Step size of the discriminator."""
+    beta1: float = _OPTIMIZATION(0.5)
+    """Decay of the first moment, for optimizers of Adam's kind."""
+    beta2: float = _OPTIMIZATION(0.999)
+    """Decay of the second moment, for optimizers of Adam's kind."""
+    lr_decay_from: float = _OPTIMIZATION(1.0)
     """Fraction of the budget after which both step sizes fall linearly to zero; 1: never."""
-    ema_half_life_kimg: float = _setting(1.0)
+    ema_half_life_kimg: float = _OPTIMIZATION(1.0)
     """Half-life of the generator's moving average, in thousands of real images seen; 0: no averaging."""
 
-    # Budget.
-    steps: int | None = _setting(None, resumable=True)
+    steps: int | None = _BUDGET(None, resumable=True)
     """Stop after this many generator updates."""
-    minutes: float | None = _setting(None, resumable=True)
+    minutes: float | None = _BUDGET(None, resumable=True)
     """Stop after this much training time; metrics, samples and checkpoints are not counted."""
-    seed: int = _setting(0)
+    seed: int = _BUDGET(0)
     """Of initial weights, latents and the order of the images."""
-    device: str = _setting("auto", resumable=True)
-    """auto (CUDA if present), cpu or cuda."""
 
-    # Records.
-    log_every: int = _setting(10, resumable=True)
+    device: str = _HARDWARE("auto", resumable=True)
+    """auto (CUDA or MPS if present), cpu, cuda or mps."""
+    precision: str = _HARDWARE("fp32")
+    """fp32, bf16-mixed or fp16-mixed: what products of both networks are computed in; weights stay in float32."""
+    accumulate: int = _HARDWARE(1)
+    """Parts that a batch is split into, one after the other, to save memory; their gradients make one step."""
+    compile: bool = _HARDWARE(False, resumable=True)
+    """Compile both networks; the first step then takes a minute or so."""
+    strategy: str = _HARDWARE("ddp", resumable=True)
+    """How several processes hold the networks: each all of them (ddp), or each a part (fsdp)."""
+
+    log_every: int = _RECORDS(10)
     """Generator updates between two lines of metrics.jsonl."""
-    num_sample_grids: int = _setting(24, resumable=True)
+    num_sample_grids: int = _RECORDS(24)
     """Sample grids over the whole budget, denser at its start."""
-    num_evaluations: int = _setting(6, resumable=True)
+    num_evaluations: int = _RECORDS(6)
     """Evaluations of the metrics over the whole budget, the final one included."""
-    num_evaluation_samples: int = _setting(5000, resumable=True)
+    num_evaluation_samples: int = _RECORDS(5000)
     """Generated images in the final evaluation."""
-    checkpoint_minutes: float = _setting(1.0, resumable=True)
+    checkpoint_minutes: float = _RECORDS(1.0)
     """At most this much time between two checkpoints."""
 
     def __post_init__(self) -> None:
         choose("architecture", self.architecture, ARCHITECTURES)
         choose("initialization", self.initialization, INITIALIZATIONS)
-        choose("normalization", self.normalization, NORMALIZATIONS)
+        check_normalization("normalization", self.normalization)
+        check_normalization("generator_normalization", self.generator_normalization)
+        check_optimizer("generator_optimizer", self.generator_optimizer)
+        check_optimizer("discriminator_optimizer", self.discriminator_optimizer)
         choose("loss", self.loss, LOSSES)
         if self.lipschitz is not None:
             self._require("lipschitz", above=0)
         if self.penalty is not None:
             choose("penalty", self.penalty, PENALTIES)
-        choose("device", self.device, ("auto", "cpu", "cuda"))
-        for name in augmentation_names(self.augmentation):
-            choose("augmentation", name, AUGMENTATIONS)
+        choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        choose("precision", self.precision, PRECISIONS)
+        choose("strategy", self.strategy, STRATEGIES)
+        read_augmentation(self.augmentation)
+        choose("data_loading", self.data_loading, ("auto", "prepare", "stream"))
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
-        choose("channels", self.channels, (1, 3))
-        for name in ("generator_width", "discriminator_width", "latent_dim", "num_discriminator_steps", "log_every"):
+        choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)
+        for name in (
+            "generator_width",
+            "discriminator_width",
+            "latent_dim",
+            "num_discriminator_steps",
+            "log_every",
+            "accumulate",
+        ):
             self._require(name, at_least=1)
         for name in ("num_sample_grids", "num_evaluations"):
             self._require(name, at_least=1)
-        self._require("penalty_interval", at_least=1)
-        self._require("penalty_weight", at_least=0)
+        for name in ("penalty_interval", "path_length_interval"):
+            self._require(name, at_least=1)
+        for name in ("penalty_weight", "orthonormal_weight", "weight_clip", "path_length_weight"):
+            self._require(name, at_least=0)
         self._require("batch_size", at_least=2)
+        if self.generator_batch_size is not None:
+            self._require("generator_batch_size", at_least=2)
+        self._check_combinations()
         self._require("num_evaluation_samples", at_least=100)
         self._require("seed", at_least=0, at_most=2**32 - 1)
         for name in ("generator_lr", "discriminator_lr", "checkpoint_minutes"):
@@ -145,6 +212,34 @@ class Config:
             self._require("steps", at_least=1)
         if self.minutes is not None:
             self._require("minutes", above=0)
+
+    def _check_combinations(self) -> None:
+        conditional = [name for name, architecture in ARCHITECTURES.items() if architecture.conditional]
+        if self.conditional and self.architecture not in conditional:
+            raise UserError(
+                f"The architecture '{self.architecture}' has no form with labels; choose {' or '.join(conditional)}, "
+                "or leave out --conditional."
+            )
+        is_toy, makes_points = self.data in MIXTURES, ARCHITECTURES[self.architecture].makes_points
+        if is_toy and not makes_points:
+            raise UserError(
+                f"The data '{self.data}' are points, not images; take --recipe {self.data}, or --architecture points."
+            )
+        if makes_points and (not is_toy or self.augmentation != "none"):
+            raise UserError(
+                f"The architecture 'points' is for the data {' or '.join(MIXTURES)}, without augmentation; got data "
+                f"'{self.data}' and augmentation '{self.augmentation}'."
+            )
+        if self.path_length_weight and self.architecture != "stylegan2":
+            raise UserError(
+                f"path_length_weight is for stylegan2, whose generator has styles; leave it out for "
+                f"{self.architecture}."
+            )
+        if self.loss == "relativistic" and self.generator_batch_size not in (None, self.batch_size):
+            raise UserError(
+                "The relativistic loss pairs each generated image with a real one, so generator_batch_size must be "
+                f"left out or equal batch_size ({self.batch_size}), got {self.generator_batch_size}."
+            )
 
     def _require(
         self,
@@ -163,13 +258,6 @@ class Config:
         upper = f" and below {below}" if math.isfinite(below) else ""
         upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
         raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
-
-
-def augmentation_names(augmentation: str) -> tuple[str, ...]:
-    """Split ``"shift,cutout"`` into its parts; ``"none"`` has none."""
-    if augmentation == "none":
-        return ()
-    return tuple(part.strip() for part in augmentation.split(","))
 
 
 def choose(setting: str, name: Any, choices: Iterable[Any]) -> None:
@@ -202,7 +290,11 @@ def config_from_json(text: str) -> Config:
     if not isinstance(fields, Mapping) or not set(fields) <= known:
         unknown = ", ".join(sorted(set(fields) - known)) if isinstance(fields, Mapping) else type(fields).__name__
         raise UserError(f"config.json holds settings that this version does not know ({unknown}); update spectralnorm.")
-    return Config(**fields)
+    # JSON has no tuples.
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Config(**values)
 
 
 def differing_lines(old: Config, new: Config) -> list[str]:

@@ -1,33 +1,26 @@
-"""The discriminator of a config, new or as a run or a file holds it."""
+"""The discriminator as a run or a file holds it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint, read_tensors, under
 from spectralnorm.gan.config import Config, config_from_json
-from spectralnorm.gan.models import ARCHITECTURES, NORMALIZATIONS
+from spectralnorm.gan.models.resnet import ProjectionHead
+from spectralnorm.gan.networks import build_discriminator
+from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.run_folder import CHECKPOINTS, CONFIG_FILE
 from spectralnorm.transform import load_tracking_state
 
-__all__ = ["build_discriminator", "discriminator_of_file", "discriminator_of_run"]
+__all__ = ["discriminator_of_file", "discriminator_of_run", "of_steepest_class"]
 
 # In the names of a normalized weight: torch's parametrization and ours, and torch's older hook.
 _NORMALIZED = (".parametrizations.", "weight_orig")
-
-
-def build_discriminator(config: Config) -> nn.Module:
-    """The discriminator that a config describes, without normalization, with fresh weights of torch's random state."""
-    return ARCHITECTURES[config.architecture].discriminator(
-        image_size=config.image_size,
-        channels=config.channels,
-        width=config.discriminator_width,
-        lipschitz=config.lipschitz,
-    )
 
 
 def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
@@ -45,7 +38,7 @@ def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
     checkpoint = latest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
         raise UserError(f"{run} has no readable checkpoint yet, so there is no discriminator; train for a while first.")
-    discriminator = NORMALIZATIONS[config.normalization](build_discriminator(config))
+    discriminator = build_discriminator(config)
     _load(discriminator, under("discriminator.", checkpoint.tensors), checkpoint.path)
     # With what was followed from step to step, its weights are divided by the very numbers of the training.
     load_tracking_state(discriminator, under("tracking.", checkpoint.tensors))
@@ -71,13 +64,48 @@ def discriminator_of_file(file: Path, config: Config) -> nn.Module:
         raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again.") from error
     tracked = under("tracking.", tensors)
     tensors = under("discriminator.", tensors) or tensors
-    discriminator = build_discriminator(config)
-    if any(mark in name for name in tensors for mark in _NORMALIZED):
-        normalize = NORMALIZATIONS["spectral" if config.normalization == "none" else config.normalization]
-        discriminator = normalize(discriminator)
+    is_normalized = any(mark in name for name in tensors for mark in _NORMALIZED)
+    divides = config.normalization.partition(":")[0] in ("spectral", "strict", "none")
+    # Whether weights were divided by their norms the file itself tells; other normalizations belong to the network.
+    discriminator = build_discriminator(config, normalized=not divides)
+    if divides and is_normalized:
+        normalize(discriminator, "spectral" if config.normalization == "none" else config.normalization)
     _load(discriminator, tensors, file)
     load_tracking_state(discriminator, tracked)
     return discriminator.eval()
+
+
+class _OneClass(nn.Module):
+    """A conditional discriminator whose images are all of one class."""
+
+    def __init__(self, discriminator: nn.Module, label: int) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.label = label
+
+    def forward(self, images: Tensor) -> Tensor:
+        labels = torch.full((len(images),), self.label, device=images.device)
+        return self.discriminator(images, labels)
+
+
+def of_steepest_class(discriminator: nn.Module) -> nn.Module:
+    """A conditional discriminator as a function of images alone, for the class of which it may be the steepest.
+
+    With projection (Miyato and Koyama 2018) a logit is a dense one plus the product of the features with the row of
+    the class in an embedding. Its bound grows with the length of that row, and nothing else depends on the class: what
+    is certified for the longest row holds for all.
+
+    Raises:
+        UserError: it is not conditional by projection.
+    """
+    heads = [module for module in discriminator.modules() if isinstance(module, ProjectionHead)]
+    if len(heads) != 1 or heads[0].embedding is None:
+        raise UserError(
+            f"{type(discriminator).__name__} has no projection of classes, so no class is known to be the steepest; "
+            "certify it for one class at a time with spectralnorm.certify."
+        )
+    rows = heads[0].embedding.weight.detach().double()
+    return _OneClass(discriminator, int(rows.square().sum(1).argmax())).eval()
 
 
 def _load(discriminator: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:

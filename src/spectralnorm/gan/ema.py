@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from spectralnorm.gan.parts import whole
+
 __all__ = ["GeneratorAverage"]
 
 
@@ -25,10 +27,14 @@ class GeneratorAverage:
     def __init__(self, generator: nn.Module, *, half_life_images: float) -> None:
         self.module = copy.deepcopy(generator).eval().requires_grad_(False)
         self.half_life_images = half_life_images
-        self._pairs = [
-            (average, current)
-            for average, current in zip(_tensors(self.module), _tensors(generator), strict=True)
-        ]  # fmt: skip
+        self.follow(generator)
+
+    def follow(self, generator: nn.Module) -> None:
+        """Average another generator from now on, or the same one whose parameters several processes now hold in parts.
+
+        The average itself is whole on every process.
+        """
+        self._pairs = list(zip(_tensors(self.module), _tensors(generator), strict=True))
 
     @torch.no_grad()
     def update(self, *, batch_size: int, images_seen: int) -> None:
@@ -42,7 +48,7 @@ class GeneratorAverage:
         weight = 1 - 0.5 ** (batch_size / half_life) if half_life > 0 else 1.0
         floating = [(a, c) for a, c in self._pairs if a.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [a for a, _ in floating], [c for _, c in floating], weight
+            [a for a, _ in floating], [whole(c) for _, c in floating], weight
         )
         for average, current in self._pairs:
             if not average.is_floating_point():

@@ -8,24 +8,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.observers import RecordLog, trained_generator
-from spectralnorm.gan.pictures import image_grid, save_png
+from spectralnorm.gan.run_pictures import save_grid, save_points
+from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_norms import spectra
 from spectralnorm.metrics import FeatureExtractor, nearest_neighbours
-from spectralnorm.records import Evaluation, Picture, Spectra
+from spectralnorm.records import Evaluation, Spectra
 
 __all__ = ["finish"]
+
+_MOST_SEARCHED = 100_000
+"""Training images among which nearest neighbours are looked for; the first ones are a fair sample."""
 
 
 def finish(
     folder: Path,
     log: RecordLog,
     trainer: Trainer,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     extractors: Sequence[FeatureExtractor],
+    *,
+    measured: bool = True,
 ) -> None:
     """Draw and measure the trained generator.
 
@@ -34,21 +41,19 @@ def finish(
         log: its records.
         trainer: the run, done.
         images: what it was trained on, with the held-out images to measure against.
-        extractors: what the metrics see images through; empty: no metrics.
+        extractors: what the metrics see images through.
+        measured: whether to measure them at all.
     """
+    layers = spectra(trainer.discriminator)  # gathered by all processes, where they hold it in parts
+    if not trainer.processes.is_first:
+        return
     generator = trained_generator(trainer)
-    samples = generator.sample(128, seed=trainer.config.seed)
-    _save(folder, log, trainer.step, "final", samples, columns=16)
-    _save(folder, log, trainer.step, "real", images.images[:128], columns=16)
-    chosen = samples[:16]
-    indices, distances = nearest_neighbours(chosen, images.images)
-    pairs = torch.cat([chosen, images.images[indices.flatten()]])
-    caption = f"mean distance {float(distances.mean()):.1f} (root of summed squared pixel differences, levels 0-255)"
-    _save(folder, log, trainer.step, "neighbours", pairs, columns=16, caption=caption)
-    walks = generator.interpolate(rows=6, columns=12, seed=trainer.config.seed + 1)
-    _save(folder, log, trainer.step, "interpolation", walks, columns=12)
-    log.append(Spectra(step=trainer.step, layers=spectra(trainer.discriminator)))
-    if extractors:
+    if ARCHITECTURES[trainer.config.architecture].makes_points:
+        _draw_points(folder, log, trainer.step, generator, images)
+    else:
+        _draw_images(folder, log, trainer.step, generator, images)
+    log.append(Spectra(step=trainer.step, layers=layers))
+    if measured:
         metrics = measure(generator, images, extractors=extractors, num=trainer.config.num_evaluation_samples)
         log.append(
             Evaluation(
@@ -61,21 +66,28 @@ def finish(
         )
 
 
-def _save(
-    folder: Path, log: RecordLog, step: int, role: str, images: Tensor, *, columns: int, caption: str = ""
+def _draw_images(
+    folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet | ImageStream
 ) -> None:
-    file = f"samples/{role}.png"
-    save_png(folder / file, image_grid(images, columns=columns))
-    num, _, height, width = images.shape
-    log.append(
-        Picture(
-            step=step,
-            role=role,
-            file=file,
-            rows=-(-num // columns),
-            columns=columns,
-            tile_height=height,
-            tile_width=width,
-            caption=caption,
-        )
-    )
+    def save(role: str, shown: Tensor, *, columns: int = 16, caption: str = "") -> None:
+        file = f"samples/{role}.png"
+        log.append(save_grid(folder, shown, file=file, step=step, role=role, columns=columns, caption=caption))
+
+    seed = generator.config.seed
+    known, _ = images.examples(_MOST_SEARCHED)
+    samples = generator.sample(128, seed=seed)
+    save("final", samples)
+    save("real", known[:128])
+    chosen = samples[:16]
+    indices, distances = nearest_neighbours(chosen, known)
+    caption = f"mean distance {float(distances.mean()):.1f} (root of summed squared pixel differences, levels 0-255)"
+    save("neighbours", torch.cat([chosen, known[indices.flatten()]]), caption=caption)
+    save("interpolation", generator.interpolate(rows=6, columns=12, seed=seed + 1), columns=12)
+
+
+def _draw_points(
+    folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet | ImageStream
+) -> None:
+    for role, shown in (("final", generator), ("real", None)):
+        file = f"samples/{role}.png"
+        log.append(save_points(folder, shown, images.examples(2500)[0], file=file, step=step, role=role))

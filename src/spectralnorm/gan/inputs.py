@@ -10,9 +10,12 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet, from_tensors, load_images
+from spectralnorm.gan.data import ImageSet, ImageStream, from_huggingface, from_tensors, load_images, open_images
+from spectralnorm.gan.data.huggingface import is_huggingface
+from spectralnorm.gan.data.items import from_items
+from spectralnorm.gan.data.points import MIXTURES, open_points
 
-__all__ = ["GIVEN_DATA", "prepare_data", "resolve_device"]
+__all__ = ["GIVEN_DATA", "open_data", "prepare_data", "resolve_device"]
 
 GIVEN_DATA = "given-from-python"
 """What ``config.data`` says when the images were passed as objects: no path leads back to them."""
@@ -30,26 +33,49 @@ def prepare_data(config: Config, data: Any = None) -> ImageSet:
         return data
     if data is None or isinstance(data, str | os.PathLike):
         path = config.data if data is None else os.fspath(data)
+        if path is not None and path in MIXTURES:
+            return open_points(path)
         if path == GIVEN_DATA:
             raise UserError("This run was trained on images given from Python; give them again as data=.")
         return load(path)
+    if is_huggingface(data):
+        return from_huggingface(data, image_size=config.image_size, channels=config.channels)
     if isinstance(data, torch.Tensor):
         return wrap(data)
-    items = [data[index] for index in range(len(data))]
-    if items and isinstance(items[0], tuple | list):
-        images, labels = zip(*items, strict=True)
-        return wrap(torch.stack(images), torch.tensor([int(label) for label in labels]))
-    return wrap(torch.stack(items))
+    return from_items(data, image_size=config.image_size, channels=config.channels)
+
+
+def open_data(config: Config, data: Any = None, *, loading: str = "auto") -> ImageSet | ImageStream:
+    """As `prepare_data`, but a set that is too large, or asked to be, is read while training goes on.
+
+    Args:
+        config: the settings.
+        data: what was given instead of ``config.data``; an `ImageStream`, too.
+        loading: ``auto``, ``prepare`` or ``stream``, as `spectralnorm.gan.data.open_images` takes it. What is given as
+            an object is in memory already.
+
+    Raises:
+        UserError: they cannot be read or used.
+    """
+    if isinstance(data, ImageStream):
+        return data
+    path = config.data if data is None else data
+    if (data is None or isinstance(data, str | os.PathLike)) and path != GIVEN_DATA and path not in MIXTURES:
+        path = None if path is None else os.fspath(path)
+        return open_images(path, image_size=config.image_size, channels=config.channels, loading=loading)
+    return prepare_data(config, data)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
+    """``"auto"`` is CUDA where there is one, else MPS (a Mac's GPU) where there is one, else the CPU.
 
     Raises:
-        UserError: CUDA was asked for and there is none.
+        UserError: what was asked for is not there.
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' was asked for, but torch finds no CUDA GPU here; use --device cpu or auto.")
+        name = next(kind for kind, is_there in there.items() if is_there)
+    if not there[name]:
+        what = {"cuda": "CUDA GPU", "mps": "GPU of a Mac"}[name]
+        raise UserError(f"device '{name}' was asked for, but torch finds no {what} here; use --device cpu or auto.")
     return torch.device(name)

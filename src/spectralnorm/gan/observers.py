@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import save_checkpoint
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.evaluation import measure
-from spectralnorm.gan.pictures import image_grid, save_png
+from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.parts import whole
 from spectralnorm.gan.run_folder import CHECKPOINTS
+from spectralnorm.gan.run_pictures import save_grid, save_points
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_norms import LargestSingularValues
 from spectralnorm.metrics import FeatureExtractor
-from spectralnorm.records import Evaluation, Picture, Record, RecordFile, Scalars
+from spectralnorm.records import Evaluation, Record, RecordFile, Scalars
 
 __all__ = [
     "Averaging",
     "Checkpoints",
     "Evaluations",
     "Milestones",
+    "NoLog",
     "RecordLog",
     "SampleGrids",
     "ScalarLog",
@@ -82,6 +85,19 @@ class RecordLog:
         self._board.close()
 
 
+class NoLog(RecordLog):
+    """Of the processes that leave the records to the first one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def append(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class ScalarLog:
     """Writes losses, logits, gradient norms, sigmas and speed every few steps, and stops a run that has diverged.
 
@@ -100,12 +116,12 @@ class ScalarLog:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step % trainer.config.log_every and trainer.stop_reason is None:
             return
-        values = trainer.means.pop()
+        values = trainer.processes.mean(trainer.means.pop())
         if not all(map(math.isfinite, values.values())):
             raise UserError(_describe_divergence(trainer, values))
         # The gradients are still those of the update just done: they are cleared at the start of the next.
-        values["gradient_norm/discriminator"] = _gradient_norm(trainer.discriminator)
-        values["gradient_norm/generator"] = _gradient_norm(trainer.generator)
+        values["gradient_norm/discriminator"] = _gradient_norm(trainer.discriminator_optimizer)
+        values["gradient_norm/generator"] = _gradient_norm(trainer.generator_optimizer)
         values |= {f"sigma/{layer}": sigma for layer, sigma in self._sigmas().items()}
         seconds = trainer.clock.seconds
         values["images_per_second"] = (trainer.images_seen - self._last[0]) / max(seconds - self._last[1], 1e-9)
@@ -135,14 +151,23 @@ class Milestones:
 
 
 class SampleGrids:
-    """Saves a grid of samples, always from the same latents, and a checkpoint with each."""
+    """Saves a grid of samples, always from the same latents, and a checkpoint with each.
 
-    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer) -> None:
+    Args:
+        run: the run folder.
+        log: its records.
+        checkpoints: saved with each grid.
+        trainer: the run, about to begin or to go on.
+        real: training images; points are drawn on top of real ones.
+    """
+
+    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer, real: Tensor) -> None:
         self._run = run
         self._log = log
         self._checkpoints = checkpoints
         self._milestones = Milestones(trainer.config.num_sample_grids, power=1.5, progress=trainer.progress)
         self._generator = trained_generator(trainer)
+        self._real = real
         if trainer.step == 0:
             self.save(trainer)
 
@@ -153,21 +178,15 @@ class SampleGrids:
             self._checkpoints.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
+        if not trainer.processes.is_first:
+            return
         file = f"samples/step-{trainer.step:09d}.png"
-        save_png(self._run / file, image_grid(images, columns=_GRID_SIDE))
-        height, width = images.shape[2:]
-        self._log.append(
-            Picture(
-                step=trainer.step,
-                role="samples",
-                file=file,
-                rows=_GRID_SIDE,
-                columns=_GRID_SIDE,
-                tile_height=height,
-                tile_width=width,
-            )
-        )
+        if ARCHITECTURES[trainer.config.architecture].makes_points:
+            picture = save_points(self._run, self._generator, self._real, file=file, step=trainer.step, role="samples")
+        else:
+            images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
+            picture = save_grid(self._run, images, file=file, step=trainer.step, role="samples", columns=_GRID_SIDE)
+        self._log.append(picture)
 
 
 class Evaluations:
@@ -186,7 +205,7 @@ class Evaluations:
         log: RecordLog,
         *,
         trainer: Trainer,
-        images: ImageSet,
+        images: ImageSet | ImageStream,
         extractors: Sequence[FeatureExtractor],
         num_samples: int,
     ) -> None:
@@ -224,10 +243,11 @@ class Checkpoints:
     def __init__(self, run: Path, *, minutes: float) -> None:
         self._run = run
         self._seconds = 60 * minutes
-        self._saved_at = time.monotonic()
+        self._saved_at: float | None = None
 
     def __call__(self, trainer: Trainer) -> None:
-        if time.monotonic() - self._saved_at >= self._seconds:
+        self._saved_at = trainer.wall if self._saved_at is None else self._saved_at
+        if trainer.wall - self._saved_at >= self._seconds:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -240,11 +260,16 @@ class Checkpoints:
         with trainer.clock.paused():
             if _non_finite_weights(trainer):
                 raise UserError(_describe_divergence(trainer, {}))
-            # In this order: wherever a run is killed, one that has a checkpoint has a generator to sample from.
-            save_generator(self._run / GENERATOR_FILE, trained_generator(trainer))
+            # Several processes gather together what they hold in parts; the first one writes.
             tensors, numbers = trainer.state()
-            save_checkpoint(self._run / CHECKPOINTS, tensors=tensors, numbers=numbers)
-        self._saved_at = time.monotonic()
+            if trainer.processes.is_first:
+                self._write(trainer, tensors, numbers)
+        self._saved_at = trainer.wall
+
+    def _write(self, trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        # In this order: wherever a run is killed, one that has a checkpoint has a generator to sample from.
+        save_generator(self._run / GENERATOR_FILE, trained_generator(trainer))
+        save_checkpoint(self._run / CHECKPOINTS, tensors=tensors, numbers=numbers)
 
 
 def trained_generator(trainer: Trainer) -> TrainedGenerator:
@@ -263,8 +288,9 @@ def _set_step_size(optimizer: torch.optim.Optimizer, step_size: float) -> None:
         group["lr"] = step_size
 
 
-def _gradient_norm(module: nn.Module) -> float:
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+def _gradient_norm(optimizer: torch.optim.Optimizer) -> float:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [whole(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
@@ -272,7 +298,7 @@ def _non_finite_weights(trainer: Trainer) -> list[str]:
     """The first non-finite weight of each network that has one."""
     named = []
     for role, network in (("discriminator", trainer.discriminator), ("generator", trainer.generator)):
-        bad = (name for name, parameter in network.named_parameters() if not torch.isfinite(parameter).all())
+        bad = (name for name, weight in network.named_parameters() if not torch.isfinite(whole(weight)).all())
         named += [f"{role} {name}" for name in itertools.islice(bad, 1)]
     return named
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["encode_png", "image_grid", "save_png"]
+__all__ = ["encode_png", "image_grid", "save_png", "to_pillow"]
 
 
 def image_grid(images: Tensor, *, columns: int) -> Tensor:
@@ -29,11 +29,15 @@ def image_grid(images: Tensor, *, columns: int) -> Tensor:
     return tiles.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
 
 
+def to_pillow(image: Tensor) -> Image.Image:
+    """One uint8 image ``(1 or 3, height, width)`` as Pillow's, gray or RGB."""
+    return Image.fromarray(image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy())
+
+
 def encode_png(image: Tensor) -> bytes:
     """One uint8 image ``(1 or 3, height, width)`` as a PNG file."""
-    array = image.permute(1, 2, 0).squeeze(2).numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
+    to_pillow(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

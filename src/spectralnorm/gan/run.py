@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,24 +28,24 @@ import spectralnorm
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet
-from spectralnorm.gan.discriminators import build_discriminator
+from spectralnorm.gan.data import ImageSet, ImageStream
+from spectralnorm.gan.distributed import Processes, started
 from spectralnorm.gan.evaluation import extractors_for
 from spectralnorm.gan.final import finish
-from spectralnorm.gan.initialization import INITIALIZATIONS
-from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
-from spectralnorm.gan.models import NORMALIZATIONS
+from spectralnorm.gan.inputs import GIVEN_DATA, open_data, resolve_device
+from spectralnorm.gan.networks import build_discriminator, build_generator
+from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import (
     Averaging,
     Checkpoints,
     Evaluations,
+    NoLog,
     RecordLog,
     SampleGrids,
     ScalarLog,
     StepSizeDecay,
 )
 from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claim, default_folder, locked
-from spectralnorm.gan.sampling import build_generator
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
@@ -52,6 +53,8 @@ from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_reco
 __all__ = ["Display", "Run", "train"]
 
 _QUICK_SAMPLES = 2000
+_MOST_COMPARED = 2500
+"""Real points that are drawn beside generated ones."""
 _MIN_STEPS_FOR_METRICS = 100
 """A shorter run is a trial: its metrics would take longer than it did."""
 
@@ -69,7 +72,7 @@ class Run:
 class Display:
     """Shows a run to a person; this one shows nothing. A method is called when there is something new to show."""
 
-    def data(self, images: ImageSet) -> None:
+    def data(self, images: ImageSet | ImageStream) -> None:
         """The images have been read and checked."""
 
     def begin(self, trainer: Trainer) -> None:
@@ -105,43 +108,76 @@ def train(
         observers: called after every step, in this order, after the built-in ones.
         display: shows the run to a person while it goes on; None: silent.
 
+    Where `torchrun` or Slurm has started several processes, all of them call this, with the same arguments; they train
+    together, each with its share of every batch, and the first one writes the folder and has the display. Observers are
+    called on each.
+
     Returns:
         The run folder and how the training ended. Ctrl-C or SIGTERM end it after the current step, with a checkpoint.
 
     Raises:
-        UserError: something in the settings, the data or the folder makes training impossible, training diverged, or
-            the disk is full; the message says what to do.
+        UserError: something in the settings, the data or the folder makes training impossible, training diverged,
+            another process ended, or the disk is full; the message says what to do.
     """
-    began = time.monotonic()
     display = Display() if display is None else display
-    device = resolve_device(config.device)
+    with started(resolve_device(config.device)) as (processes, device):
+        return _train(
+            config,
+            out=out,
+            generator=generator,
+            discriminator=discriminator,
+            data=data,
+            observers=observers,
+            display=display if processes.is_first else Display(),
+            processes=processes,
+            device=device,
+        )
+
+
+def _train(
+    config: Config,
+    *,
+    out: str | Path | None,
+    generator: nn.Module | None,
+    discriminator: nn.Module | None,
+    data: Any,
+    observers: Sequence[Observer],
+    display: Display,
+    processes: Processes,
+    device: torch.device,
+) -> Run:
+    began = time.monotonic()
     if data is not None:
         config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
     folder = default_folder(config) if out is None else Path(out)
-    check(folder, config)
-    images = prepare_data(config, data)
+    processes.first_does(partial(check, folder, config))
+    images = processes.first_before_others(partial(open_data, config, data, loading=config.data_loading))
     display.data(images)
-    if config.batch_size > len(images.images):
+    if config.conditional:
+        config = _with_classes(config, images)
+    if config.batch_size > images.num_training:
         raise UserError(
-            f"batch_size must be at most the number of training images ({len(images.images)}), got {config.batch_size}."
+            f"batch_size must be at most the number of training images ({images.num_training}), got "
+            f"{config.batch_size}."
         )
-    with _full_disk_told(folder):
-        claim(folder, config)
     # The caller's global random state is left as it was; inside, it is the run's own and part of its checkpoints.
-    with locked(folder), _full_disk_told(folder), torch.random.fork_rng():
-        extractors = extractors_for(images, device=device)
+    with ExitStack() as held, _full_disk_told(folder), torch.random.fork_rng():
+
+        def take() -> None:
+            claim(folder, config)
+            held.enter_context(locked(folder))
+
+        processes.first_does(take)
+        extractors = extractors_for(images, device=device) if processes.is_first else []
         torch.manual_seed(config.seed)
-        trainer = _build(config, images, device, generator, discriminator)
+        trainer = _build(config, images, device, generator, discriminator, processes)
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is not None:
             _check_data(folder / DATA_FILE, images)
             trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
             return Run(folder, trainer.step, "already finished")
-        replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
-        file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if checkpoint is not None else -1)
-        board = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step)
-        log = RecordLog(file, board)
+        log = _open_log(folder, images, trainer, resumed=checkpoint is not None) if processes.is_first else NoLog()
         try:
             log.append(_session(trainer))
             display.begin(trainer)
@@ -150,7 +186,7 @@ def train(
                 Averaging(),
                 StepSizeDecay(),
                 ScalarLog(log, display.log, trainer=trainer),
-                SampleGrids(folder, log, checkpoints, trainer=trainer),
+                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.examples(_MOST_COMPARED)[0]),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
                 *observers,
@@ -161,8 +197,8 @@ def train(
             reason = trainer.stop_reason or "interrupted"
             if reason != "interrupted":
                 display.phase("Drawing and measuring the final samples")
-                measure = trainer.step >= _MIN_STEPS_FOR_METRICS
-                finish(folder, log, trainer, images, extractors if measure else [])
+                measured = trainer.step >= _MIN_STEPS_FOR_METRICS
+                finish(folder, log, trainer, images, extractors, measured=measured)
             log.append(
                 Ending(
                     step=trainer.step,
@@ -178,28 +214,51 @@ def train(
     return Run(folder, trainer.step, reason)
 
 
+def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:
+    replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
+    file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if resumed else -1)
+    return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step))
+
+
+def _with_classes(config: Config, images: ImageSet | ImageStream) -> Config:
+    images.require_labels()
+    assert images.labels is not None
+    counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
+    return dataclasses.replace(config, class_names=tuple(images.class_names), class_counts=tuple(counts))
+
+
 def _build(
     config: Config,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     device: torch.device,
     generator: nn.Module | None,
     discriminator: nn.Module | None,
+    processes: Processes,
 ) -> Trainer:
-    initialize = INITIALIZATIONS[config.initialization]
     if generator is None:
         generator = build_generator(config)
-        initialize(generator)
+    else:
+        normalize(generator, config.generator_normalization)
     if discriminator is None:
         discriminator = build_discriminator(config)
-        initialize(discriminator)
-    NORMALIZATIONS[config.normalization](discriminator)
-    return Trainer(config, generator=generator, discriminator=discriminator, images=images.images, device=device)
+    else:
+        normalize(discriminator, config.normalization)
+    return Trainer(
+        config,
+        generator=generator,
+        discriminator=discriminator,
+        images=images if isinstance(images, ImageStream) else images.images,
+        labels=images.labels if config.conditional else None,
+        device=device,
+        processes=processes,
+    )
 
 
 def _evaluations(
-    trainer: Trainer, images: ImageSet, extractors: Sequence[FeatureExtractor], log: RecordLog
+    trainer: Trainer, images: ImageSet | ImageStream, extractors: Sequence[FeatureExtractor], log: RecordLog
 ) -> list[Observer]:
-    if trainer.config.steps is not None and trainer.config.steps < _MIN_STEPS_FOR_METRICS:
+    is_trial = trainer.config.steps is not None and trainer.config.steps < _MIN_STEPS_FOR_METRICS
+    if is_trial or not trainer.processes.is_first:
         return []
     evaluations = Evaluations(
         log,
@@ -220,7 +279,7 @@ def _is_complete(folder: Path, step: int) -> bool:
     )
 
 
-def _check_data(data_file: Path, images: ImageSet) -> None:
+def _check_data(data_file: Path, images: ImageSet | ImageStream) -> None:
     """A run goes on only with the images it began with."""
     try:
         before = json.loads(data_file.read_text(encoding="utf-8"))["fingerprint"]
@@ -238,7 +297,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        trainer.stop_reason = "interrupted"
+        trainer.request_stop("interrupted")
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -285,6 +344,8 @@ def _session(trainer: Trainer) -> Session:
         hardware["cpu"] = models[0].partition(":")[2].strip() if models else hardware["cpu"]
     if trainer.device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(trainer.device)
+    if trainer.processes.size > 1:
+        hardware["processes"] = str(trainer.processes.size)
     hardware["threads"] = str(torch.get_num_threads())
     return Session(
         step=trainer.step,

@@ -10,7 +10,7 @@ from spectralnorm.parametrizations import normalization_of
 from spectralnorm.transform import monitor
 from spectralnorm.transform.selection import Candidate, candidates
 
-__all__ = ["LargestSingularValues", "spectra"]
+__all__ = ["LargestSingularValues", "matrix_of", "spectra", "weights_of"]
 
 
 class LargestSingularValues:
@@ -24,7 +24,7 @@ class LargestSingularValues:
         self._model = model
         self._plain = [
             (name, candidate)
-            for name, candidate in _layers(model)
+            for name, candidate in weights_of(model)
             if normalization_of(candidate.module, candidate.tensor_name) is None
         ]
 
@@ -32,7 +32,7 @@ class LargestSingularValues:
     def __call__(self) -> dict[str, float]:
         plain = {}
         for name, candidate in self._plain:
-            matrix = _matrix(candidate, candidate.weight)
+            matrix = matrix_of(candidate, candidate.weight)
             plain[name] = float(refine(matrix, _direction(matrix), rtol=1e-3).sigma.max())
         return monitor(self._model) | plain
 
@@ -41,15 +41,16 @@ class LargestSingularValues:
 def spectra(model: nn.Module) -> dict[str, list[float]]:
     """All singular values of each weight matrix as its layer uses it, largest first, by the layer's name."""
     return {
-        name: torch.linalg.svdvals(_matrix(candidate, getattr(candidate.module, candidate.tensor_name)).double())
+        name: torch.linalg.svdvals(matrix_of(candidate, getattr(candidate.module, candidate.tensor_name)).double())
         .flatten()
         .sort(descending=True)
         .values.tolist()
-        for name, candidate in _layers(model)
+        for name, candidate in weights_of(model)
     }
 
 
-def _layers(model: nn.Module) -> list[tuple[str, Candidate]]:
+def weights_of(model: nn.Module) -> list[tuple[str, Candidate]]:
+    """The weights that are normalized, or would be, each with its layer's name."""
     return [
         (candidate.label, candidate)
         for candidate in candidates(model)
@@ -58,8 +59,8 @@ def _layers(model: nn.Module) -> list[tuple[str, Candidate]]:
     ]
 
 
-def _matrix(candidate: Candidate, weight: Tensor) -> Tensor:
-    """The weight in the view in which it is normalized, or would be."""
+def matrix_of(candidate: Candidate, weight: Tensor) -> Tensor:
+    """A weight of `weights_of`, raw or as it is used, in the view in which it is normalized, or would be: (m, n)."""
     normalization = normalization_of(candidate.module, candidate.tensor_name)
     view = view_of(candidate.module, weight) if normalization is None else normalization.view
     matrix = view.matrix(weight)

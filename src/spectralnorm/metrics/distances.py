@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
+from spectralnorm.metrics.pairwise import check_pair
 
 __all__ = ["frechet_distance", "kernel_distance"]
 
@@ -35,7 +36,7 @@ def frechet_distance(real_features: Tensor, fake_features: Tensor) -> float:
     # torchmetrics takes two seconds to import.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    _check(real_features, fake_features)
+    check_pair(real_features, fake_features)
     # A common shift changes no distance, and keeps digits: torchmetrics subtracts n m m^T from sums of squares.
     center = real_features.double().mean(dim=0)
     metric = FrechetInceptionDistance(feature=_Precomputed(real_features.shape[1]))
@@ -73,7 +74,7 @@ def kernel_distance(
     """
     from torchmetrics.image.kid import poly_mmd
 
-    _check(real_features, fake_features)
+    check_pair(real_features, fake_features)
     smallest = min(len(real_features), len(fake_features))
     size = default_subset_size(len(real_features), len(fake_features)) if subset_size is None else subset_size
     if not 2 <= size <= smallest:
@@ -104,11 +105,3 @@ class _Precomputed(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-def _check(real_features: Tensor, fake_features: Tensor) -> None:
-    shapes = tuple(real_features.shape), tuple(fake_features.shape)
-    if real_features.ndim != 2 or fake_features.ndim != 2 or shapes[0][1] != shapes[1][1]:
-        raise UserError(f"Features must be two matrices with as many columns, got {shapes[0]} and {shapes[1]}.")
-    if min(shapes[0][0], shapes[1][0]) < 2:
-        raise UserError(f"A distance needs at least two images on each side, got {shapes[0][0]} and {shapes[1][0]}.")

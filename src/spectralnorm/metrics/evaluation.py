@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.metrics.cache import hash_of, remember
-from spectralnorm.metrics.classes import class_statistics
-from spectralnorm.metrics.distances import default_subset_size, frechet_distance, kernel_distance
-from spectralnorm.metrics.extractors import FeatureExtractor, Features
-from spectralnorm.metrics.wasserstein import WassersteinBound, wasserstein_lower_bound
+from spectralnorm.metrics.measures import MEASURES, NEEDS, Seen
+from spectralnorm.metrics.network_extractor import FeatureExtractor, Features
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["evaluate"]
+__all__ = ["DEFAULT_METRICS", "Progress", "evaluate"]
+
+DEFAULT_METRICS = ("fd", "kid", "classes")
+"""What takes seconds; ``classes`` for extractors with logits alone."""
+MOST_TRAINING_IMAGES = 100_000
+"""Among so many, the first ones, copies are looked for: images are in an order that looks random."""
+
+_CHUNK = 1024
+
+
+class Progress(Protocol):
+    """Called with what is being done, how much of it is done, and how much there is."""
+
+    def __call__(self, what: str, done: int, total: int, /) -> None:
+        """Tell it."""
+        ...
 
 
 def evaluate(
@@ -25,10 +38,13 @@ def evaluate(
     real: Tensor,
     *,
     extractors: Sequence[FeatureExtractor],
+    metrics: Sequence[str] = ("default",),
+    training: Tensor | None = None,
     split: str = "held-out",
     seed: int = 0,
     class_names: Sequence[str] = (),
-    wasserstein: bool = False,
+    with_intervals: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Metric, ...]:
     """Measure generated images against real ones that no one has trained on.
 
@@ -42,19 +58,23 @@ def evaluate(
     Args:
         fake: uint8 (n, channels, height, width), at least 2 images.
         real: uint8 (m, channels, height, width), at least 2 images.
-        extractors: what they are seen through; those that give logits add the metrics of classes.
+        extractors: what they are seen through.
+        metrics: of ``fd``, ``kid``, ``wasserstein`` (needs twenty images on each side, and tens of seconds),
+            ``classes`` and ``is`` (need logits), ``pr``, ``dc``, ``diversity`` and ``copying`` (needs ``training``);
+            ``all`` stands for all that are possible, ``default`` for those of `DEFAULT_METRICS` that are.
+        training: images that were trained on, uint8, among which to look for copies.
         split: which real images, for the provenance.
-        seed: of the kernel distance's subsets. The global random numbers are left alone.
+        seed: of everything random. The global random numbers are left alone.
         class_names: of the logits' classes, to name their shares; empty: they are numbered.
-        wasserstein: whether to train a critic too, for a lower bound of the Wasserstein-1 distance between features
-            that holds with 95 % confidence; needs twenty images or more on each side, and tens of seconds.
+        with_intervals: whether to find 95 % intervals of the distances by drawing images again; takes seconds.
+        progress: told what is being done.
 
     Returns:
-        For each extractor ``FD-<name>`` and ``KID-<name>``; for one with logits ``Class coverage``, ``Class entropy``
-        and ``Confident share`` too. With ``wasserstein``, ``W1 lower bound-<name>`` for each.
+        For each extractor its metrics, named by it: ``FD-SqueezeNet``.
 
     Raises:
-        UserError: too few images, or of the wrong type or shape.
+        UserError: too few images, or of the wrong type or shape; a metric that is not known, or not possible with any
+            of the extractors.
     """
     for name, images in (("generated", fake), ("real", real)):
         if len(images) < 2:
@@ -64,156 +84,113 @@ def evaluate(
             "Generated and real images must have the same channels, height and width, "
             f"got {tuple(fake.shape[1:])} and {tuple(real.shape[1:])}."
         )
-    metrics: list[Metric] = []
+    names, named = _chosen(metrics)
+    results: list[Metric] = []
+    computed: set[str] = set()
     for extractor in extractors:
-        known = _see_real(extractor, real, num_fake=len(fake))
-        seen = extractor(fake)
-        channels, height, width = fake.shape[1:]
-        provenance = Provenance(
+        tell = _told_by(extractor, progress)
+        # Looking at all that was trained on takes longest, and only one metric needs it.
+        trained_on = training if "copying" in names else None
+        seen = _see(extractor, fake, real, trained_on, split=split, seed=seed, progress=tell)
+        seen = replace(seen, class_names=class_names, with_intervals=with_intervals)
+        possible = [name for name in names if MEASURES[name].is_possible(seen)]
+        for number, name in enumerate(possible):
+            tell("metrics", number, len(possible))
+            results += MEASURES[name].compute(seen)
+        tell("metrics", len(possible), len(possible))
+        computed.update(possible)
+    for name in names:
+        if name in named and name not in computed:
+            raise UserError(f"The metric '{name}' needs {NEEDS[MEASURES[name].needs]}; leave it out.")
+    return tuple(results)
+
+
+def _chosen(metrics: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Names of measures in their order, and those of them that must be possible."""
+    named = set(metrics) - {"all", "default"}
+    for name in metrics:
+        if name in named and name not in MEASURES:
+            raise UserError(f"Unknown metric '{name}'; choose of {', '.join(MEASURES)}, default, or all.")
+    wanted = named | set(MEASURES if "all" in metrics else DEFAULT_METRICS if "default" in metrics else ())
+    return [name for name in MEASURES if name in wanted], named
+
+
+def _told_by(extractor: FeatureExtractor, progress: Progress | None) -> Progress:
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{extractor.name}: {what}", done, total)
+
+    return tell
+
+
+def _see(
+    extractor: FeatureExtractor,
+    fake: Tensor,
+    real: Tensor,
+    training: Tensor | None,
+    *,
+    split: str,
+    seed: int,
+    progress: Progress,
+) -> Seen:
+    key, of_real = _remembered(extractor, real, "real images", progress)
+    training_key, of_training = "", None
+    if training is not None:
+        training_key, of_training = _remembered(extractor, training[:MOST_TRAINING_IMAGES], "training images", progress)
+    of_fake = _look(extractor, fake, "generated images", progress)
+    reference, stand_ins = of_real, None
+    num_stand_ins = min(len(fake), len(real) // 2)
+    if num_stand_ins >= 2:
+        # One fixed order for every evaluation, so that all of them compare with the same reference.
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        reference, stand_ins = _rows(of_real, order[num_stand_ins:]), _rows(of_real, order[:num_stand_ins])
+        key = hash_of(key, num_stand_ins)
+    channels, height, width = fake.shape[1:]
+    return Seen(
+        extractor=extractor,
+        provenance=Provenance(
             extractor=extractor.name,
             weights_sha256=extractor.weights_sha256,
-            num_real=len(known.reference.features),
+            num_real=len(reference.features),
             num_fake=len(fake),
             split=split,
             resize=extractor.resize_description(height, width, channels=channels),
-        )
-        metrics += _distance_metrics(seen, known, provenance, seed=seed)
-        if wasserstein:
-            metrics.append(_wasserstein_metric(seen, known, provenance, seed=seed))
-        if seen.logits is not None:
-            metrics += _class_metrics(seen.logits, known, provenance, class_names)
-    return tuple(metrics)
+        ),
+        fake=of_fake,
+        reference=reference,
+        stand_ins=stand_ins,
+        training=of_training,
+        key=key,
+        training_key=training_key,
+        seed=seed,
+    )
 
 
-class _Real(NamedTuple):
-    """Features of the real images, in two parts."""
-
-    key: str
-    """Names the images, the extractor and how they are parted."""
-    reference: Features
-    stand_ins: Features | None
-    """None if there are too few images to be parted."""
-
-
-class _Floors(NamedTuple):
-    frechet: float | None
-    kernel: float | None
-
-
-def _see_real(extractor: FeatureExtractor, real: Tensor, *, num_fake: int) -> _Real:
-    _, channels, height, width = real.shape
+def _remembered(extractor: FeatureExtractor, images: Tensor, what: str, progress: Progress) -> tuple[str, Features]:
+    """Features of images that do not change from one evaluation to the next, with what names them."""
+    _, channels, height, width = images.shape
     resize = extractor.resize_description(height, width, channels=channels)
-    key = hash_of(extractor.name, extractor.weights_sha256, resize, images=real)
-    seen = remember(key, lambda: {name: part for name, part in extractor(real)._asdict().items() if part is not None})
-    features = Features(seen["features"], seen.get("logits"))
-    num_stand_ins = min(num_fake, len(real) // 2)
-    if num_stand_ins < 2:
-        return _Real(key, features, None)
-    # One fixed order for every evaluation, so that all of them compare with the same reference.
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    reference, stand_ins = _rows(features, order[num_stand_ins:]), _rows(features, order[:num_stand_ins])
-    return _Real(hash_of(key, num_stand_ins), reference, stand_ins)
+    key = hash_of(extractor.name, extractor.weights_sha256, resize, images=images)
+
+    def look() -> dict[str, Tensor]:
+        seen = _look(extractor, images, what, progress)
+        return {name: part for name, part in seen._asdict().items() if part is not None}
+
+    seen = remember(key, look)
+    return key, Features(seen["features"], seen.get("logits"))
+
+
+def _look(extractor: FeatureExtractor, images: Tensor, what: str, progress: Progress) -> Features:
+    """Features in parts, so that it can be told how far one is."""
+    parts: list[Features] = []
+    for start in range(0, len(images), _CHUNK):
+        progress(what, start, len(images))
+        parts.append(extractor(images[start : start + _CHUNK]))
+    progress(what, len(images), len(images))
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
 
 
 def _rows(features: Features, indices: Tensor) -> Features:
     logits = features.logits
     return Features(features.features[indices], None if logits is None else logits[indices])
-
-
-def _distance_metrics(fake: Features, real: _Real, provenance: Provenance, *, seed: int) -> list[Metric]:
-    # One size for value and floor: their subsets differ by chance alone.
-    num_compared = len(fake.features) if real.stand_ins is None else len(real.stand_ins.features)
-    subset_size = default_subset_size(len(real.reference.features), min(len(fake.features), num_compared))
-    kernel, spread = kernel_distance(real.reference.features, fake.features, subset_size=subset_size, seed=seed)
-    frechet = frechet_distance(real.reference.features, fake.features)
-    floors = _floors(real, subset_size=subset_size, seed=seed)
-    return [
-        Metric(name=f"FD-{provenance.extractor}", value=frechet, floor=floors.frechet, provenance=provenance),
-        Metric(
-            name=f"KID-{provenance.extractor}",
-            value=kernel,
-            spread=spread,
-            floor=floors.kernel,
-            details={"subset size": subset_size},
-            provenance=provenance,
-        ),
-    ]
-
-
-def _floors(real: _Real, *, subset_size: int, seed: int) -> _Floors:
-    if real.stand_ins is None:
-        return _Floors(None, None)
-    reference, stand_ins = real.reference.features, real.stand_ins.features
-
-    def compute() -> dict[str, Tensor]:
-        kernel, _ = kernel_distance(reference, stand_ins, subset_size=subset_size, seed=seed)
-        floors = _Floors(frechet_distance(reference, stand_ins), kernel)
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in floors._asdict().items()}
-
-    found = remember(hash_of(real.key, subset_size, seed), compute)
-    return _Floors(**{name: float(value) for name, value in found.items()})
-
-
-def _wasserstein_metric(fake: Features, real: _Real, provenance: Provenance, *, seed: int) -> Metric:
-    found = wasserstein_lower_bound(real.reference.features, fake.features, seed=seed)
-    floor = None
-    if real.stand_ins is not None:
-        stand_ins = real.stand_ins.features
-
-        def compute() -> dict[str, Tensor]:
-            bound = wasserstein_lower_bound(real.reference.features, stand_ins, seed=seed).lower_confidence_bound
-            return {"bound": torch.tensor(bound, dtype=torch.float64)}
-
-        floor = float(remember(hash_of(real.key, "wasserstein", seed), compute)["bound"])
-    return Metric(
-        name=f"W1 lower bound-{provenance.extractor}",
-        value=found.lower_confidence_bound,
-        floor=floor,
-        details=_wasserstein_details(found),
-        provenance=provenance,
-    )
-
-
-def _wasserstein_details(found: WassersteinBound) -> dict[str, float]:
-    return {
-        "estimate": found.estimate,
-        "confidence": found.confidence,
-        "critic's constant": found.lipschitz,
-        "real images for the bound": found.num_samples[0],
-        "generated images for the bound": found.num_samples[1],
-    }
-
-
-def _class_metrics(logits: Tensor, real: _Real, provenance: Provenance, class_names: Sequence[str]) -> list[Metric]:
-    found = class_statistics(logits)
-    names = tuple(class_names) or tuple(map(str, range(len(found.shares))))
-    if len(names) != len(found.shares):
-        raise UserError(f"{provenance.extractor} knows {len(found.shares)} classes, but {len(names)} names were given.")
-    floor = None
-    if real.stand_ins is not None and real.stand_ins.logits is not None:
-        floor = class_statistics(real.stand_ins.logits)
-    return [
-        Metric(
-            name="Class coverage",
-            value=found.coverage,
-            floor=None if floor is None else floor.coverage,
-            better="higher",
-            details=dict(zip(names, found.shares, strict=True)),
-            provenance=provenance,
-        ),
-        Metric(
-            name="Class entropy",
-            value=found.entropy,
-            floor=None if floor is None else floor.entropy,
-            better="higher",
-            details={"if all were equally frequent": math.log(len(names))},
-            provenance=provenance,
-        ),
-        Metric(
-            name="Confident share",
-            value=found.confident_share,
-            floor=None if floor is None else floor.confident_share,
-            better="higher",
-            provenance=provenance,
-        ),
-    ]

@@ -1,159 +1,62 @@
-"""What the metrics see images through: networks that turn images into features.
+"""The feature extractors that come with the package, and the way to all others.
 
-Both networks come with the package, so nothing is downloaded. A network of one's own takes part by keeping the protocol
+Both networks are in the package, so nothing is downloaded. Others are read from a file of one's own; see
+:mod:`spectralnorm.metrics.extractor_files`. A network of one's own takes part by keeping the protocol
 :class:`FeatureExtractor`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.metrics.classifier import GarmentClassifier
+from spectralnorm.metrics.extractor_files import EXTRACTORS_FROM_FILE, is_torchscript, load_torchscript
+from spectralnorm.metrics.network_extractor import FeatureExtractor, NetworkExtractor
 from spectralnorm.metrics.squeezenet import SqueezeNet
 
-__all__ = ["EXTRACTORS", "FeatureExtractor", "Features", "NetworkExtractor", "load_extractor"]
+__all__ = ["EXTRACTORS", "load_extractor"]
 
 
-class Features(NamedTuple):
-    """What an extractor sees in n images; on the CPU, wherever the network ran."""
-
-    features: Tensor
-    """float32 (n, num_features)."""
-    logits: Tensor | None
-    """float32 (n, classes), or None if the network does not classify."""
-
-
-@runtime_checkable
-class FeatureExtractor(Protocol):
-    """Turns images into features that can be compared."""
-
-    name: str
-    """As it stands in the names of metrics: ``FD-SqueezeNet``."""
-    weights_sha256: str
-    """Of the weights file: two numbers compare only if they come from the same weights."""
-    num_features: int
-
-    def resize_description(self, height: int, width: int, *, channels: int = 3) -> str:
-        """How images of this size are made to fit, for the provenance of a number."""
-        ...
-
-    def __call__(self, images: Tensor) -> Features:
-        """Compute features of images, uint8 (n, channels, height, width), in batches."""
-        ...
-
-
-class NetworkExtractor:
-    """A network with weights from a file, fed with images of any size, gray or RGB.
-
-    Images are resized bilinearly, with antialiasing, in float32 and without rounding. Gray is repeated for a network
-    that wants RGB; RGB is averaged for one that wants gray.
+def load_extractor(
+    name: str, device: torch.device | str = "cpu", *, weights: str | Path | None = None
+) -> FeatureExtractor:
+    """Load an extractor.
 
     Args:
-        name: as it stands in the names of metrics.
-        network: maps float32 images (n, channels, image_size, image_size) of 0 to 255 to features and logits.
-        weights_sha256: of the file its weights come from.
-        image_size: height and width it takes.
-        channels: that it takes, 1 or 3.
-        num_features: that it gives.
-        batch_size: images at once.
+        name: ``classifier`` (for the built-in garments) or ``squeezenet`` (for any images), which come with the
+            package; ``inception`` or ``dinov2``, which need ``weights``; or the path of a TorchScript file that maps
+            uint8 images (n, 3, height, width) to features (n, d), or to features and logits.
         device: where it runs.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        network: nn.Module,
-        weights_sha256: str,
-        image_size: int,
-        channels: int,
-        num_features: int,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.name = name
-        self.weights_sha256 = weights_sha256
-        self.num_features = num_features
-        self.device = torch.device(device)
-        self._image_size = image_size
-        self._channels = channels
-        self._batch_size = batch_size
-        network = network.eval().requires_grad_(False).to(self.device)
-        self._network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.num_features} features, {self.weights_sha256[:8]})"
-
-    def resize_description(self, height: int, width: int, *, channels: int = 3) -> str:
-        """How images of this size are made to fit: ``bilinear, antialiased, 32 -> 128; gray repeated to RGB``."""
-        came = str(height) if height == width else f"{height} x {width}"
-        text = f"none, {came}" if self._fits(height, width) else f"bilinear, antialiased, {came} -> {self._image_size}"
-        if channels < self._channels:
-            text += "; gray repeated to RGB"
-        if channels > self._channels:
-            text += "; RGB averaged to gray"
-        return text
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Features:
-        """Compute the features of images.
-
-        Args:
-            images: uint8 (n, 1 or 3, height, width), on any device.
-
-        Raises:
-            UserError: they are of another type or shape.
-        """
-        _check(images)
-        features: list[Tensor] = []
-        logits: list[Tensor] = []
-        with _full_precision(self.device):
-            for batch in images.split(self._batch_size):
-                output, scores = self._network(self._prepared(batch))
-                features.append(output.cpu())
-                if scores is not None:
-                    logits.append(scores.cpu())
-        return Features(torch.cat(features), torch.cat(logits) if logits else None)
-
-    def _fits(self, height: int, width: int) -> bool:
-        return height == width == self._image_size
-
-    def _prepared(self, images: Tensor) -> Tensor:
-        images = images.to(self.device).float()
-        if images.shape[1] > self._channels:
-            images = images.mean(dim=1, keepdim=True)
-        if not self._fits(*images.shape[2:]):
-            size = (self._image_size, self._image_size)
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
-        # Gray is repeated last, so that it is resized once.
-        images = images.expand(-1, self._channels, -1, -1)
-        return images.contiguous(memory_format=torch.channels_last)
-
-
-def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Load an extractor that comes with the package.
-
-    Args:
-        name: ``classifier`` (for the built-in garments) or ``squeezenet`` (for any images).
-        device: where it runs.
+        weights: a file, never downloaded: for ``inception`` torch-fidelity's
+            ``weights-inception-2015-12-05-6726825d.pth``, for ``dinov2`` a safetensors file of its weights or a
+            TorchScript file of the network.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or its file is missing or does not fit.
     """
-    if name not in EXTRACTORS:
-        raise UserError(f"Unknown feature extractor {name!r}; choose one of {', '.join(EXTRACTORS)}.")
-    return EXTRACTORS[name](device)
+    if name in EXTRACTORS:
+        if weights is not None:
+            raise UserError(f"The extractor {name!r} comes with its weights; leave out the file {str(weights)!r}.")
+        return EXTRACTORS[name](device)
+    if name in EXTRACTORS_FROM_FILE:
+        if weights is None:
+            raise UserError(f"The extractor {name!r} needs a file of weights, which is never downloaded; name it.")
+        return EXTRACTORS_FROM_FILE[name](Path(weights), device)
+    if is_torchscript(name):
+        return load_torchscript(Path(name), device)
+    raise UserError(
+        f"Unknown feature extractor {name!r}; choose one of {', '.join((*EXTRACTORS, *EXTRACTORS_FROM_FILE))}, or the "
+        "path of a TorchScript file (.pt, .ts, .torchscript)."
+    )
 
 
 def _classifier(device: torch.device | str) -> FeatureExtractor:
@@ -200,28 +103,3 @@ def _load_weights(network: nn.Module, folder: str, file: str) -> str:
     if missing or unexpected:
         raise RuntimeError(f"{file} does not fit its network: {missing} missing, {unexpected} not expected.")
     return hashlib.sha256(data).hexdigest()
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Convolve in float32 also where a run allows less: TF32 and autocast would move the features by about 1e-3."""
-    # torch 2.9 replaced the old switch, and refuses to read it once the new one has been used.
-    new = getattr(torch.backends.cudnn, "conv", None)
-    owner, switch, full = (
-        (torch.backends.cudnn, "allow_tf32", False) if new is None else (new, "fp32_precision", "ieee")
-    )
-    before = getattr(owner, switch)
-    setattr(owner, switch, full)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        setattr(owner, switch, before)
-
-
-def _check(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise UserError(
-            "Images must be uint8 of shape (n, 1 or 3, height, width) with n > 0, "
-            f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}."
-        )

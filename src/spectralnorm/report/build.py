@@ -24,6 +24,9 @@ _REPORT_FILE = "report.html"
 _NORMALIZATIONS = {
     "spectral": "spectral normalization",
     "strict": "strict spectral normalization",
+    "weight": "weight normalization",
+    "batch": "batch normalization",
+    "layer": "layer normalization",
     "none": "no normalization",
 }
 
@@ -134,7 +137,7 @@ def _title(contents: Contents) -> str:
 
 def _summary(contents: Contents) -> str:
     config, data = contents.config, contents.data or {}
-    normalization = _NORMALIZATIONS.get(config["normalization"], config["normalization"])
+    normalization = _normalization_text(config["normalization"])
     networks = f"Recipe {config['recipe']}: a {config['architecture']} generator and discriminator with {normalization}"
     loss = f" and the {config['loss']} loss" if config.get("loss") else ""
     size, num_training = config.get("image_size"), data.get("num_training")
@@ -211,3 +214,9 @@ def _missing(contents: Contents, gallery: Gallery, evaluation: Evaluation | None
     if not contents.curves.names():
         sentences.append("No curves were logged.")
     return sentences
+
+
+def _normalization_text(setting: str) -> str:
+    name, _, options = setting.partition(":")
+    text = _NORMALIZATIONS.get(name, name)
+    return f"{text} ({options.replace(',', ', ')})" if options else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Chart:
 
 def curve_charts(contents: Contents) -> dict[str, Chart]:
     """Charts of what was logged while training, by id; without those of which nothing was logged."""
-    sigma_meaning = _SIGMA_MEANS.get(contents.config["normalization"], _SIGMA_MEANS["spectral"])
+    sigma_meaning = _of_normalization(_SIGMA_MEANS, contents.config["normalization"])
     charts = [
         _timeline(
             contents.curves,
@@ -126,7 +126,7 @@ def spectrum_chart(spectra: Spectra | None, *, normalization: str) -> Chart | No
                 "count": len(values),
             }
         )
-    bound = _SPECTRUM_BEGINS.get(normalization, _SPECTRUM_BEGINS["spectral"])
+    bound = _of_normalization(_SPECTRUM_BEGINS, normalization)
     return Chart(
         id="spectra",
         title="Singular values of each discriminator layer, as used",
@@ -244,3 +244,8 @@ def _with_spread(metric: Metric) -> str:
 
 def _compact(value: float | None) -> float | None:
     return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+
+
+def _of_normalization(texts: Mapping[str, str], setting: str) -> str:
+    """The text for a normalization, with options or without; those that bound no singular value are like none."""
+    return texts.get(setting.partition(":")[0], texts["none"])

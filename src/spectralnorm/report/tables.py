@@ -113,6 +113,7 @@ def metric_groups(evaluation: Evaluation | None) -> list[MetricGroup]:
                     "name": metric.name,
                     "value": number_text(metric.value),
                     "spread": number_text(metric.spread, 2) if metric.spread is not None else "",
+                    "interval": _interval_text(metric.interval),
                     "floor": number_text(metric.floor),
                     "better": metric.better,
                     "details": "" if _are_shares(metric.details) else _details_text(metric.details),
@@ -182,6 +183,10 @@ def session_rows(contents: Contents) -> list[Sequence[str]]:
 def _are_shares(details: Mapping[str, float]) -> bool:
     values = details.values()
     return len(values) > 1 and min(values) >= 0 and math.isclose(sum(values), 1, abs_tol=0.02)
+
+
+def _interval_text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"95 %: {number_text(interval[0], 3)} to {number_text(interval[1], 3)}"
 
 
 def _details_text(details: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Images kept as arrays: IDX files (the format of MNIST), ``.npy``, ``.npz``, tensors.
+"""Images kept as arrays: ``.npy``, ``.npz``, tensors, and what other files hold as one array.
 
 Values: uint8, or any integers within 0 to 255; bool; floats in [0, 1], or in [-1, 1] when any is negative. Everything
 else is refused rather than guessed at. Layouts: (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels, the
@@ -7,14 +7,10 @@ last taken as transparency; where both readings are possible the channels are la
 
 from __future__ import annotations
 
-import gzip
-import math
-import re
-import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +19,7 @@ from PIL import Image
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data.decode import Decoded, fit
 
-__all__ = ["ArraySource", "is_idx_images", "open_idx", "open_npy", "open_npz", "read_idx"]
-
-_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_IDX_IMAGES = re.compile(r"images?[-._]idx[34]-ubyte(\.gz)?$", re.IGNORECASE)
+__all__ = ["ArraySource", "open_npy", "open_npz"]
 
 _IMAGE_KEYS = ("images", "x_train", "train_images", "X_train", "x", "X", "data", "arr_0")
 _LABEL_KEYS = ("labels", "y_train", "train_labels", "Y_train", "y", "Y", "label", "arr_1")
@@ -37,16 +30,19 @@ _VALUES = "expected uint8, integers within 0 to 255, bool, or floats in [0, 1] o
 
 
 class ArraySource:
-    """Images of one array, and where given those of a second one that the data set itself holds out.
+    """Images of one array, and where given those of others: some without a class, some that the set holds out itself.
 
     Args:
         images: (N, H, W), (N, H, W, C) or (N, C, H, W); see the module for values and layouts.
         labels: (N,) integers, or (N, 1).
+        unlabelled: more images to train on, without a class.
         test: images and labels that come held out.
+        class_names: of the labels 0, 1, ...; None: each value found among the labels is a class, named as it is.
         what: how messages name the data, for example ``'digits.npy'``.
         files: what the arrays were read from, which is their identity in the cache; () is never cached.
         pad_28: zero-pad 28 x 28 images to 32 before anything else, as is customary for the MNIST family.
         channels_last: fixes the layout of 4-D arrays; None finds it from the shape.
+        costs_unpacking: the arrays come out of something compressed, which should not be done twice.
     """
 
     def __init__(
@@ -54,31 +50,38 @@ class ArraySource:
         images: np.ndarray,
         labels: np.ndarray | None,
         *,
+        unlabelled: np.ndarray | None = None,
         test: tuple[np.ndarray, np.ndarray | None] | None = None,
+        class_names: Sequence[str] | None = None,
         what: str,
         files: tuple[Path, ...] = (),
         pad_28: bool = False,
         channels_last: bool | None = None,
+        costs_unpacking: bool = False,
     ) -> None:
         self._parts = [_ImageArray(images, what=what, channels_last=channels_last)]
         part_labels = [_checked_labels(labels, len(images), what=what)]
-        if test is not None:
-            self._parts.append(_ImageArray(test[0], what=f"the test images of {what}", channels_last=channels_last))
-            part_labels.append(_checked_labels(test[1], len(test[0]), what=f"the test images of {what}"))
-        self.files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        self.ignored: Counter[str] = Counter()
+        if unlabelled is not None:
+            self._parts.append(
+                _ImageArray(unlabelled, what=f"the unlabelled images of {what}", channels_last=channels_last)
+            )
+            part_labels.append(np.full(len(unlabelled), -1, np.int64))
         self.held_out: np.ndarray | None = None
         if test is not None:
-            self.held_out = np.arange(len(self)) >= len(images)
+            num_training = len(self)
+            self._parts.append(_ImageArray(test[0], what=f"the test images of {what}", channels_last=channels_last))
+            part_labels.append(_checked_labels(test[1], len(test[0]), what=f"the test images of {what}"))
+            self.held_out = np.arange(len(self)) >= num_training
+        self.files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        self.ignored: Counter[str] = Counter()
         self._pad = 2 if pad_28 and all(part.size == (28, 28) for part in self._parts) else 0
         self.padding = "zero-padded 28 -> 32" if self._pad else None
+        self._costs_unpacking = costs_unpacking
         known = [part for part in part_labels if part is not None]
         self.labels: np.ndarray | None = None
         self.class_names: tuple[str, ...] = ()
         if len(known) == len(part_labels):
-            values, positions = np.unique(np.concatenate(known), return_inverse=True)
-            self.labels = positions.astype(np.int64)
-            self.class_names = tuple(map(str, values.tolist()))
+            self.labels, self.class_names = _classes(np.concatenate(known), class_names, what=what)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -88,7 +91,7 @@ class ArraySource:
 
     def costs_decoding(self, image_size: int, channels: int) -> bool:
         """Whether preparing the images costs so much that it should not be done twice."""
-        return any(part.cost(image_size - 2 * self._pad, channels) for part in self._parts)
+        return self._costs_unpacking or any(part.cost(image_size - 2 * self._pad, channels) for part in self._parts)
 
     def read(self, index: int, *, image_size: int, channels: int) -> Decoded:
         """The image ``index``, counted through the training and then the test images."""
@@ -135,82 +138,6 @@ class _ImageArray:
             image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
             ready = fit(image, image_size=image_size, channels=channels)
         return Decoded(ready, f"{self.size[0]}x{self.size[1]}", self._mode)
-
-
-def read_idx(file: Path) -> np.ndarray:
-    """Read an IDX file, compressed or not.
-
-    The format: two zero bytes, a byte for the type, one for the number of dimensions, each dimension as a big-endian
-    32-bit integer, then the values, big-endian.
-
-    Raises:
-        UserError: the file is not IDX, is damaged, or holds more or less than its header says.
-    """
-    try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"the IDX file {str(file)!r} cannot be read ({error}); download or copy it again.") from error
-    if not data:
-        raise UserError(f"the IDX file {str(file)!r} is empty; download or copy it again.")
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES or len(data) < 4 + 4 * data[3]:
-        raise UserError(f"{str(file)!r} is not an IDX file: it does not begin with an IDX header; check the path.")
-    dtype, ndim = np.dtype(_IDX_TYPES[data[2]]), data[3]
-    shape = struct.unpack(f">{ndim}I", data[4 : 4 + 4 * ndim])
-    body = len(data) - 4 - 4 * ndim
-    if body != math.prod(shape) * dtype.itemsize:
-        raise UserError(
-            f"the IDX file {str(file)!r} is damaged: its header promises {math.prod(shape) * dtype.itemsize:,} bytes "
-            f"and {body:,} follow; download or copy it again."
-        )
-    return np.frombuffer(data, dtype, offset=4 + 4 * ndim).reshape(shape)
-
-
-def is_idx_images(name: str) -> bool:
-    """Whether a file is named as the images of an IDX set, such as ``train-images-idx3-ubyte.gz``."""
-    return _IDX_IMAGES.search(name) is not None
-
-
-def open_idx(file: Path) -> ArraySource:
-    """Images of an IDX file, with the labels and the test images that lie beside it under the customary names.
-
-    For ``train-images-idx3-ubyte.gz`` these are ``train-labels-idx1-ubyte``, ``t10k-...`` or ``test-...``, compressed
-    or not. Images of 28 x 28 pixels are zero-padded to 32, not resized, like the built-in ones.
-    """
-    images, labels, files = _idx_part(file)
-    test = None
-    if "train" in file.name:
-        for name in ("t10k", "test"):
-            test_file = _beside(file, file.name.replace("train", name))
-            if test_file is not None:
-                test_images, test_labels, test_files = _idx_part(test_file)
-                test = (test_images, test_labels)
-                files += test_files
-                break
-    return ArraySource(images, labels, test=test, what=repr(file.name), files=tuple(files), pad_28=True)
-
-
-def _idx_part(file: Path) -> tuple[np.ndarray, np.ndarray | None, list[Path]]:
-    images = read_idx(file)
-    if images.ndim not in (3, 4):
-        raise UserError(
-            f"{file.name!r} holds an array of shape {images.shape} where images (number, height, width) are expected; "
-            "give the file of the images, the labels beside it are found by themselves."
-        )
-    # "images-idx3" -> "labels-idx1", keeping capitals and separators as they are.
-    name = re.sub(r"images?", "labels", re.sub(r"idx[34]", "idx1", file.name))
-    labels_file = _beside(file, name) if name != file.name else None
-    if labels_file is None:
-        return images, None, [file]
-    return images, read_idx(labels_file), [file, labels_file]
-
-
-def _beside(file: Path, name: str) -> Path | None:
-    """The file ``name`` in the same folder, with or without ``.gz``; never ``file`` itself."""
-    plain = name.removesuffix(".gz")
-    candidates = (file.with_name(plain), file.with_name(plain + ".gz"))
-    return next((path for path in candidates if path.is_file() and path.name != file.name), None)
 
 
 def open_npy(file: Path) -> ArraySource:
@@ -329,3 +256,17 @@ def _checked_labels(labels: np.ndarray | None, num_images: int, *, what: str) ->
             f"{what}: {num_images:,} images and {len(labels):,} labels do not match; give one label for each image."
         )
     return labels.astype(np.int64)
+
+
+def _classes(labels: np.ndarray, class_names: Sequence[str] | None, *, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as positions in the names of the classes, and these."""
+    if class_names is None:
+        values, positions = np.unique(labels, return_inverse=True)
+        return positions.astype(np.int64), tuple(map(str, values.tolist()))
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= len(class_names):
+        raise UserError(
+            f"the labels of {what} reach from {low} to {high}, but it names {len(class_names)} classes; "
+            "download or copy it again."
+        )
+    return labels, tuple(class_names)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
 
-__all__ = ["Batches"]
+__all__ = ["Batch", "Batches"]
 
 # Of the memory that is free on an accelerator, what the images may take.
 _DEVICE_SHARE = 0.25
 
 
-class Batches(Iterator[Tensor]):
+class Batch(NamedTuple):
+    """Images, real or generated, on the device of the networks."""
+
+    images: Tensor
+    """float32 ``(batch, channels, height, width)`` in [-1, 1]."""
+    labels: Tensor | None = None
+    """int64 ``(batch,)``; None where classes play no part."""
+
+
+class Batches(Iterator[Batch]):
     """Batches of images without end; every epoch takes each image once, in an order drawn from (seed, epoch).
 
     Batches are always full: one that reaches the end of an epoch goes on in the next, so no image is dropped. Images
@@ -24,16 +34,27 @@ class Batches(Iterator[Tensor]):
     the same on every device, and `next` never waits for the device.
 
     Args:
-        images: uint8 ``(num, channels, height, width)``.
+        images: uint8 ``(num, channels, height, width)``; float32 ones, such as points, are handed out as they are.
+        labels: int64 ``(num,)``; None: batches without labels.
         batch_size: at most ``num``.
         seed: of the order.
         device: where the batches are wanted.
+        share: picks, of the positions of a batch, those that are wanted here: of several processes each has a share.
 
     Raises:
         UserError: the batch is larger than the data.
     """
 
-    def __init__(self, images: Tensor, *, batch_size: int, seed: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        share: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if not 1 <= batch_size <= len(images):
             raise UserError(
                 f"a batch of {batch_size:,} cannot be taken from {len(images):,} training images; "
@@ -41,20 +62,23 @@ class Batches(Iterator[Tensor]):
             )
         self._device = torch.device(device)
         self._images = images.to(self._device) if _fits(images, self._device) else images
+        self._labels = None if labels is None else labels.to(self._images.device)
         self._batch_size = batch_size
         self._seed = seed
+        self._share = share
         self._drawn = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
-    def __next__(self) -> Tensor:
-        """The next batch: float32 ``(batch_size, channels, height, width)`` in [-1, 1] on the device."""
-        batch = self._images.index_select(0, self._next_indices())
-        if batch.device != self._device:
-            # Pinned memory is copied while the CPU goes on; torch keeps it until the copy is done.
-            batch = batch.pin_memory() if self._device.type == "cuda" else batch
-            batch = batch.to(self._device, non_blocking=True)
-        return batch.to(torch.float32).div_(127.5).sub_(1)
+    def __next__(self) -> Batch:
+        """The next batch, on the device."""
+        indices = self._next_indices()
+        indices = indices if self._share is None else self._share(indices)
+        images = self._to_device(self._images.index_select(0, indices))
+        labels = None if self._labels is None else self._to_device(self._labels.index_select(0, indices))
+        if images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(127.5).sub_(1)
+        return Batch(images, labels)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: a few integers."""
@@ -71,6 +95,13 @@ class Batches(Iterator[Tensor]):
         if given != expected:
             raise UserError(f"the order of batches was saved for {given} and cannot go on with {expected}.")
         self._drawn = state["drawn"]
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        if part.device == self._device:
+            return part
+        # Pinned memory is copied while the CPU goes on; torch keeps it until the copy is done.
+        part = part.pin_memory() if self._device.type == "cuda" else part
+        return part.to(self._device, non_blocking=True)
 
     def _next_indices(self) -> Tensor:
         """Positions of the next batch, on the device of the images."""

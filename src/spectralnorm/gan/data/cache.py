@@ -32,6 +32,8 @@ __all__ = [
     "clear_workspace",
     "commit",
     "find",
+    "free_memory",
+    "has_room",
     "workspace",
 ]
 
@@ -113,12 +115,27 @@ def workspace(num_bytes: int) -> Path | None:
         for abandoned in parent.glob(f"{_UNFINISHED}*"):
             if abandoned.stat().st_mtime < time.time() - 24 * 3600:
                 shutil.rmtree(abandoned, ignore_errors=True)
-        # Two copies: in the order of the files, and in the final one.
-        if shutil.disk_usage(parent).free < 2.1 * num_bytes + 2**26:
+        if not has_room(num_bytes):
             return None
         return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
     except OSError:
         return None
+
+
+def has_room(num_bytes: int) -> bool:
+    """Whether the disk of the cache can take ``num_bytes`` twice over."""
+    folder = cache_folder()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    # Two copies: in the order of the files, and in the final one.
+    return shutil.disk_usage(existing).free >= 2.1 * num_bytes + 2**26
+
+
+def free_memory() -> int:
+    """Bytes of memory that could be taken now; on systems that do not tell, none."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
 
 
 def clear_workspace(folder: Path | None) -> None:

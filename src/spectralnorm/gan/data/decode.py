@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["Decoded", "UnreadableError", "decode_file", "fit", "quiet_pillow"]
+__all__ = ["Decoded", "UnreadableError", "decode_array", "decode_file", "fit", "quiet_pillow"]
 
 # What users' folders hold. EPS and other formats that start an outside program when read are left out on purpose.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
@@ -66,6 +66,30 @@ def decode_file(file: str | Path | IO[bytes], *, image_size: int, channels: int)
     except Exception as error:
         lines = str(error).splitlines()
         raise UnreadableError(lines[0][:200] if lines else type(error).__name__) from error
+
+
+def decode_array(pixels: np.ndarray, *, image_size: int, channels: int) -> Decoded:
+    """Bring one image that is kept as numbers to the training size.
+
+    Args:
+        pixels: whole numbers from 0 to 255, or bool: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+        image_size: pixels.
+        channels: 1 or 3.
+
+    Raises:
+        UnreadableError: another shape, type or range. The range of floats cannot be told from one image.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    if not pixels.size or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+        raise UnreadableError(f"an array of shape {pixels.shape} where an image is expected")
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 255:
+        raise UnreadableError(f"{pixels.dtype} values where whole numbers from 0 to 255 are expected")
+    pixels = pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(pixels, np.uint8))
+    return Decoded(fit(image, image_size=image_size, channels=channels), f"{image.width}x{image.height}", image.mode)
 
 
 def fit(image: Image.Image, *, image_size: int, channels: int) -> np.ndarray:

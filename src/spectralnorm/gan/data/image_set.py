@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from spectralnorm.errors import UserError
 from spectralnorm.gan.data.summary import DataSummary
 
-__all__ = ["ImageSet", "Split", "digest", "fingerprint", "split"]
+__all__ = ["ImageSet", "Split", "check_labels", "digest", "fingerprint", "split"]
 
 HELD_OUT_SHARE = 0.1
 MOST_HELD_OUT = 10_000
@@ -37,6 +38,45 @@ class ImageSet:
     summary: DataSummary
     fingerprint: str
     """SHA-256 of the prepared images, their labels and the split."""
+
+    @property
+    def num_training(self) -> int:
+        """Images to train on."""
+        return len(self.images)
+
+    def examples(self, num: int) -> tuple[Tensor, Tensor | None]:
+        """The first images to train on, at most ``num``, and their labels: a fair sample to show or compare with."""
+        return self.images[:num], None if self.labels is None else self.labels[:num]
+
+    def require_labels(self) -> None:
+        """Make sure that each image to train on has a class, as training with classes needs it.
+
+        Raises:
+            UserError: some have none, or there is only one class.
+        """
+        without = len(self.images) if self.labels is None else int((self.labels < 0).sum())
+        check_labels(without, len(self.images), self.class_names, name=self.name)
+
+
+def check_labels(num_without: int, num_images: int, class_names: tuple[str, ...], *, name: str) -> None:
+    """What `ImageSet.require_labels` asks for.
+
+    Raises:
+        UserError: images have no class, or all have the same.
+    """
+    if num_without:
+        advice = "label or remove them"
+        if num_without == num_images:
+            advice = "put each into a folder named after its class, or give labels in dataset.json"
+        raise UserError(
+            f"training with classes needs one for each image, but {num_without:,} of the {num_images:,} training "
+            f"images of {name!r} have none; {advice}, or train without classes."
+        )
+    if len(class_names) < 2:
+        raise UserError(
+            f"training with classes needs at least two, but {name!r} has only {', '.join(class_names)!r}; "
+            "train without classes."
+        )
 
 
 class Split(NamedTuple):

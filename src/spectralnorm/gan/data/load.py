@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data import builtin, cache
-from spectralnorm.gan.data.arrays import ArraySource, is_idx_images, open_idx, open_npy, open_npz
-from spectralnorm.gan.data.files import IMAGE_EXTENSIONS, open_folder, open_zip
+from spectralnorm.gan.data.arrays import ArraySource
+from spectralnorm.gan.data.huggingface import HuggingFaceSource
 from spectralnorm.gan.data.image_set import ImageSet
+from spectralnorm.gan.data.opening import identity, open_source
 from spectralnorm.gan.data.prepare import Progress, Source, image_set_of, prepare
+from spectralnorm.gan.data.stream import ImageStream, open_stream
 from spectralnorm.gan.data.summary import printable
+from spectralnorm.gan.data.tars import TarSource
 
-__all__ = ["from_tensors", "load_images"]
+__all__ = ["LOADING", "STREAM_BYTES", "from_huggingface", "from_tensors", "load_images", "open_images"]
+
+LOADING = ("auto", "prepare", "stream")
+"""How images may be loaded."""
+
+STREAM_BYTES = 2**33
+"""What a set may take when prepared before it is streamed."""
 
 
 def load_images(
@@ -25,18 +35,49 @@ def load_images(
     """Load images, prepared for training.
 
     Args:
-        path: a folder of images, a ZIP of images, an IDX file or a folder of them, a ``.npy`` or ``.npz`` file; None
-            for the built-in Fashion-MNIST.
+        path: a folder of images, a ZIP or tars of images, what CIFAR, STL-10, ImageNet and LSUN are distributed as, an
+            IDX file or a folder of them, a ``.npy``, ``.npz`` or Parquet file, ``hf:name`` for a data set of Hugging
+            Face; None for the built-in Fashion-MNIST.
         image_size: height and width to train at, in pixels.
         channels: 1 (gray) or 3 (RGB).
         progress: called with the number of images read so far and their total while images are decoded.
 
     Raises:
-        UserError: there are no images, too few different ones, more than 5 % of them cannot be read, or labels do
-            not match them.
+        UserError: there are no images, too few different ones, more than 5 % of them cannot be read, labels do
+            not match them, or a package that this kind of data needs is not installed.
+    """
+    images = open_images(path, image_size=image_size, channels=channels, loading="prepare", progress=progress)
+    assert isinstance(images, ImageSet)
+    return images
+
+
+def open_images(
+    path: str | Path | None,
+    *,
+    image_size: int,
+    channels: int,
+    loading: str = "auto",
+    progress: Progress | None = None,
+) -> ImageSet | ImageStream:
+    """Open images to train on: prepared beforehand, or read while training goes on.
+
+    Args:
+        path: as `load_images` takes it.
+        image_size: height and width to train at, in pixels.
+        channels: 1 (gray) or 3 (RGB).
+        loading: ``prepare``: decode all once, into memory or the cache; ``stream``: decode while training goes on,
+            again in each epoch; ``auto``: stream tars that would be larger than 8 GB when prepared, and whatever is so
+            large that neither memory nor the disk of the cache has room for it.
+        progress: called with the number of images read so far and their total while images are decoded.
+
+    Raises:
+        UserError: as `load_images` does.
     """
     _check_shape(image_size, channels)
+    if loading not in LOADING:
+        raise UserError(f"Unknown data loading {loading!r}; choose one of {', '.join(LOADING)}.")
     if path is None:
+        # Already in memory: there is nothing to stream.
         return prepare(
             builtin.open_builtin(),
             name=builtin.NAME,
@@ -46,8 +87,69 @@ def load_images(
             channels=channels,
         )
     path = Path(path).expanduser()
-    source = _open(path)
     name, source_text = printable(path.resolve().name or str(path)), printable(str(path))
+    files = identity(path)
+    if files is not None and loading != "stream":
+        stored = cache.find(cache.cache_key(path, files, image_size=image_size, channels=channels))
+        if stored is not None:
+            return image_set_of(stored, name=name, source_text=source_text)
+    source = open_source(path)
+    streamed = loading == "stream" or (
+        loading == "auto" and _must_stream(source, len(source) * channels * image_size**2)
+    )
+    if streamed:
+        return open_stream(
+            source, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress
+        )
+    return _prepared(
+        source, path, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress
+    )
+
+
+def from_huggingface(data: Any, *, image_size: int, channels: int, progress: Progress | None = None) -> ImageSet:
+    """Use a ``Dataset`` or ``DatasetDict`` of Hugging Face's ``datasets``.
+
+    Args:
+        data: with a column of images, and perhaps one of classes; of a dictionary, ``train`` is trained on, and
+            ``test`` or ``validation`` held out.
+        image_size: height and width to train at, in pixels; images of another size are cut square and resized.
+        channels: 1 (gray) or 3 (RGB) to train with.
+        progress: called with the number of images read so far and their total.
+
+    Raises:
+        UserError: it holds no images, or is an ``IterableDataset``.
+    """
+    _check_shape(image_size, channels)
+    source = HuggingFaceSource(data, what="the given data set")
+    return _prepared(
+        source,
+        # No file has this name: what tells such data apart is the fingerprint that they bring.
+        Path("/:given"),
+        name="huggingface",
+        source_text="a data set given from Python",
+        image_size=image_size,
+        channels=channels,
+        progress=progress,
+    )
+
+
+def _must_stream(source: Source, num_bytes: int) -> bool:
+    if num_bytes <= STREAM_BYTES:
+        return False
+    return isinstance(source, TarSource) or not (cache.has_room(num_bytes) or num_bytes < cache.free_memory() / 2)
+
+
+def _prepared(
+    source: Source,
+    path: Path,
+    *,
+    name: str,
+    source_text: str,
+    image_size: int,
+    channels: int,
+    progress: Progress | None,
+) -> ImageSet:
+    """The images of a source, from the cache if they are there."""
     num_bytes = len(source) * channels * image_size**2
     key = None
     if source.costs_decoding(image_size, channels) or num_bytes > cache.MEMORY_MAP_BYTES:
@@ -68,13 +170,20 @@ def load_images(
 
 
 def from_tensors(
-    images: Tensor, labels: Tensor | None = None, *, image_size: int, channels: int, name: str = "tensors"
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int,
+    channels: int,
+    name: str = "tensors",
 ) -> ImageSet:
     """Use images already in memory.
 
     Args:
         images: ``(N, 1 or 3, height, width)``, uint8, or floats in [0, 1], or in [-1, 1] when any is negative.
         labels: integers ``(N,)``.
+        class_names: of the labels 0, 1, ..., where -1 means no class; None: each value is a class, named as it is.
         image_size: height and width to train at, in pixels; images of another size are cut square and resized.
         channels: 1 (gray) or 3 (RGB) to train with.
         name: shown in tables.
@@ -91,7 +200,7 @@ def from_tensors(
     floats = images.is_floating_point() and images.dtype != torch.float64
     array = images.detach().to("cpu", torch.float32 if floats else images.dtype).numpy()
     label_array = None if labels is None else labels.detach().cpu().numpy()
-    source = ArraySource(array, label_array, what=name, channels_last=False)
+    source = ArraySource(array, label_array, class_names=class_names, what=name, channels_last=False)
     return prepare(source, name=name, source_text="tensors in memory", image_size=image_size, channels=channels)
 
 
@@ -100,34 +209,3 @@ def _check_shape(image_size: int, channels: int) -> None:
         raise UserError(f"channels must be 1 (gray) or 3 (RGB), got {channels}.")
     if image_size < 1:
         raise UserError(f"image_size must be a positive number of pixels, got {image_size}.")
-
-
-def _open(path: Path) -> Source:
-    """Find out what lies at a path."""
-    kinds = "a folder of images, a ZIP of images, an IDX, .npy or .npz file"
-    try:
-        if not path.exists():
-            raise UserError(f"there is nothing at the data path {str(path)!r}; give {kinds}.")
-        if path.is_dir():
-            idx = sorted(file for file in path.iterdir() if is_idx_images(file.name))
-            # Beside training images the others of the set are found by their names.
-            chosen = next((file for file in idx if "train" in file.name), idx[0] if idx else None)
-            return open_folder(path) if chosen is None else open_idx(chosen)
-        with path.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise UserError(f"the data path {str(path)!r} cannot be read: {error.strerror or error}.") from error
-    extension = path.suffix.lower()
-    if not head:
-        raise UserError(f"the data file {str(path)!r} is empty; give {kinds}.")
-    if extension in _OPENERS:
-        return _OPENERS[extension](path)
-    if extension in IMAGE_EXTENSIONS:
-        raise UserError(f"the data path {str(path)!r} is a single image, and training needs many; give {kinds}.")
-    # IDX: two zero bytes and the type of the values, perhaps compressed.
-    if is_idx_images(path.name) or head[:3] == b"\0\0\x08" or (head[:2] == b"\x1f\x8b" and ".tar" not in path.suffixes):
-        return open_idx(path)
-    raise UserError(f"the data path {str(path)!r} is a file of an unknown kind; give {kinds}.")
-
-
-_OPENERS: Mapping[str, Callable[[Path], Source]] = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz}

@@ -49,6 +49,9 @@ class DataSummary:
     """How images came to the training size."""
     fingerprint: str
     """SHA-256 of the prepared images, their labels and the split."""
+    streamed: bool = False
+    """Whether images are read while training goes on. Then sizes, modes, duplicates and unreadable files are those of
+    the held-out images, which were read before; of the unreadable ones among the others, training tells."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``data.json``: every field under its own name."""
@@ -68,10 +71,13 @@ class DataSummary:
                 "images",
                 f"{self.num_images:,}: {self.num_training:,} to train on, {self.num_held_out:,} held out for metrics",
             ),
-            ("sizes", _counts(self.original_sizes, limit=4)),
-            ("pixels", f"{_counts(self.modes, limit=6)} -> {'gray' if self.channels == 1 else 'RGB'}"),
-            ("resize", self.resize),
         ]
+        if self.original_sizes:  # points in the plane have none
+            rows += [
+                ("sizes", _counts(self.original_sizes, limit=4)),
+                ("pixels", f"{_counts(self.modes, limit=6)} -> {'gray' if self.channels == 1 else 'RGB'}"),
+                ("resize", self.resize),
+            ]
         # What was looked for and not found is said, too: a missing line might as well mean that no one looked.
         classes = f"{len(self.classes):,}: {_counts(self.classes, limit=10)}" if self.classes else "none given"
         rows += [("classes", classes), ("duplicates", f"{self.num_duplicates:,}" if self.num_duplicates else "none")]
@@ -81,6 +87,8 @@ class DataSummary:
             first = ", ".join(f"{item.file} ({item.reason})" for item in self.unreadable[:3])
             more = f", and {len(self.unreadable) - 3:,} more" if len(self.unreadable) > 3 else ""
             rows.append(("unreadable", f"{len(self.unreadable):,}, skipped: {first}{more}"))
+        if self.streamed:
+            rows.append(("loading", f"streamed; what is said of pixels is that of the {self.num_held_out:,} held out"))
         if self.ignored:
             rows.append(("other files", f"{_counts(self.ignored, limit=5)}, ignored"))
         if self.licence is not None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.bounded import output_gain
 
-__all__ = ["ImageMLPDiscriminator", "ImageMLPGenerator", "MLPDiscriminator", "MLPGenerator"]
+__all__ = [
+    "ImageMLPDiscriminator",
+    "ImageMLPGenerator",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "PointDiscriminator",
+    "PointGenerator",
+]
 
 _SLOPE = 0.2
 """Of the discriminator's leaky ReLU for negative numbers."""
@@ -116,6 +123,24 @@ class ImageMLPDiscriminator(MLPDiscriminator):
         self, *, image_size: int = 32, channels: int = 1, width: int = 64, lipschitz: float | None = None
     ) -> None:
         super().__init__(shape=(channels, image_size, image_size), width=8 * width, lipschitz=lipschitz)
+
+
+class PointGenerator(MLPGenerator):
+    """Latents ``(batch, latent_dim)`` to points as images of one pixel, ``(batch, 2, 1, 1)``; two hidden layers.
+
+    Args:
+        image_size: 1.
+        channels: 2.
+        width: an eighth of the features of each hidden layer.
+        latent_dim: dimensions of the latent.
+    """
+
+    def __init__(self, *, image_size: int = 1, channels: int = 2, width: int = 16, latent_dim: int = 2) -> None:
+        super().__init__(shape=(channels, image_size, image_size), width=8 * width, latent_dim=latent_dim)
+
+
+class PointDiscriminator(ImageMLPDiscriminator):
+    """Points ``(batch, 2, 1, 1)`` to logits ``(batch,)``; as `ImageMLPDiscriminator`."""
 
 
 def _dense_layers(features: Sequence[int], *, slope: float) -> nn.Sequential:

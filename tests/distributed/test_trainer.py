@@ -1,0 +1,208 @@
+"""A training on two processes is the one on a single process: same images, same latents, same networks."""
+
+import copy
+import dataclasses
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spectralnorm.errors import UserError
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.data import Batch
+from spectralnorm.gan.distributed import Processes
+from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.normalizations import normalize
+from spectralnorm.gan.observers import Averaging
+from spectralnorm.gan.trainer import Trainer
+
+CPU = torch.device("cpu")
+CONFIG = Config(
+    steps=4,
+    batch_size=8,
+    latent_dim=6,
+    generator_width=2,
+    discriminator_width=2,
+    num_discriminator_steps=2,
+    device="cpu",
+)
+
+
+class Doubled:
+    """Batches in float64, so that what differs between runs is not hidden by rounding."""
+
+    def __init__(self, batches):
+        self._batches = batches
+        self.state_dict = batches.state_dict
+        self.load_state_dict = batches.load_state_dict
+
+    def __next__(self):
+        images, labels = next(self._batches)
+        return Batch(images.double(), labels)
+
+
+def make(config, processes):
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        architecture = ARCHITECTURES[config.architecture]
+        sizes = {"image_size": 32, "channels": 1}
+        generator = architecture.generator(**sizes, width=config.generator_width, latent_dim=config.latent_dim)
+        discriminator = architecture.discriminator(**sizes, width=config.discriminator_width)
+        if config.normalization == "batch":
+            discriminator = nn.Sequential(nn.BatchNorm2d(1), discriminator)
+        else:
+            normalize(discriminator, config.normalization)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    images = torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    # Torch's float64 convolutions on a CPU want their weights in the usual order.
+    with patch("spectralnorm.gan.trainer._prepare", lambda network, device: network.train()):
+        trainer = Trainer(
+            config, generator=generator, discriminator=discriminator, images=images, device=CPU, processes=processes
+        )
+    trainer.batches = Doubled(trainer.batches)
+    draw = trainer.latents
+    trainer.latents = lambda *args, **options: draw(*args, **options).double()
+    return trainer
+
+
+def together():
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def advance(config, processes, *, until, state=None):
+    trainer = make(config, processes)
+    if state is not None:
+        trainer.load_state(*state)
+
+    def stop(trainer):
+        trainer.stop_reason = "enough" if trainer.step == until else None
+
+    trainer.run([Averaging(), stop])
+    assert trainer.step == until
+    return copy.deepcopy(trainer.state())
+
+
+def assert_same(found, expected, *, tracked=True, rtol=1e-6, atol=1e-8):
+    """Of the states of two trainings; ``tracked``: also what is tracked of each norm."""
+    states = []
+    for tensors, _ in (found, expected):
+        # Singular vectors are pairs up to a sign, and global random numbers are for noise, which none of these has.
+        left_out = ("._u", "._v", ".u", ".v", ".frame")
+        names = {name for name in tensors if not name.endswith(left_out) and not name.startswith("random.torch")}
+        states.append({name: tensors[name] for name in names if tracked or not name.startswith("tracking.")})
+    torch.testing.assert_close(*states, rtol=rtol, atol=atol)
+    for name in ("images_seen", "batches"):
+        assert found[1][name] == expected[1][name]
+
+
+def check(**settings):
+    config = dataclasses.replace(CONFIG, **settings)
+    found = advance(config, together(), until=4)
+    expected = advance(dataclasses.replace(config, strategy="ddp"), Processes(), until=4)
+    assert_same(found, expected, tracked=config.strategy == "ddp")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"penalty": "r1", "augmentation": "shift,flip,cutout"},
+        {"accumulate": 2, "penalty": "gradient-penalty", "augmentation": "flip"},
+        {"generator_batch_size": 16, "loss": "nonsaturating", "normalization": "batch", "penalty": "r1"},
+        {"loss": "relativistic", "accumulate": 2, "orthonormal_weight": 0.1},
+        {"strategy": "fsdp", "discriminator_width": 16, "generator_width": 16, "batch_size": 4},
+    ],
+    ids=["dcgan", "r1", "accumulated", "batch-norm", "relativistic", "fsdp"],
+)
+def test_two_processes_train_what_one_does(pair, settings):
+    pair.run(check, **settings)
+
+
+def check_resume(strategy):
+    config = dataclasses.replace(CONFIG, augmentation="shift", strategy=strategy)
+    whole = advance(config, Processes(), until=4)
+    first = advance(config, Processes(), until=1)
+    second = advance(config, together(), until=3, state=first)
+    found = advance(config, Processes(), until=4, state=second)
+    if strategy == "ddp":
+        assert_same(found, whole)
+    else:  # nothing is tracked of weights that are held in parts: the norms are found anew, to 1e-4
+        assert_same(found, whole, tracked=False, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_other_processes(pair, strategy):
+    pair.run(check_resume, strategy=strategy)
+
+
+def check_stop():
+    trainer = make(dataclasses.replace(CONFIG, steps=50), together())
+
+    def ask(trainer):
+        if trainer.step == 2 and trainer.processes.rank == 1:
+            trainer.request_stop("interrupted")
+
+    trainer.run([ask])
+    assert (trainer.step, trainer.stop_reason) == (2, "interrupted")
+
+
+def test_what_one_process_is_asked_to_stop_for_stops_all_after_the_same_step(pair):
+    pair.run(check_stop)
+
+
+def check_clock():
+    trainer = make(dataclasses.replace(CONFIG, steps=None, minutes=1.0), together())
+    # Of clocks that differ by minutes, the first process's counts.
+    trainer.clock.seconds = 59.9 if dist.get_rank() == 0 else 0.0
+
+    def pass_time(trainer):
+        trainer.clock._elapsed += 1.0
+
+    trainer.run([pass_time])
+    assert trainer.stop_reason == "minutes"
+    steps = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(steps, torch.tensor(trainer.step))
+    assert torch.equal(*steps)
+
+
+def test_a_budget_of_minutes_is_spent_by_the_clock_of_the_first_process(pair):
+    pair.run(check_clock)
+
+
+def check_errors():
+    processes = together()
+
+    def refuse():
+        raise UserError("the folder is taken.")
+
+    with pytest.raises(UserError, match="the folder is taken"):
+        processes.first_does(refuse)
+    with pytest.raises(UserError, match="the folder is taken"):
+        processes.first_before_others(refuse)
+    assert processes.first_does(lambda: dist.get_rank() + 5) == 5
+    assert processes.first_before_others(dist.get_rank) == dist.get_rank()
+    assert processes.mean({"a": float(dist.get_rank()), "b": 2.0}) == {"a": 0.5, "b": 2.0}
+
+
+def test_an_error_of_the_first_process_is_raised_on_all(pair):
+    pair.run(check_errors)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 10}, "batch_size must be a multiple of 4"),
+        ({"generator_batch_size": 4}, "generator_batch_size must be a multiple of 4"),
+        ({"strategy": "fsdp", "penalty": "r1"}, "so penalty must be left out"),
+        ({"strategy": "fsdp", "compile": True}, "held in parts is not compiled"),
+        ({"strategy": "fsdp", "precision": "fp16-mixed"}, "no scaling of float16"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    config = dataclasses.replace(CONFIG, accumulate=2, **settings)
+    with pytest.raises(UserError, match=message):
+        make(config, Processes(0, 2))
