@@ -141,7 +141,7 @@ def _cells(layer: LayerBound) -> tuple[str, ...]:
         "x".join(map(str, layer.output_shape)) or "1",
         "" if layer.lower is None else text_below(layer.lower, _DIGITS),
         "" if layer.upper is None else text_above(layer.upper, _DIGITS),
-        "" if layer.gap is None else text_above(layer.gap, _DIGITS),
+        "" if layer.gap is None else f"{layer.gap:.5g}",
         text_above(layer.product, _DIGITS),
         f"one map from {layer.merged_with}" if layer.merged_with else "",
     )

@@ -43,7 +43,8 @@ class ScaleMap:
 
     def lower_bound(self) -> float:
         """Of its norm, from below."""
-        return float(self.scale.abs().max()) * (1 - 2 * self.relative - 2.0**-52) if self.scale.numel() else 0.0
+        largest = float(self.scale.abs().max()) if self.scale.numel() else 0.0
+        return largest * (1 - 2 * self.relative - 2.0**-52) if self.relative else largest
 
     def after(self, first: Any) -> Any:
         """This after ``first``, as one map; None where that has no explicit form."""

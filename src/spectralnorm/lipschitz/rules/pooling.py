@@ -103,6 +103,11 @@ def _average_pool(call: Call) -> Step:
     if given.divisor_override:
         factor = math.nextafter(mul_up(factor, math.nextafter(1 / given.divisor_override, math.inf)), math.inf)
     padding = _each(given.padding, axes)
+    side = math.isqrt(math.prod(kernel))
+    is_exact = side * side == math.prod(kernel) and side & (side - 1) == 0 and not given.divisor_override
+    if is_exact and kernel == _each(given.stride or kernel, axes) and not any(padding) and not given.ceil_mode:
+        # Windows of k pixels each that do not meet: k^-1/2, exactly where that is a power of two.
+        factor = min(factor, 1 / side)
     is_plain = (given.count_include_pad or not any(padding)) and not given.ceil_mode
     entry = 1 / (given.divisor_override or math.prod(kernel))
     stride = _each(given.stride or kernel, axes)
