@@ -11,6 +11,7 @@ from torch.func import functional_call
 import spectralnorm as sn
 from spectralnorm import spectral_norm
 from spectralnorm.linalg import convolution_upper_bound
+from spectralnorm.parametrizations.strict import frobenius_above
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 LAYERS = {
@@ -144,3 +145,14 @@ def test_resumed_training_is_the_same_to_the_last_bit(make, size):
     steps(layer, optimizer, 4)
     steps(again, its_optimizer, 4)
     assert torch.equal(raw(layer), raw(again))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 1e38])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (600, 500)])
+def test_frobenius_norm_of_the_rounding_is_a_bound(shape, scale):
+    for weight in (torch.ones(shape) * scale, torch.randn(shape).clamp(-3, 3) * scale):
+        exact = weight.double().norm().item()
+        assert exact * (1 - 1e-12) <= frobenius_above(weight).item() <= exact * 1.1
+    assert frobenius_above(torch.zeros(shape)) == 0
+    assert not frobenius_above(torch.full(shape, math.nan)).isfinite()
+    assert not frobenius_above(torch.full(shape, math.inf)).isfinite()

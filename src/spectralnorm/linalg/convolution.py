@@ -188,6 +188,11 @@ def max_patches_per_pixel(geometry: ConvolutionGeometry, input_size: Sequence[in
     A convolution is its reshaped kernel after the map that copies the patches out, and that map's norm is the root of
     this number, so sqrt(max_patches_per_pixel) * ||reshaped kernel|| bounds the norm of the convolution.
     """
+    return _max_patches_per_pixel(geometry, tuple(input_size))
+
+
+@lru_cache(maxsize=1024)
+def _max_patches_per_pixel(geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> int:
     # The adjoint of a transposed convolution reads the output, and as many patches of it as there are inputs.
     output_size = geometry.output_size(input_size)
     read_size, num_patches = (output_size, input_size) if geometry.transposed else (input_size, output_size)

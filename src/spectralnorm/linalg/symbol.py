@@ -26,7 +26,7 @@ __all__ = ["convolution_upper_bound", "followed_convolution_bound", "largest_sym
 
 _FIRST_ITERATIONS, _MORE_ITERATIONS = 6, 30
 _WARM_ITERATIONS, _MORE_WARM_ITERATIONS = 2, 4
-_NUM_LEADING = 6
+_NUM_LEADING, _NUM_WARM_LEADING = 6, 3
 _MAX_TRIES = 60
 # What is first tried above an estimate of the squared norm, relative.
 _MARGIN = 4e-3
@@ -233,7 +233,7 @@ class _Search:
     def _estimate(self, grams: Tensor, start: Tensor | None) -> float:
         if self._eigenvalues:
             values, _ = _rayleigh(grams, _FIRST_ITERATIONS, None)
-            return float(torch.linalg.eigvalsh(grams[_leading(values)]).amax())
+            return float(torch.linalg.eigvalsh(grams[_leading(values, _NUM_LEADING)]).amax())
         return _followed(grams, start)[0]
 
     def _given_up(self) -> tuple[float, float]:
@@ -272,14 +272,14 @@ def _followed(grams: Tensor, start: Tensor | None) -> tuple[float, Tensor]:
     """About the largest eigenvalue of all, not above it but for rounding; and vectors for the next time."""
     is_cold = start is None
     values, vectors = _rayleigh(grams, _FIRST_ITERATIONS if is_cold else _WARM_ITERATIONS, start)
-    leading = _leading(values)
+    leading = _leading(values, _NUM_LEADING if is_cold else _NUM_WARM_LEADING)
     more = _MORE_ITERATIONS if is_cold else _MORE_WARM_ITERATIONS
     values, vectors[leading] = _rayleigh(grams[leading], more, vectors[leading])
     return float(values.amax()), vectors
 
 
-def _leading(values: Tensor) -> Tensor:
-    return values.topk(min(_NUM_LEADING, len(values))).indices
+def _leading(values: Tensor, count: int) -> Tensor:
+    return values.topk(min(count, len(values))).indices
 
 
 def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class _Grams:
 def _tap_sum(kernel: Tensor) -> float:
     taps = kernel.flatten(2)
     share = 1 + gamma(taps.shape[-1] + 4, kernel.dtype)
-    if share > 1.01:  # it is part of small terms alone
+    if share > 1.05:  # as part of small terms alone it need not be sharp
         taps, share = taps.double(), 1 + gamma(taps.shape[-1] + 4)
     # The largest entry is near to one, so what underflows elsewhere is covered by the smallest factor.
     norms = torch.linalg.vector_norm(taps, dim=-1).double() * share + 2.0**-60
