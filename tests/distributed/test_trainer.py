@@ -59,7 +59,7 @@ def make(config, processes):
         torch.set_default_dtype(torch.float32)
     images = torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     # Torch's float64 convolutions on a CPU want their weights in the usual order.
-    with patch("spectralnorm.gan.trainer._prepare", lambda network, device: network.train()):
+    with patch("spectralnorm.gan.trainer._prepare", lambda network, device, **order: network.train()):
         trainer = Trainer(
             config, generator=generator, discriminator=discriminator, images=images, device=CPU, processes=processes
         )

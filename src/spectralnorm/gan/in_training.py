@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -65,7 +66,10 @@ class InTraining:
         self._called = self._bare
         if processes.size > 1 and not self._is_sharded:
             # The buffers are the same everywhere: statistics are shared, tracked vectors follow from the weight.
-            self._called = DistributedDataParallel(self._bare, broadcast_buffers=False)
+            synchronize = "forward_sync_buffers"  # the name of torch 2.13; before, "broadcast_buffers"
+            if synchronize not in inspect.signature(DistributedDataParallel).parameters:
+                synchronize = "broadcast_buffers"
+            self._called = DistributedDataParallel(self._bare, **{synchronize: False})
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -82,8 +82,10 @@ class Trainer:
         self.device = device
         self.processes = Processes() if processes is None else processes
         _check_shares(config, self.processes.size)
-        self.generator = _prepare(generator, device)
-        self.discriminator = _prepare(discriminator, device)
+        # FSDP2 takes parameters in the usual order only.
+        in_parts = config.strategy == "fsdp" and self.processes.size > 1
+        self.generator = _prepare(generator, device, channels_last=not in_parts)
+        self.discriminator = _prepare(discriminator, device, channels_last=not in_parts)
         self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
         precision = Precision(config.precision, device)
         # How the loop calls the networks. What is held in parts gets new parameters: the optimizers come afterwards.
@@ -361,10 +363,10 @@ class Trainer:
         restore(self, tensors, numbers)
 
 
-def _prepare(network: nn.Module, device: torch.device) -> nn.Module:
-    # Convolutions are faster in channels-last order, on CPUs and on tensor cores.
-    network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return network.train()
+def _prepare(network: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    network = network.to(device).train()
+    # Convolutions are faster in that order, on CPUs and on tensor cores.
+    return network.to(memory_format=torch.channels_last) if channels_last else network  # pyright: ignore[reportCallIssue]
 
 
 def _check_shares(config: Config, size: int) -> None:
