@@ -2,9 +2,9 @@
 
     python benchmarks/soundness_networks.py [NETWORKS] [STEPS]
 
-Chains of linear layers, convolutions of all kinds, transposed and grouped ones, norms, pools, activations, residuals,
-concatenations, shared modules and functional calls. Each is certified, and searched by gradient ascent in float64 on
-the model itself, not on what was recorded of it.
+Chains of linear layers, convolutions of all kinds, transposed and grouped ones, blurs, norms, pools, strides,
+activations, residuals, concatenations, shared modules, layers that never stretch, parts and functional calls. Each is
+certified, and searched by gradient ascent in float64 on the model itself, not on what was recorded of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm.layers import MaxMin, SLLConv2d, SLLLinear
 
 
 class Residual(nn.Module):
@@ -43,7 +44,7 @@ class Concatenation(nn.Module):
 class Functional(nn.Module):
     def __init__(self, draw: random.Random) -> None:
         super().__init__()
-        self.choice = draw.randrange(7)
+        self.choice = draw.randrange(10)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.choice == 0:
@@ -59,7 +60,41 @@ class Functional(nn.Module):
             return inputs.flip(1) / 3 + inputs.abs().mean(1, keepdim=True)
         if self.choice == 5:
             return F.log_softmax(inputs, dim=-1) + inputs.amax(dim=1, keepdim=True)
-        return torch.lerp(inputs, torch.tanh(inputs), 0.3)
+        if self.choice == 6:
+            return torch.lerp(inputs, torch.tanh(inputs), 0.3)
+        if self.choice == 7:
+            first, second = inputs.unflatten(1, (-1, 2)).unbind(2)
+            larger = torch.where(first >= second, first, second)
+            return torch.cat([larger, torch.minimum(first, second)], dim=1)
+        if self.choice == 8:
+            # In float32 first: the certificate is of the function with these numbers.
+            weight = torch.linspace(-1, 1, inputs.shape[1] ** 2).reshape(inputs.shape[1], -1).to(inputs.dtype)
+            return torch.einsum("bi...,oi->bo...".replace("...", "hw"[: inputs.ndim - 2]), inputs, weight)
+        half = inputs.shape[1] // 2
+        return torch.cat([2 * inputs[:, :half].relu(), inputs[:, half:].sin()], dim=1)
+
+
+class Blur(nn.Module):
+    """A fixed filter on every channel, zero-padded by ``padding``."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int, padding: int, stride: int) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps).expand(channels, 1, 4, 4).clone())
+        self.padding, self.stride = padding, stride
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        kernel = self.kernel.to(inputs.dtype)
+        return F.conv2d(inputs, kernel, padding=self.padding, stride=self.stride, groups=inputs.shape[1])
+
+
+class Every(nn.Module):
+    """Every second pixel."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, :, ::2, ::2]
 
 
 def _activation(draw: random.Random) -> nn.Module:
@@ -75,6 +110,7 @@ def _activation(draw: random.Random) -> nn.Module:
         nn.Softplus,
         nn.ELU,
         nn.PReLU,
+        MaxMin,
     )
     return draw.choice(kinds)()
 
@@ -88,7 +124,7 @@ def _normalized(layer: nn.Module, draw: random.Random) -> nn.Module:
     return layer
 
 
-def _convolution(channels: int, draw: random.Random) -> nn.Module:
+def _convolution(channels: int, size: int, draw: random.Random) -> nn.Module:
     groups = draw.choice((1, 1, 2))
     kernel = draw.choice((1, 2, 3))
     mode = draw.choice(("zeros", "zeros", "circular", "reflect", "replicate"))
@@ -98,7 +134,7 @@ def _convolution(channels: int, draw: random.Random) -> nn.Module:
         channels,
         kernel,
         padding="same",
-        padding_mode=mode if kernel > 1 else "zeros",
+        padding_mode=mode if kernel > 1 and size > 2 else "zeros",
         dilation=dilation,
         groups=groups,
     )
@@ -107,9 +143,9 @@ def _convolution(channels: int, draw: random.Random) -> nn.Module:
 
 def _image_layer(channels: int, size: int, draw: random.Random) -> tuple[nn.Module, int]:
     """One that keeps the channels, and the size after it."""
-    kind = draw.randrange(11)
+    kind = draw.randrange(16)
     if kind <= 2:
-        return _convolution(channels, draw), size
+        return _convolution(channels, size, draw), size
     if kind == 3 and size >= 4:
         kernel, padding = draw.choice(((2, 0), (4, 1), (3, 1)))
         layer = nn.Conv2d(channels, channels, kernel, stride=2, padding=padding, groups=draw.choice((1, 2)))
@@ -128,11 +164,22 @@ def _image_layer(channels: int, size: int, draw: random.Random) -> tuple[nn.Modu
     if kind == 8:
         return Functional(draw), size
     if kind == 9:
-        inner = nn.Sequential(_convolution(channels, draw), _activation(draw))
+        inner = nn.Sequential(_convolution(channels, size, draw), _activation(draw))
         return Residual(inner, share=draw.choice((None, 0.25, 0.5))), size
     if kind == 10:
         halves = (nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels, channels // 2, 3, padding=1))
         return Concatenation(*halves), size
+    if kind == 11 and size >= 4:
+        padding, stride = draw.choice(((2, 1), (1, 2)))
+        return Blur(channels, padding, stride), (size + 2 * padding - 4) // stride + 1
+    if kind == 12 and size >= 3:
+        return Every(), (size + 1) // 2
+    if kind == 13 and size >= 3:
+        return nn.Conv2d(channels, channels, 2, stride=1), size - 1
+    if kind == 14 and size <= 6:
+        return nn.ConvTranspose2d(channels, channels, 2, stride=2), 2 * size
+    if kind == 15:
+        return SLLConv2d(channels), size
     return _activation(draw), size
 
 
@@ -142,7 +189,7 @@ def _image_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     layers: list[nn.Module] = []
     for _ in range(draw.randint(1, 5)):
         layer, size = _image_layer(channels, size, draw)
-        layers += [layer] if draw.random() < 0.5 else [layer, _activation(draw)]
+        layers += [layer] if draw.random() < 0.6 else [layer, _activation(draw)]
     if draw.random() < 0.5:
         layers += [nn.AdaptiveAvgPool2d(draw.choice((1, 2))), nn.Flatten(), nn.LazyLinear(3)]
     return nn.Sequential(*layers), shape
@@ -153,7 +200,7 @@ def _vector_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     shared = _normalized(nn.Linear(width, width), draw)
     layers: list[nn.Module] = []
     for _ in range(draw.randint(1, 6)):
-        kind = draw.randrange(7)
+        kind = draw.randrange(8)
         layer: nn.Module
         if kind == 0:
             layer = shared
@@ -167,9 +214,11 @@ def _vector_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
             layer = nn.BatchNorm1d(width)
         elif kind == 5:
             layer = Functional(draw)
+        elif kind == 6:
+            layer = SLLLinear(width)
         else:
             layer = _normalized(nn.Linear(width, width), draw)
-        layers += [layer] if draw.random() < 0.5 else [layer, _activation(draw)]
+        layers += [layer] if draw.random() < 0.6 else [layer, _activation(draw)]
     return nn.Sequential(*layers), (width,)
 
 
@@ -191,6 +240,9 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
 def largest_stretch(model: nn.Module, shape: tuple[int, ...], *, steps: int, pairs: int = 32) -> float:
     """The largest quotient of a search over pairs of inputs, in float64 on the model itself."""
     model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SLLConv2d | SLLLinear):  # with the steps that the float32 layer takes
+            model.set_submodule(name, module.exact_twin())
     for module in model.modules():
         if nn.utils.parametrize.is_parametrized(module):
             # The weight that the float32 layer computes with, not that of a float64 one.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm.lipschitz.text import text_above, text_below
 
 
 def test_chain_is_bounded_by_the_product_of_its_layers():
@@ -114,8 +115,8 @@ def test_picture_has_a_bar_for_each_bound(tmp_path: Path):
 
     titles = [element.text for element in ElementTree.parse(path).getroot().iter() if element.tag.endswith("title")]
     first, _, last = certificate.layers
-    assert f"0: at most {first.upper:.6g}" in titles
-    assert f"2: at least {last.lower:.6g}" in titles
+    assert f"0: at most {text_above(first.upper)}" in titles
+    assert f"2: at least {text_below(last.lower)}" in titles
     assert len(titles) == 5
     with pytest.raises(sn.UserError, match=r"ends in .svg"):
         certificate.draw(tmp_path / "bounds.png")

@@ -44,6 +44,9 @@ REFUSED = {
     "glu": (nn.GLU(), "glu.*multiplies"),
     "bilinear": (Lambda(lambda x: F.bilinear(x, x, torch.ones(2, 4, 4))), "bilinear.*multiplies"),
     "product": (Lambda(lambda x: x * x.sigmoid()), r"mul at '0 \(2\)'.*both depend"),
+    "einsum of values": (Lambda(lambda x: torch.einsum("bi,bi->b", x, x)), "einsum at '0'.*multiplies"),
+    "einsum over the batch": (Lambda(lambda x: torch.einsum("bi->i", x)), "einsum at '0'.*mixes samples"),
+    "einsum with a trace": (Lambda(lambda x: torch.einsum("bi,jj->bi", x, torch.eye(2))), "einsum.*diagonal"),
     "matrix product": (Lambda(lambda x: x[:, :, None] @ x[:, None]), r"matmul at '0 \(3\)'.*attention"),
     "quotient": (Lambda(lambda x: 1 / x), "rdiv.*near to zero"),
     "exp": (Lambda(torch.exp), "exp.*no bound"),
@@ -67,6 +70,10 @@ REFUSED = {
     "matrix on the batch": (Lambda(lambda x: torch.ones(3, len(x)) @ x), "batch"),
     "repeated batch": (Lambda(lambda x: x.repeat(2, 1)), "batch"),
     "divided by zero": (Lambda(lambda x: x / 0), "divides by zero"),
+    "added infinity": (Lambda(lambda x: x + float("inf")), "add at '0'.*not finite"),
+    "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
+    "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
+    "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }
 
@@ -107,6 +114,16 @@ def test_weight_that_is_not_finite_is_refused_by_name(value: float):
 
     with pytest.raises(sn.UserError, match=r"'1'.*not finite"):
         sn.certify(model, (3,))
+
+
+@pytest.mark.parametrize("name", ["0.bias", "1.running_mean", "1.bias", "2.bias", "2.weight"])
+def test_bias_or_statistic_that_is_not_finite_is_refused_by_name(name: str):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ConvTranspose2d(2, 2, 1))
+    state = model.state_dict()
+    state[name].view(-1)[0] = float("nan")
+
+    with pytest.raises(sn.UserError, match=f"(?s)'{name[0]}'.*not finite"):
+        sn.certify(model, (2, 3, 3))
 
 
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():

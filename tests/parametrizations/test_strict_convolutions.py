@@ -25,6 +25,7 @@ LAYERS = {
     "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), [(5, 6)]),
     "replicate": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), [(5, 6)]),
     "transposed": (lambda: nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1), [(4, 4)]),
+    "transposed patches": (lambda: nn.ConvTranspose2d(1, 4, 2, stride=2), [(2, 2)]),
     "output padding": (lambda: nn.ConvTranspose2d(2, 2, 3, stride=2, output_padding=1), [(4, 3)]),
     "conv3d": (lambda: nn.Conv3d(2, 2, 2, padding=1), [(3, 4, 3)]),
 }
@@ -112,10 +113,25 @@ def test_loads_copies_and_functional_calls_keep_the_bound(dtype, device):
         assert 0.7 < exact_norm(layer, part(weight), (8, 8)) <= 1
 
 
-def test_compiled_layer_keeps_the_bound():
-    layer = spectral_norm(nn.Conv2d(3, 4, 3, padding=1), strict=True)
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3, padding=1), lambda: nn.ConvTranspose2d(1, 4, 2, stride=1)])
+def test_compiled_layer_keeps_the_bound(make):
+    layer = make()
+    with torch.no_grad():
+        if layer.transposed:  # its norm is above the one with outputs first, as often as can be
+            layer.weight.copy_(torch.eye(4).view(1, 4, 2, 2))
+    spectral_norm(layer, strict=True)
     value = torch.compile(lambda: layer.weight, backend="aot_eager", fullgraph=True)()
     assert 0.2 < exact_norm(layer, value, (8, 8)) <= 1
+
+
+def test_transposed_convolution_without_overlap_is_divided_by_the_norm_of_its_own_matrix(device):
+    """Each output channel writes one tap: with outputs first the norm is 1, of the map it is 2."""
+    layer = nn.ConvTranspose2d(1, 4, 2, stride=2).to(device)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4).view(1, 4, 2, 2))
+    spectral_norm(layer, strict=True)
+    for value in (layer.weight, torch.vmap(layer.parametrizations.weight[0])(raw(layer)[None])[0]):
+        assert 0.99 < exact_norm(layer, value, (2, 2)) <= 1
 
 
 def test_shared_weight_of_two_convolutions_with_different_maps_is_refused():

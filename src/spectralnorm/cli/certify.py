@@ -13,6 +13,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.discriminators import discriminator_of_file, discriminator_of_run
 from spectralnorm.gan.recipes import make_config
 from spectralnorm.lipschitz import certify
+from spectralnorm.lipschitz.text import text_above
 from spectralnorm.records import replace_text
 from spectralnorm.report import build_report
 
@@ -76,6 +77,6 @@ def run(words: list[str]) -> int:
     if is_run and options.out is None:
         print(f"Report: {build_report(options.source)}")
     if options.max is not None and certificate.upper_bound > options.max:
-        print(f"The upper bound {certificate.upper_bound:.6g} is above the maximum {options.max:g}.")
+        print(f"The upper bound {text_above(certificate.upper_bound)} is above the maximum {options.max:g}.")
         return 1
     return 0

@@ -166,4 +166,3 @@ def _path_metric(space: str, mean: float, error: float, num: int, provenance: Pr
         details={"steps": num, "epsilon": 1e-4},
         provenance=provenance,
     )
-

@@ -196,8 +196,8 @@ def _train(
             reason = trainer.stop_reason or "interrupted"
             if reason != "interrupted":
                 display.phase("Drawing and measuring the final samples")
-                measure = trainer.step >= _MIN_STEPS_FOR_METRICS
-                finish(folder, log, trainer, images, extractors, measured=measure)
+                measured = trainer.step >= _MIN_STEPS_FOR_METRICS
+                finish(folder, log, trainer, images, extractors, measured=measured)
             log.append(
                 Ending(
                     step=trainer.step,

@@ -10,6 +10,8 @@ of rows with shares that are learned (SLL). Here both t are bounds with the roun
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,6 +55,14 @@ class _Residual(nn.Module):
             bound = self._squares()
         # The value is rounded up, the gradient passes by.
         return round_up(bound.detach() / 2, self.weight.dtype) + ((bound - bound.detach()) / 2).to(self.weight.dtype)
+
+    def exact_twin(self) -> nn.Module:
+        """A copy in float64 that computes with the very numbers of this one, steps that were rounded included."""
+        with torch.no_grad():
+            steps = self._steps().double()
+        twin = copy.deepcopy(self).double()
+        object.__setattr__(twin, "_steps", lambda: steps.to(twin.weight.dtype))
+        return twin
 
     def _squares(self) -> Tensor:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg.precision import full_precision, is_full_precision
 from spectralnorm.linalg.rounding import binary_scale, gamma, largest_component, norm_above, power_of_two, product_gamma
 
-__all__ = ["gram_upper_bound"]
+__all__ = ["gram_matrix", "gram_upper_bound"]
 
 _U64 = 2.0**-53
 _BLOCK = 64  # columns summed in float32 before the sum goes on in float64
@@ -116,10 +116,28 @@ def _product_with_adjoint(factor: Tensor, squared: int) -> tuple[Tensor, float]:
     return _blocked_product(factor).to(factor.dtype), relative
 
 
+def gram_matrix(factor: Tensor) -> tuple[Tensor, float]:
+    """X X^H in float64, and what its error in the Frobenius norm is at most, in units of ||X||_F^2.
+
+    Args:
+        factor: (batch, m, n), its largest entries near to one.
+    """
+    columns = factor.shape[-1]
+    if factor.dtype in (torch.float64, torch.complex128):
+        return factor @ factor.mH, product_gamma(columns, factor.dtype)
+    num_blocks = columns // _BLOCK + 1
+    return _blocked_product(factor), product_gamma(min(columns, _BLOCK), factor.dtype) + 1.01 * gamma(num_blocks + 2)
+
+
 def _blocked_product(factor: Tensor) -> Tensor:
     """X X^H, summed in float64 over products of `_BLOCK` columns."""
     batch, rows, columns = factor.shape
     double = torch.promote_types(factor.dtype, torch.float64)
+    if factor.device.type == "cpu" and rows >= _BLOCK:  # block by block what is added stays in the cache
+        total = torch.zeros(batch, rows, rows, dtype=double)
+        for part in factor.split(_BLOCK, -1):
+            total += part @ part.mH
+        return total
     limit = _BLOCK_BYTES.get(factor.device.type, _BLOCK_BYTES_ELSEWHERE)
     at_once = max(1, limit // (batch * rows * rows * factor.element_size()))
     width = at_once * _BLOCK

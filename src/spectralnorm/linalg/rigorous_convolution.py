@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def rigorous_convolution_bound(
     double = weight.detach().to(torch.promote_types(weight.dtype, torch.float64))
     excesses = sorted({max_excess, _LAYER_EXCESS})
     problems = [on_torus(double, geometry, input_size, max_excess=excess) for excess in excesses]
-    if problems[0].sizes == problems[-1].sizes:
+    # On the torus itself, and on no grid in its place, there is nothing that the other grid could do better.
+    if problems[0].sizes in (problems[-1].sizes, _torus_alone(double, geometry, input_size)):
         problems = problems[:1]
     with full_precision(weight.device):
         bounds = [_bound(problem) for problem in problems]
@@ -56,6 +58,15 @@ def rigorous_convolution_bound(
             norm = max(map(rigorous_matrix_bound, patches.matrices))
             bounds.append(math.nextafter(norm * patches.factor, math.inf))
         return min(bounds)
+
+
+def _torus_alone(
+    weight: Tensor, geometry: ConvolutionGeometry, input_size: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """The sizes of the torus, with no grid in its place."""
+    if input_size is None:
+        return None
+    return on_torus(weight[:1, :1], replace(geometry, groups=1), input_size, max_excess=1e-12).sizes
 
 
 def _bound(problem: OnTorus) -> float:

@@ -1,19 +1,15 @@
 """A guaranteed upper bound of the norm of a convolution, from its symbol at the frequencies of a torus.
 
-The Gram matrices of the symbol are sums over the shifts d of the kernel against itself,
-
-    What(w) What(w)^H = sum_d R_d e^{i d w},    R_d = sum_a K_{a + d} K_a^T,
-
-so they are formed once for all frequencies. That none of them has an eigenvalue above c^2 is proved by the Cholesky
-factorization of c^2 I - What What^H, which succeeds in floating point only if that matrix is positive definite up to a
-rounding error that is known (Rump 2006). Which c is tried does not matter for the proof.
+That no Gram matrix What What^H of the symbol (`spectralnorm.linalg.symbol_grams`) has an eigenvalue above c^2 is proved
+by the Cholesky factorization of c^2 I - What What^H, which succeeds in floating point only if that matrix is positive
+definite up to a rounding error that is known (Rump 2006). Which c is tried does not matter for the proof. So vectors
+of the last call, when the weight was a little different, may say which one is worth a try.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,16 +19,17 @@ from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.patches import as_patches
 from spectralnorm.linalg.precision import full_precision
 from spectralnorm.linalg.rounding import gamma, next_up, norm_above, product_gamma
+from spectralnorm.linalg.symbol_grams import CorrelatedGrams, DirectGrams, grams_of
 from spectralnorm.linalg.torus import OnTorus, half_of_frequencies, on_torus
 
-__all__ = ["convolution_upper_bound", "largest_symbol_above"]
+__all__ = ["convolution_upper_bound", "followed_convolution_bound", "largest_symbol_above"]
 
-_BLOCK = 128  # columns summed in float32 before the sum goes on in float64
-_TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
-_CHUNK_BYTES = 2**26  # of Gram matrices held at once
 _FIRST_ITERATIONS, _MORE_ITERATIONS = 6, 30
+_WARM_ITERATIONS, _MORE_WARM_ITERATIONS = 2, 4
 _NUM_LEADING = 6
 _MAX_TRIES = 60
+# What is first tried above an estimate of the squared norm, relative.
+_MARGIN = 4e-3
 
 
 @torch.no_grad()
@@ -62,17 +59,42 @@ def convolution_upper_bound(
     Raises:
         UserError: ``input_size`` does not fit the convolution, or ``max_excess`` is not positive.
     """
+    return followed_convolution_bound(weight, geometry, input_size, None, max_excess=max_excess)[0]
+
+
+@torch.no_grad()
+def followed_convolution_bound(
+    weight: Tensor,
+    geometry: ConvolutionGeometry,
+    input_size: Sequence[int] | None,
+    vectors: Tensor | None,
+    *,
+    max_excess: float = 0.04,
+) -> tuple[Tensor, Tensor | None]:
+    """As `convolution_upper_bound`, faster with the vectors that the call for nearly this weight returned.
+
+    Args:
+        weight: as there.
+        geometry: as there.
+        input_size: as there.
+        vectors: they only help to guess, so any will do; those of another shape, type or device are passed over.
+        max_excess: as there.
+
+    Returns:
+        The bound; and for the next call (frequencies * groups, rows), complex, or None where nothing was iterated.
+    """
     torus = on_torus(weight.detach(), geometry, input_size, max_excess=max_excess)
     patches = as_patches(weight.detach(), geometry, input_size)
     with full_precision(weight.device):
         if math.prod(torus.sizes) == 1:  # a matrix
             norm = gram_upper_bound(torus.kernel.flatten(2)).amax() + torus.moved
             bound = torch.where(norm > 0, next_up(norm * (torus.factor * (1 + 2.0**-50))), 0.0)
+            vectors = None
         else:
-            bound = largest_symbol_above(torus, margin=4e-3, is_certificate=False)
+            bound, vectors = _largest(torus, margin=_MARGIN, is_certificate=False, vectors=vectors)
         if patches is not None:
             bound = torch.minimum(bound, next_up(gram_upper_bound(patches.matrices).amax() * patches.factor))
-        return bound
+        return bound, vectors
 
 
 def largest_symbol_above(torus: OnTorus, *, margin: float, is_certificate: bool) -> Tensor:
@@ -87,148 +109,136 @@ def largest_symbol_above(torus: OnTorus, *, margin: float, is_certificate: bool)
     Returns:
         Scalar, float64.
     """
-    kernel = torus.kernel
-    largest = kernel.abs().amax().double() if kernel.numel() else kernel.new_zeros((), dtype=torch.float64)
-    if not bool(largest.isfinite()):
-        return torch.full_like(largest, math.inf)
-    if not bool(largest > 0):
-        return torch.full_like(largest, torus.moved * torus.factor * (1 + 2.0**-50))
-    exponent = math.frexp(float(largest))[1]
-    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
-    # A power of two is exact; what underflows is below 2^-149, and paid for in `error`.
-    half = -exponent // 2
-    kernel = (kernel.double() * 2.0**half * 2.0 ** (-exponent - half)).to(dtype)
-    rows, columns = kernel.shape[1:3]
-    tap_sum = float(norm_above(kernel.flatten(3).double(), (1, 2)).sum(-1).amax()) * (1 + 2.0**-40)
-    shifts, correlations = _autocorrelation(kernel)
-    block = min(columns, _BLOCK) if dtype == torch.float32 else columns
-    num_added = math.prod(kernel.shape[3:]) * math.ceil(columns / block) + len(shifts) + 4
-    # Of the correlations, of their sums, of sines and cosines, and of the Gram matrices in the working type; each in
-    # units of (sum over taps of ||K_a||_F)^2, which bounds the sum over d of ||R_d||_F.
-    relative = 1.01 * (gamma(block + 2, dtype) + gamma(num_added) + gamma(2, dtype)) + _TABLE_ERROR
-    error = tap_sum**2 * relative + kernel.numel() * 2.0**-100 * (1 + tap_sum)
+    return _largest(torus, margin=margin, is_certificate=is_certificate, vectors=None)[0]
 
+
+def _largest(
+    torus: OnTorus, *, margin: float, is_certificate: bool, vectors: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    largest = _largest_entry(torus.kernel)
+    if not bool(largest.isfinite()):
+        return torch.full_like(largest, math.inf), None
+    if not bool(largest > 0):
+        return torch.full_like(largest, torus.moved * torus.factor * (1 + 2.0**-50)), None
+    exponent = math.frexp(float(largest))[1]
+    kernel = _scaled_taps(torus.kernel, exponent)
+    dtype, (_, groups, rows, _) = kernel.dtype, kernel.shape
     frequencies = half_of_frequencies(torus.sizes, kernel.device)
-    grams = _Grams(shifts, correlations, frequencies, torus.sizes, dtype)
-    plain = tap_sum**2  # ||What|| <= sum over taps of ||K_a||
+    shape = (len(frequencies) * groups, rows)
+    if vectors is not None and not _are_usable(vectors, shape, dtype.to_complex(), kernel.device):
+        vectors = None
+    grams = grams_of(kernel, torus.kernel.shape[3:], frequencies, torus.sizes, is_warm=vectors is not None)
+    plain = grams.tap_sum**2  # ||What|| <= sum over taps of ||K_a||
     # Libraries of other devices may invert blocks, which the a-priori bound of a factorization does not cover.
     measured = is_certificate or kernel.device.type != "cpu"
-    square, rest = grams.square_above(margin, plain, eigenvalues=is_certificate, measured=measured)
-    if square < plain and measured:
+    search = _Search(margin, plain, eigenvalues=is_certificate, measured=measured)
+    square, rest = search.run(grams, vectors)
+    if not square < plain:
+        return _scaled_back(grams.tap_sum, exponent, torus, largest), None
+    if measured:
         square = square * (1 + 2.1 * gamma(1, dtype)) + rest
-    elif square < plain:
+    else:
         unit = gamma(rows + 4, dtype)
         # c^2 I - G is rounded once on its diagonal, and its trace is at most rows c^2.
         share = unit / (1 - unit) * rows * 1.01 + 2.1 * gamma(1, dtype)
         square *= 1 + share * 1.01
-    return _rooted(square * (1 + 2.0**-40) + error * 1.01, exponent, torus, largest)
+    norm = grams.norm_above(square * (1 + 2.0**-40)) * (1 + 2.0**-48)
+    return _scaled_back(norm, exponent, torus, largest), search.vectors()
 
 
-def _rooted(square: float, exponent: int, torus: OnTorus, like: Tensor) -> Tensor:
+def _largest_entry(kernel: Tensor) -> Tensor:
+    if not kernel.numel():
+        return kernel.new_zeros((), dtype=torch.float64)
+    least, most = torch.aminmax(kernel)
+    return torch.maximum(-least, most).double()
+
+
+def _scaled_taps(kernel: Tensor, exponent: int) -> Tensor:
+    """(groups, rows, columns, *taps) divided by a power of two, as (taps, groups, rows, columns), float32 or float64.
+
+    That is exact, but for what underflows.
+    """
+    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
+    if abs(exponent) > 100:  # the power itself might not be a number of this type
+        half = -exponent // 2
+        kernel = kernel.double() * 2.0**half * 2.0 ** (-exponent - half)
+        exponent = 0
+    taps = kernel.flatten(3).movedim(-1, 0).to(dtype)
+    return torch.mul(taps, 2.0**-exponent, out=torch.empty(taps.shape, dtype=dtype, device=taps.device))
+
+
+def _are_usable(vectors: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    is_like = vectors.shape == shape and vectors.dtype == dtype and vectors.device == device
+    return is_like and bool(torch.view_as_real(vectors).isfinite().all())
+
+
+def _scaled_back(norm: float, exponent: int, torus: OnTorus, like: Tensor) -> Tensor:
     try:
-        norm = math.nextafter(math.ldexp(math.sqrt(square) * (1 + 2.0**-50), exponent), math.inf)
+        norm = math.nextafter(math.ldexp(norm * (1 + 2.0**-50), exponent), math.inf)
     except OverflowError:
         norm = math.inf
     return torch.full_like(like, math.nextafter((norm + torus.moved) * torus.factor * (1 + 2.0**-50), math.inf))
 
 
-def _autocorrelation(kernel: Tensor) -> tuple[list[tuple[int, ...]], Tensor]:
-    """R_d for one of each pair of shifts d and -d, zero first: (shifts, groups, rows, rows), in float64.
+class _Search:
+    """For a number above every eigenvalue of Gram matrices, but for the rounding of Cholesky factorizations."""
 
-    Args:
-        kernel: (groups, rows, columns, *taps).
-    """
-    sizes = kernel.shape[3:]
-    kernel = kernel.movedim(2, -1).contiguous()  # (groups, rows, *taps, columns)
-    zero = (0,) * len(sizes)
-    shifts = [d for d in itertools.product(*(range(1 - size, size) for size in sizes)) if d >= zero]
-    return shifts, torch.stack([_correlated(kernel, shift) for shift in shifts])
+    def __init__(self, margin: float, plain: float, *, eigenvalues: bool, measured: bool) -> None:
+        self._margin, self._plain = margin, plain
+        self._eigenvalues, self._measured = eigenvalues, measured
+        self._vectors: list[Tensor] = []
 
+    def vectors(self) -> Tensor | None:
+        """Of all matrices after `run`, (batch, rows); None if none were followed."""
+        return torch.cat(self._vectors) if self._vectors else None
 
-def _correlated(kernel: Tensor, shift: tuple[int, ...]) -> Tensor:
-    moved = kernel[
-        (slice(None), slice(None), *(slice(max(d, 0), n + min(d, 0)) for d, n in _with_sizes(kernel, shift)))
-    ]
-    still = kernel[
-        (slice(None), slice(None), *(slice(max(-d, 0), n - max(d, 0)) for d, n in _with_sizes(kernel, shift)))
-    ]
-    groups, rows, columns = kernel.shape[0], kernel.shape[1], kernel.shape[-1]
-    left, right = (part.reshape(groups, rows, -1, columns).movedim(2, 1) for part in (moved, still))
-    if kernel.dtype == torch.float64:
-        return (left @ right.mT).sum(1)
-    total = torch.zeros(groups, rows, rows, dtype=torch.float64, device=kernel.device)
-    for a, b in zip(left.split(_BLOCK, -1), right.split(_BLOCK, -1), strict=True):
-        total += (a @ b.mT).sum(1, dtype=torch.float64)
-    return total
-
-
-def _with_sizes(kernel: Tensor, shift: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    return zip(shift, kernel.shape[2:-1], strict=True)
-
-
-class _Grams:
-    """The Gram matrices of the symbol at the frequencies, made chunk by chunk."""
-
-    def __init__(
-        self,
-        shifts: Sequence[tuple[int, ...]],
-        correlations: Tensor,
-        frequencies: Tensor,
-        sizes: Sequence[int],
-        dtype: torch.dtype,
-    ) -> None:
-        self._dtype, self._shape = dtype, correlations.shape[1:]
-        turned = correlations.mT
-        once = torch.ones(len(shifts), 1, 1, 1, dtype=torch.float64, device=correlations.device)
-        once[0] = 0.5  # the shift zero is its own mirror image
-        self._even = ((correlations + turned) * once).flatten(1)
-        self._odd = (correlations - turned).flatten(1)
-        # Whole numbers keep the angle exact until its last two operations.
-        of_axis = [
-            frequencies[:, axis, None] * torch.tensor([d[axis] for d in shifts], device=frequencies.device) % size
-            for axis, size in enumerate(sizes)
-        ]
-        common = math.lcm(*sizes)
-        turns = sum(turn * (common // size) for turn, size in zip(of_axis, sizes, strict=True)) % common  # type: ignore[union-attr]
-        self._angles = turns.double() * (2 * math.pi / common)  # type: ignore[union-attr]
-        groups, rows = self._shape[:2]
-        self._length = max(1, _CHUNK_BYTES // (groups * rows * rows * 2 * torch.finfo(dtype).bits // 8))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """(frequencies * groups, rows, rows), complex."""
-        for angles in self._angles.split(self._length):
-            real = (angles.cos() @ self._even).to(self._dtype)
-            imaginary = (angles.sin() @ self._odd).to(self._dtype)
-            yield torch.complex(real, imaginary).view(-1, *self._shape[1:])
-
-    def square_above(self, margin: float, plain: float, *, eigenvalues: bool, measured: bool) -> tuple[float, float]:
-        """A number above every eigenvalue but for the rounding of a Cholesky factorization; ``plain`` if none is found.
+    def run(self, chunks: CorrelatedGrams | DirectGrams, vectors: Tensor | None) -> tuple[float, float]:
+        """The number, ``plain`` if none is found; and what the factorizations leave, if that is to be measured.
 
         What has been factorized for one number need not be for a larger one, so each matrix is looked at until it
-        passes, and never again. The second number bounds what the factorizations leave, if that is to be measured.
+        passes, and never again.
         """
-        square, rest = 0.0, 0.0
-        for grams in self:
-            step = margin
+        square, rest, done = 0.0, 0.0, 0
+        for grams in chunks:
+            step = self._margin
+            start = None
+            if not self._eigenvalues:
+                given = None if vectors is None else vectors[done : done + len(grams)]
+                done += len(grams)
+                value, start = _followed(grams, given)
+                self._vectors.append(start)
+                square = max(square, value * (1 + self._margin))
             for _ in range(_MAX_TRIES):
                 if square > 0:
+                    if not square < self._plain:
+                        return self._given_up()
                     shifted = -grams
                     shifted.diagonal(dim1=-2, dim2=-1).add_(square)
                     factors, info = torch.linalg.cholesky_ex(shifted)
                     failed = info != 0
-                    if measured and not bool(failed.all()):
+                    if self._measured and not bool(failed.all()):
                         rest = max(rest, _rest_above(shifted[~failed], factors[~failed]))
                     if not bool(failed.any()):
                         break
                     grams = grams[failed]
+                    start = None if start is None else start[failed]
                     # The same margin once more, and a larger one where the estimate does not grow.
                     square, step = square * (1 + step), 2 * step
-                square = max(square, _estimate(grams, eigenvalues=eigenvalues) * (1 + margin))
-                if not square < plain:
-                    return plain, 0.0
+                square = max(square, self._estimate(grams, start) * (1 + self._margin))
+                start = None  # if that was not enough, then not from there
             else:
-                return plain, 0.0
+                return self._given_up()
         return square, rest
+
+    def _estimate(self, grams: Tensor, start: Tensor | None) -> float:
+        if self._eigenvalues:
+            values, _ = _rayleigh(grams, _FIRST_ITERATIONS, None)
+            return float(torch.linalg.eigvalsh(grams[_leading(values)]).amax())
+        return _followed(grams, start)[0]
+
+    def _given_up(self) -> tuple[float, float]:
+        self._vectors = []
+        return self._plain, 0.0
 
 
 def _rest_above(matrices: Tensor, factors: Tensor) -> float:
@@ -236,22 +246,43 @@ def _rest_above(matrices: Tensor, factors: Tensor) -> float:
 
     Whatever computed L. The product is rounded by `product_gamma` ||L||_F^2 at most, the difference relative to itself.
     """
-    left = (matrices - factors @ factors.mH).to(torch.complex128)
-    rest = norm_above(left, (-2, -1)) * (1 + 2 * gamma(1, factors.dtype))
-    size = norm_above(factors.to(torch.complex128), (-2, -1))
-    return float((rest + product_gamma(factors.shape[-1], factors.dtype) * size.square() * (1 + 2.0**-50)).amax())
+    order = factors.shape[-1]
+    num_blocks = 4 if order >= 64 else 1
+    square = 0.0
+    for block in range(num_blocks):
+        start, end = order * block // num_blocks, order * (block + 1) // num_blocks
+        # The lower half is a third of the multiplications, because L ends at its diagonal; the upper half mirrors it.
+        rest = matrices[:, start:, start:end] - factors[:, start:, :end] @ factors[:, start:end, :end].mH
+        diagonal, below = rest[:, : end - start], rest[:, end - start :]
+        square = square + _length_above(diagonal) ** 2 + 2 * _length_above(below) ** 2
+    # Of what was computed of M, in case its halves do not mirror each other to the last digit.
+    rest = torch.as_tensor(square).sqrt() * (1 + 2.0**-48) + _length_above(matrices - matrices.mH)
+    rest = rest * (1 + 2 * gamma(1, factors.dtype))
+    size = _length_above(factors)
+    return float((rest + product_gamma(order, factors.dtype) * size.square() * (1 + 2.0**-50)).amax())
 
 
-def _estimate(grams: Tensor, *, eigenvalues: bool) -> float:
-    """About the largest eigenvalue of all, and not above it but for rounding."""
-    values, vectors = _rayleigh(grams, _FIRST_ITERATIONS)
-    leading = values.topk(min(_NUM_LEADING, len(values))).indices
-    if eigenvalues:
-        return float(torch.linalg.eigvalsh(grams[leading]).amax())
-    return float(_rayleigh(grams[leading], _MORE_ITERATIONS, vectors[leading])[0].amax())
+def _length_above(matrices: Tensor) -> Tensor:
+    """An upper bound of the Frobenius norm of each of a batch."""
+    # Of real numbers: torch takes the modulus of complex ones by hypot first, which is slow.
+    return norm_above(torch.view_as_real(matrices).double(), (-3, -2, -1))
 
 
-def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _followed(grams: Tensor, start: Tensor | None) -> tuple[float, Tensor]:
+    """About the largest eigenvalue of all, not above it but for rounding; and vectors for the next time."""
+    is_cold = start is None
+    values, vectors = _rayleigh(grams, _FIRST_ITERATIONS if is_cold else _WARM_ITERATIONS, start)
+    leading = _leading(values)
+    more = _MORE_ITERATIONS if is_cold else _MORE_WARM_ITERATIONS
+    values, vectors[leading] = _rayleigh(grams[leading], more, vectors[leading])
+    return float(values.amax()), vectors
+
+
+def _leading(values: Tensor) -> Tensor:
+    return values.topk(min(_NUM_LEADING, len(values))).indices
+
+
+def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rayleigh quotients after power iteration, (batch,), and the vectors, (batch, rows)."""
     # Rows from the left, x G = (conj(G) x^T)^T, are several times faster, and conj(G) has the eigenvalues of G.
     rows = (_start(grams) if vectors is None else vectors)[:, None]

@@ -9,8 +9,11 @@ from typing import Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.drawing import drawn
+from spectralnorm.lipschitz.text import text_above, text_below
 
 __all__ = ["Certificate", "LayerBound"]
+
+_DIGITS = 5  # of a number in the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class LayerBound:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A guaranteed Lipschitz constant, and how it comes about; prints as a table.
+    """A guaranteed Lipschitz constant, and how it comes about; prints as a table, upper bounds rounded up, lower down.
 
     Attributes:
         upper_bound: Lipschitz constant of the network at most, in the 2-norm of flattened samples: rigorous.
@@ -84,7 +87,7 @@ class Certificate:
         sizes = "" if self.input_sizes == "given" else ", convolutions for every image size"
         return "\n".join(
             [
-                f"Lipschitz constant at most {self.upper_bound:.6g}, at least {self.lower_bound:.6g}",
+                f"Lipschitz constant at most {text_above(self.upper_bound)}, at least {text_below(self.lower_bound)}",
                 f"inputs {'x'.join(map(str, self.input_shape))}, {self.mode} mode{sizes}; 2-norm, "
                 "exact arithmetic on the stored weights",
                 "",
@@ -136,13 +139,9 @@ def _cells(layer: LayerBound) -> tuple[str, ...]:
         layer.name,
         layer.op,
         "x".join(map(str, layer.output_shape)) or "1",
-        _number(layer.lower),
-        _number(layer.upper),
-        _number(layer.gap),
-        _number(layer.product),
+        "" if layer.lower is None else text_below(layer.lower, _DIGITS),
+        "" if layer.upper is None else text_above(layer.upper, _DIGITS),
+        "" if layer.gap is None else text_above(layer.gap, _DIGITS),
+        text_above(layer.product, _DIGITS),
         f"one map from {layer.merged_with}" if layer.merged_with else "",
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"

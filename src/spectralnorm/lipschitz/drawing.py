@@ -6,6 +6,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
+from spectralnorm.lipschitz.text import text_above, text_below
+
 if TYPE_CHECKING:
     from spectralnorm.lipschitz.certificate import Certificate, LayerBound
 
@@ -34,7 +36,8 @@ def drawn(certificate: Certificate) -> str:
         _text(
             12,
             24,
-            f"Lipschitz constant at most {certificate.upper_bound:.6g}, at least {certificate.lower_bound:.6g}",
+            f"Lipschitz constant at most {text_above(certificate.upper_bound)}, "
+            f"at least {text_below(certificate.lower_bound)}",
             16,
         ),
         _text(12, 44, f"{certificate.mode} mode, inputs {'x'.join(map(str, certificate.input_shape))}, 2-norm"),
@@ -60,12 +63,19 @@ def _bars(layers: tuple[LayerBound, ...], bottom: int) -> list[str]:
         if layer.upper is None:
             parts.append(_text(_NAMES + 4, y + 11, "joins branches", 10, fill="#777777"))
             continue
-        parts.append(_bar(_NAMES, y, scale * layer.upper, _UPPER, f"{layer.name}: at most {layer.upper:.6g}"))
+        parts.append(_bar(_NAMES, y, scale * layer.upper, _UPPER, f"{layer.name}: at most {text_above(layer.upper)}"))
         if layer.lower is not None:
             parts.append(
-                _bar(_NAMES, y + 4, scale * layer.lower, _LOWER, f"{layer.name}: at least {layer.lower:.6g}", _BAR - 8)
+                _bar(
+                    _NAMES,
+                    y + 4,
+                    scale * layer.lower,
+                    _LOWER,
+                    f"{layer.name}: at least {text_below(layer.lower)}",
+                    _BAR - 8,
+                )
             )
-        parts.append(_text(_NAMES + scale * layer.upper + 4, y + 11, f"{layer.upper:.3g}", 10))
+        parts.append(_text(_NAMES + scale * layer.upper + 4, y + 11, text_above(layer.upper, 3), 10))
     return parts
 
 
@@ -88,7 +98,7 @@ def _products(layers: tuple[LayerBound, ...], left: int, bottom: int) -> list[st
     parts.append(f'<polyline points="{path}" fill="none" stroke="{_PRODUCT}" stroke-width="1.5"/>')
     parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_PRODUCT}"/>' for x, y in points[1:]]
     if values:
-        parts.append(_text(points[-1][0] + 7, points[-1][1] + 4, f"{values[-1]:.4g}", 10))
+        parts.append(_text(points[-1][0] + 7, points[-1][1] + 4, text_above(values[-1], 4), 10))
     return parts
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "map_structure"]
+__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "map_structure", "needed", "with_maxima"]
 
 # What a tensor without values answers.
 METADATA = frozenset(
@@ -20,6 +20,9 @@ METADATA = frozenset(
 )
 # What takes from a tensor its shape alone, and what it fills it with.
 FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
+
+# Whether a comparison asks that its first argument be the larger one.
+_IS_LARGER = {"ge": True, "gt": True, "le": False, "lt": False}
 
 _OPERATORS = {
     "__radd__": "add",
@@ -74,12 +77,45 @@ class Graph:
         outputs: what `forward` returned, those that depend on the input.
         batch_size: it was recorded with; a first dimension is a multiple of it.
         device: where the constants are.
+        dtype: of the model's first floating tensor.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
     batch_size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32
+
+
+def with_maxima(graph: Graph) -> Graph:
+    """Where ``where(a >= b, a, b)`` and its like are written, the maximum or minimum that they are.
+
+    It changes the nodes. At a tie both values are the same, so it does not matter which of them is taken.
+    """
+    for node in graph.nodes:
+        if node.op != "where" or node.kwargs or len(node.args) != 3 or len(node.inputs) != 3:
+            continue
+        # As a method the condition comes second.
+        choice, chosen, other = (
+            node.args if node.args[0].op in _IS_LARGER else (node.args[1], node.args[0], node.args[2])
+        )
+        if choice.op not in _IS_LARGER or choice.kwargs or len(choice.inputs) != 2:
+            continue
+        compared = choice.inputs
+        if {*compared} == {chosen, other} and len({*compared}) == 2 and chosen.shape == other.shape == node.shape:
+            is_maximum = _IS_LARGER[choice.op] == (compared[0] is chosen)
+            node.op, node.function = ("maximum", torch.maximum) if is_maximum else ("minimum", torch.minimum)
+            node.args = (chosen, other)
+    return replace(graph, nodes=needed(graph.nodes, graph.outputs))
+
+
+def needed(nodes: Sequence[Node], outputs: Sequence[Node]) -> tuple[Node, ...]:
+    """Those that the outputs depend on, and the first."""
+    kept = {*outputs, nodes[0]}
+    for node in reversed(nodes):
+        if node in kept:
+            kept.update(node.inputs)
+    return tuple(node for node in nodes if node in kept)
 
 
 def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
 from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, matrix_bound
+from spectralnorm.lipschitz.composition import compose_convolutions
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
 
 __all__ = ["ConvolutionMap", "DenseMap", "ScaleMap"]
@@ -20,6 +22,7 @@ __all__ = ["ConvolutionMap", "DenseMap", "ScaleMap"]
 # Multiplications that a merged matrix may cost; above, the two norms are multiplied instead.
 _MAX_PRODUCT = 2e10
 _MAX_ENTRIES = 2**26
+_MAX_IMAGE = 2**17  # entries of an image that a lower bound is searched on
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,7 @@ class ConvolutionMap:
         input_size: along each spatial axis; None stands for every size.
         error: the norm of the convolution with what the weight is off by, at most.
         read_size: the size that the error was computed for.
+        known_bound: of its norm, where there is no need to look for one.
     """
 
     weight: Tensor
@@ -138,6 +142,7 @@ class ConvolutionMap:
     input_size: tuple[int, ...] | None
     read_size: tuple[int, ...]
     error: float = 0.0
+    known_bound: float | None = None
 
     def bound(self) -> float:
         """Of its norm."""
@@ -145,14 +150,33 @@ class ConvolutionMap:
 
     @cached_property
     def _bound(self) -> float:
-        return add_up(convolution_bound(self.weight, self.geometry, self.input_size), self.error)
+        if self.known_bound is not None:
+            return self.known_bound
+        return add_up(convolution_bound(*self._different_groups(), self.input_size), self.error)
 
     def lower_bound(self) -> float:
         """Of its norm at the size it was met with, from below."""
-        return max(0.0, convolution_lower_bound(self.weight, self.geometry, self.read_size) - self.error)
+        weight, geometry = self._different_groups()
+        size = list(self.read_size)
+        # A smaller image, at the start of a larger one that is zero elsewhere, gives a part of its outputs: a smaller
+        # norm, and by less than a percent.
+        while geometry.padding_mode == "zeros" and geometry.channels(weight)[0] * math.prod(size) > _MAX_IMAGE:
+            smaller = [-(-n // 2) for n in size]
+            if min(n / s for n, s in zip(smaller, geometry.extent, strict=True)) < 8:
+                break
+            size = smaller
+        return max(0.0, convolution_lower_bound(weight, geometry, size) - self.error)
+
+    def _different_groups(self) -> tuple[Tensor, ConvolutionGeometry]:
+        """The norm is the largest of the groups', so groups that are alike (a blur of every channel) count once."""
+        groups = self.weight.unflatten(0, (self.geometry.groups, -1))
+        different = torch.unique(groups, dim=0) if len(groups) > 1 else groups
+        return different.flatten(0, 1), replace(self.geometry, groups=len(different))
 
     def after(self, first: Any) -> Any:
         """This after ``first``, as one map; None where that has no explicit form."""
+        if isinstance(first, ConvolutionMap):
+            return self._after_convolution(first)
         if not isinstance(first, ScaleMap) or first.scale.ndim != 1:
             return None
         groups = self.geometry.groups
@@ -164,9 +188,38 @@ class ConvolutionMap:
             scaled = (grouped * scale).flatten(0, 1)
         return self.scaled(scaled, first.relative + gamma(1), first.bound())
 
+    def _after_convolution(self, first: ConvolutionMap) -> ConvolutionMap | None:
+        if self.geometry.num_axes != first.geometry.num_axes:
+            return None
+        found = compose_convolutions(self.weight, self.geometry, first.weight, first.geometry)
+        if found is None:
+            return None
+        patches = max_patches_per_pixel(found.geometry, first.read_size)
+        own = mul_up(root_up(float(patches)), found.error)
+        # (B + F)(A + E) - B A = F (A + E) + B E
+        crossed = add_up(mul_up(self.error, first.bound()), mul_up(self.bound(), first.error))
+        together = ConvolutionMap(found.weight, found.geometry, first.input_size, first.read_size, add_up(own, crossed))
+        # One filter for all channels and a matrix for all pixels do not meet: the norm is their norms' product.
+        if (self._is_pointwise and first._is_one_filter) or (self._is_one_filter and first._is_pointwise):
+            return replace(together, known_bound=mul_up(self.bound(), first.bound()))
+        return together
+
+    @property
+    def _is_pointwise(self) -> bool:
+        return math.prod(self.geometry.kernel_size) == 1
+
+    @property
+    def _is_one_filter(self) -> bool:
+        return self.weight.shape[1] == 1 and len(self.weight) == self.geometry.groups and self._num_different == 1
+
+    @cached_property
+    def _num_different(self) -> int:
+        return self._different_groups()[1].groups
+
     def scaled(self, weight: Tensor, relative: float, growth: float) -> ConvolutionMap:
         """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""
         # |conv| <= sqrt(patches per pixel) ||weight||_F, also of the difference.
         patches = max_patches_per_pixel(self.geometry, self.read_size)
         own = mul_up(1.01 * relative, root_up(float(patches)), frobenius(weight))
-        return replace(self, weight=weight, error=add_up(own, mul_up(self.error, growth)))
+        error = add_up(own, mul_up(self.error, growth))
+        return replace(self, weight=weight, error=error, known_bound=None)

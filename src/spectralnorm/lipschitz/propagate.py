@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz import rules as _rules  # noqa: F401  registers them
-from spectralnorm.lipschitz.graph import Graph, Node
+from spectralnorm.lipschitz.graph import Graph, Node, map_structure
+from spectralnorm.lipschitz.parts import Part, after, joint_bound
 from spectralnorm.lipschitz.registry import Call, Path, Step, Value, rule_of
-from spectralnorm.lipschitz.upward import mul_up, root_of_sum_up
+from spectralnorm.lipschitz.rules.shapes import part_along
+from spectralnorm.lipschitz.upward import mul_up
 
 __all__ = ["Bounded", "propagate"]
 
@@ -47,7 +51,7 @@ def propagate(graph: Graph, *, mode: str, sizes: str) -> tuple[float, list[Bound
                     f"certify refuses {node.name!r}: the positions that it gives jump, so no Lipschitz constant holds; "
                     "use the values alone."
                 )
-            values[node] = Value(values[node.inputs[0]].bound, Path(node, None))
+            values[node] = Value(values[node.inputs[0]].bound, Path(node, None), _part_of_split(node, values, graph))
             _check_batch(graph, node)
             continue
         bounded = _bounded(Call(node, values, graph, mode, sizes))
@@ -55,7 +59,38 @@ def propagate(graph: Graph, *, mode: str, sizes: str) -> tuple[float, list[Bound
         if not isinstance(node.shape[0] if node.shape else 0, tuple):
             _check_batch(graph, node)
         found.append(bounded)
-    return root_of_sum_up(values[node].bound for node in dict.fromkeys(graph.outputs)), found
+    return joint_bound(list(dict.fromkeys(graph.outputs)), values), found
+
+
+def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part | None:
+    """Which entries one of several results has, where these are pieces of the input."""
+    parent, position = node.args
+    if parent.op == "sort":
+        return values[parent].part if position == 0 else None
+    if parent.op not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind"):
+        return None
+    call = Call(parent, values, graph)
+    given = call.bind("input, dim=0" if parent.op == "unbind" else "input, sections, dim=0")
+    (dim,) = call.dims(given.dim, len(call.input_shape))
+    sizes = [1 if parent.op == "unbind" else shape[dim] for shape in parent.shape]
+    start = sum(sizes[:position])
+    return part_along(call, dim, range(start, start + sizes[position]))
+
+
+def _check_constants(node: Node) -> None:
+    """Nothing can be proved of a function whose values are not numbers."""
+
+    def check(tensor: Tensor) -> None:
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"certify refuses {node.op} at {node.name!r}: its weight, bias, statistic or another constant has "
+                "entries that are not finite; load weights that are."
+            )
+
+    map_structure((node.args, node.kwargs), Tensor, check)
+    if node.module is not None:
+        for tensor in (*node.module.parameters(), *node.module.buffers()):
+            check(tensor)
 
 
 def _check_batch(graph: Graph, node: Node) -> None:
@@ -74,6 +109,7 @@ def _bounded(call: Call) -> Bounded:
             f"certify has no rule for {node.op} at {node.name!r}; if its Lipschitz constant is known, tell it with "
             "register_rule."
         )
+    _check_constants(node)
     step = rule(call)
     if not isinstance(step, Step):
         step = Step(_checked(step, node))
@@ -93,7 +129,14 @@ def _bounded(call: Call) -> Bounded:
         through = mul_up(call.values[path.source].bound, path.map.bound())
         if through < bound:
             bound, merged_with = through, path.source
-    return Bounded(node, step, Value(bound, path or Path(node, None)), merged_with)
+    if not math.isfinite(bound):
+        raise UserError(
+            f"certify refuses {node.op} at {node.name!r}: the bound up to there is beyond the range of float64; scale "
+            "the weights down."
+        )
+    # Of a piece of a piece, the piece.
+    part = step.part or after(call.inputs, call.values, step.factor)
+    return Bounded(node, step, Value(bound, path or Path(node, None), part), merged_with)
 
 
 def _followed(call: Call, step: Step) -> Path:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.graph import Graph, Node, canonical
-from spectralnorm.lipschitz.upward import root_of_sum_up
+from spectralnorm.lipschitz.parts import Part, joint_bound
 
-__all__ = ["Call", "Path", "Step", "Value", "module_rule_of", "register_rule", "rule", "rule_of"]
+__all__ = ["Call", "Part", "Path", "Step", "Value", "module_rule_of", "register_rule", "rule", "rule_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,12 @@ class Value:
     Attributes:
         bound: Lipschitz constant of the map from the input to it, at most.
         path: an explicit map to it, if there is one.
+        part: of which part of another value it is made alone.
     """
 
     bound: float
     path: Path | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Step:
         bound: of the result, where the rule does more than to multiply with the factor.
         map: the operation as an explicit linear map of its one input, or of the source of ``path`` if that is given.
         path: of the result, where it does not follow from ``map``.
+        part: that the result is such a part of the one input.
         is_linear: up to a constant; its norm then has a lower bound too.
         is_hidden: nothing that deserves a line of the table.
     """
@@ -64,6 +67,7 @@ class Step:
     bound: float | None = None
     map: Any = None
     path: Path | None = None
+    part: Part | None = None
     is_linear: bool = False
     is_hidden: bool = False
 
@@ -115,7 +119,7 @@ class Call:
     @property
     def input_bound(self) -> float:
         """Lipschitz constant of all arguments together."""
-        return root_of_sum_up(self.values[node].bound for node in self.inputs)
+        return joint_bound(self.inputs, self.values)
 
     def bind(self, signature: str) -> SimpleNamespace:
         """Arguments by name.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure
+from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure, with_maxima
 
 __all__ = ["trace"]
 
@@ -207,8 +207,11 @@ class _Tracer:
             try:
                 if pristine is None or not found:
                     return forward(*args, **kwargs)
-                on_meta = copy.deepcopy(pristine).to("meta")
-                outcome = _on_meta(on_meta, args, kwargs)
+                try:
+                    outcome = _on_meta(copy.deepcopy(pristine).to("meta"), args, kwargs)
+                except Exception:
+                    # It computes something of its weights that needs their values; of its input it gets zeros.
+                    outcome = _on_zeros(pristine, args, kwargs, self.device)
                 return self._remember(type(module).__name__, pristine, args, kwargs, outcome, pristine)
             finally:
                 self._stack.pop()
@@ -239,6 +242,17 @@ def _on_meta(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return func(*args, **kwargs)
 
 
+@torch.no_grad()
+def _on_zeros(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+
+        def zeros(tensor: Tensor) -> Tensor:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor
+
+        args, kwargs = map_structure((args, kwargs), Tensor, zeros)
+        return map_structure(module(*args, **kwargs), Tensor, lambda tensor: tensor.to("meta"))
+
+
 def trace(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -246,6 +260,7 @@ def trace(
     mode: str,
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
+    batch_sizes: Sequence[int] = _BATCH_SIZES,
 ) -> Graph:
     """Run a copy of ``model`` without values and record what it does.
 
@@ -255,13 +270,14 @@ def trace(
         mode: ``"eval"`` or ``"train"``; parametrizations keep still in both.
         num_classes: labels ``0 ... num_classes - 1`` are its second argument; None: it takes the input alone.
         is_whole: whether a module is one node, because there is a rule for its class.
+        batch_sizes: to try, each for every class.
 
     Raises:
         UserError: something cannot be recorded; the message says where and why.
     """
     refused: Exception | None = None
     ambiguous = ""
-    for base in _BATCH_SIZES:
+    for base in batch_sizes:
         batch_size = base * (num_classes or 1)
         try:
             graph = _trace_once(model, input_shape, batch_size, mode, num_classes, is_whole)
@@ -311,7 +327,7 @@ def _trace_once(
     if tracer.ambiguous is not None:
         return tracer.ambiguous
     _refuse_escaped(result)
-    return Graph(_needed(tracer.nodes, outputs), tuple(outputs), batch_size, device)
+    return with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device, dtype))
 
 
 def _copied(model: nn.Module, mode: str) -> nn.Module:
@@ -360,11 +376,3 @@ def _refuse_escaped(result: Any) -> None:
             raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
 
     map_structure(result, Tensor, check)
-
-
-def _needed(nodes: list[Node], outputs: list[Node]) -> tuple[Node, ...]:
-    needed = {*outputs, nodes[0]}
-    for node in reversed(nodes):
-        if node in needed:
-            needed.update(node.inputs)
-    return tuple(node for node in nodes if node in needed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
-from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
@@ -175,7 +175,7 @@ def keep_triplets(
     promise = None
     if normalization.strict:
         leading = shorter_vectors(triplets[0].u, triplets[0].v)
-        upper = normalization.upper_bound(weight, leading) if upper is None else upper
+        upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
         promise = _promise_of(normalization, weight, upper, leading)
         divisor = promise.divisor
     quotient = _quotient(
@@ -229,14 +229,14 @@ def _promises_of(members: Sequence[Member], together: _Together, matrices: Seque
         leading = shorter_vectors(found.u, found.v).unflatten(0, (-1, batch.blocks))
         uppers: Tensor | None = None
         if any(members[place].normalization.geometry is None for place in strict):
-            uppers = gram_upper_bound(of_batch, vector=leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
+            uppers = tried_upper_bound(of_batch, leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
         for slot, place in enumerate(batch.places):
             normalization, weight, _ = members[place]
             if normalization.strict:
                 if uppers is not None and normalization.geometry is None:
                     upper = uppers[slot]
                 else:
-                    upper = normalization.upper_bound(weight, leading[slot])
+                    upper = normalization.upper_bound(weight, leading[slot], is_followed=True)
                 promises[place] = _promise_of(normalization, weight, upper, leading[slot])
     return promises
 

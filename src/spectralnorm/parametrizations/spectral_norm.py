@@ -26,7 +26,8 @@ from spectralnorm.linalg import (
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.leading_of_map import LeadingImages
-from spectralnorm.linalg.symbol import convolution_upper_bound
+from spectralnorm.linalg.symbol import followed_convolution_bound
+from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
@@ -126,6 +127,8 @@ class SpectralNorm(nn.Module):
         self._gain = 1.0
         self.learned_size: tuple[int, ...] | None = None
         self.leading_images: LeadingImages | None = None
+        # Of a strict convolution, from where the next bound of its symbol starts.
+        self.symbol_vectors: Tensor | None = None
         if self.geometry is not None:
             if weight.is_complex():
                 raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
@@ -304,23 +307,32 @@ class SpectralNorm(nn.Module):
             return upper
         return self.upper_bound(whole(weight))
 
-    def upper_bound(self, weight: Tensor, leading: Tensor | None = None) -> Tensor:
+    def upper_bound(self, weight: Tensor, leading: Tensor | None = None, *, is_followed: bool = False) -> Tensor:
         """As `sigma_upper`, computed now for any tensor of the weight's shape.
 
         Args:
             weight: real or complex.
             leading: vectors of the shorter side of each block near to the leading singular ones, in the order of
-                `MatrixView.memory_blocks`; they only tighten.
+                `MatrixView.memory_blocks`; they say what is worth a try, and tighten.
+            is_followed: whether the next bound will be of nearly this weight, and may start from this one.
         """
         if self.geometry is not None and self._gain > 1 and is_eager(weight):
-            return convolution_upper_bound(weight.detach(), self.geometry, self.input_size)
+            upper, vectors = followed_convolution_bound(
+                weight.detach(), self.geometry, self.input_size, self.symbol_vectors
+            )
+            if is_followed:
+                self.symbol_vectors = vectors
+            return upper
+        if self.geometry is not None:
+            # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel; a transposed
+            # one is the adjoint of that. That is looser than its symbol, but has no branch on values, which what is
+            # compiled or transformed cannot have.
+            kernel = weight.detach().unflatten(0, (self.geometry.groups, -1)).flatten(2)
+            if leading is None or self.geometry.transposed:  # whose vectors are of the kernel with outputs first
+                return gram_upper_bound(kernel).amax() * self._gain
         if leading is None:
-            blocks = self.weight_matrix(weight.detach())
-        else:
-            blocks = self.view.memory_blocks(weight.detach())
-        # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel. That is looser
-        # than its symbol, but has no branch on values, which what is compiled or transformed cannot have.
-        return gram_upper_bound(blocks, vector=leading).amax() * self._gain
+            return gram_upper_bound(self.weight_matrix(weight.detach())).amax()
+        return tried_upper_bound(self.view.memory_blocks(weight.detach()), leading).amax() * self._gain
 
     def target(self, dtype: torch.dtype) -> Target:
         """What a strict value has to be whose entries are rounded to ``dtype``."""
@@ -435,6 +447,8 @@ class SpectralNorm(nn.Module):
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if weight.is_meta and (self.strict or self.follows_map):
+            return weight * 1  # there are no values to bound
         if self.strict and not self._can_keep(weight):
             return self._unkept_strict(weight)
         if self._is_vector:

@@ -40,6 +40,8 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
         state |= {f"{number}.{name}": part for name, part in parts.items()}
     if kept.quotient.upper is not None:
         state |= {"upper": kept.quotient.upper, "upper_of": _checksums(weight)}
+        if normalization.symbol_vectors is not None:
+            state["symbol_vectors"] = normalization.symbol_vectors
     images = normalization.leading_images
     if normalization.follows_map and images is not None:
         state |= {f"map.{name}": part for name, part in images._asdict().items()}
@@ -70,6 +72,8 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
         leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
+        vectors = state.get("symbol_vectors")
+        normalization.symbol_vectors = None if vectors is None else vectors.to(weight.device, copy=True)
         upper = _same_bound(normalization, weight, leading, state)
         found_map = None
         if normalization.follows_map and "map.images" in state:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 
 from spectralnorm.report.text import number_text
 
 __all__ = ["Guarantee", "LayerBar", "guarantee"]
+
+_DIGITS = 4  # that `number_text` shows
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def guarantee(certificate: Mapping[str, Any]) -> Guarantee:
     longest = max((float(layer["upper"]) for layer in layers if layer["upper"] is not None), default=0.0)
     return Guarantee(
         upper=number_text(_up(float(certificate["upper_bound"]))),
-        lower=number_text(float(certificate["lower_bound"])),
+        lower=number_text(_down(float(certificate["lower_bound"]))),
         layers=[_bar(layer, longest) for layer in layers],
         weights=str(certificate["weights_sha256"])[:12],
         seconds=number_text(float(certificate["seconds"]), 3),
@@ -59,7 +61,7 @@ def _bar(layer: Mapping[str, Any], longest: float) -> LayerBar:
     return LayerBar(
         name=str(layer["name"]),
         operation=str(layer["op"]),
-        lower="" if lower is None else number_text(lower),
+        lower="" if lower is None else number_text(_down(lower)),
         upper="" if upper is None else number_text(_up(upper)),
         product=number_text(_up(float(layer["product"]))),
         lower_percent=100 * lower / longest if lower is not None and longest else 0.0,
@@ -69,7 +71,14 @@ def _bar(layer: Mapping[str, Any], longest: float) -> LayerBar:
 
 def _up(number: float) -> float:
     """Rounded up to the digits that are shown: a bound must not lose what proves it to the printer."""
-    if number == 0 or not math.isfinite(number):
-        return number
-    scale = 10.0 ** (3 - math.floor(math.log10(abs(number))))
-    return math.ceil(number * scale * (1 - 1e-15)) / scale
+    return _rounded(number, ROUND_CEILING)
+
+
+def _down(number: float) -> float:
+    """Rounded down to them, as a lower bound is."""
+    return _rounded(number, ROUND_FLOOR)
+
+
+def _rounded(number: float, rounding: str) -> float:
+    # A float is a decimal number exactly, and one of so few digits is printed as it is.
+    return float(Context(prec=_DIGITS, rounding=rounding).create_decimal_from_float(number))

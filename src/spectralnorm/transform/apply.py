@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
 from torch import nn
@@ -15,6 +15,7 @@ from spectralnorm.parametrizations.image_size import geometry_of
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
 from spectralnorm.parametrizations.options import Options, refuse_unknown
 from spectralnorm.parametrizations.registration import register, unregister
+from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
@@ -28,6 +29,7 @@ def add_spectral_norm(
     *,
     include: Pattern | None = None,
     exclude: Pattern | None = None,
+    input_shape: Sequence[int] | None = None,
     **options: Unpack[Options[float | Mapping[str, float]]],
 ) -> M:
     """Normalize every weight of a model that makes sense, in place.
@@ -46,6 +48,10 @@ def add_spectral_norm(
             (``"*.weight_hh_l*"``), or ``predicate(name, layer)``. A glob that ends with the very name of a tensor
             (``"*.my_matrix"``) adds it, whatever the layer; a vector needs its whole name.
         exclude: not these; given as ``include``.
+        input_shape: of one sample, (channels, height, width), with ``strict`` or ``norm="operator"``. Each convolution
+            gets the ``input_size`` that it meets in a forward of such a sample, which is run once, without values. Its
+            bound is tighter then and takes a fraction of the time, and images of another size are refused. A
+            convolution that this forward does not use is left without.
         options: ``n_power_iterations``, ``eps``, ``norm``, ``mode``, ``coefficient``, ``strict``, ``input_size`` and
             ``update`` as for `spectralnorm.SpectralNorm`. ``coefficient`` may also map globs to values: a weight gets
             that of the first glob that fits its layer's name or its own. Where none fits, a new normalization gets 1
@@ -56,8 +62,8 @@ def add_spectral_norm(
 
     Raises:
         UserError: an option has a value that is not offered or cannot be changed in place, a glob of ``include`` or
-            ``coefficient`` matches nothing, or layers share a weight that they read as different matrices. Nothing has
-            been changed then.
+            ``coefficient`` matches nothing, layers share a weight that they read as different matrices, or the model
+            cannot be run on one tensor of ``input_shape`` without values. Nothing has been changed then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1))
     >>> model = add_spectral_norm(model, coefficient={"0": 2.0, "*": 1.0})
@@ -70,7 +76,8 @@ def add_spectral_norm(
     refuse_unknown("add_spectral_norm", options)
     chosen = select(model, include, exclude)
     by_weight = _existing(model)
-    wanted = _options_of_each(options, chosen)
+    sizes = {} if input_shape is None else _sizes_of_each(model, chosen, input_shape, options)
+    wanted = _options_of_each(options, chosen, sizes)
     _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
     for candidate in chosen:
         changes = wanted[id(candidate.weight)]
@@ -104,8 +111,24 @@ def _existing(model: nn.Module) -> dict[int, SpectralNorm | PendingNorm]:
     return found
 
 
+def _sizes_of_each(
+    model: nn.Module,
+    chosen: list[Candidate],
+    input_shape: Sequence[int],
+    options: Options[float | Mapping[str, float]],
+) -> dict[int, tuple[int, ...]]:
+    """The ``input_size`` of each convolution, by the id of its weight."""
+    if not options.get("strict") and options.get("norm") != "operator":
+        raise UserError('input_shape is for strict=True and norm="operator", whose norms depend on it; leave it out.')
+    if options.get("input_size") is not None:
+        raise UserError(
+            "input_size is for all convolutions alike, and input_shape tells each its own; give one of them."
+        )
+    return input_sizes(model, chosen, input_shape)
+
+
 def _options_of_each(
-    options: Options[float | Mapping[str, float]], chosen: list[Candidate]
+    options: Options[float | Mapping[str, float]], chosen: list[Candidate], sizes: Mapping[int, tuple[int, ...]]
 ) -> dict[int, Options[float]]:
     """The options that are given for each weight, by its id."""
     shared: Any = dict(options)
@@ -122,6 +145,8 @@ def _options_of_each(
     for candidate in chosen:
         fitting = (value for glob, value in by_glob.items() if names(glob, candidate))
         own: Any = {**shared, **dict(zip(("coefficient",), fitting, strict=False))}
+        if id(candidate.weight) in sizes:
+            own["input_size"] = sizes[id(candidate.weight)]
         if found.setdefault(id(candidate.weight), own) != own:
             raise UserError(f"{candidate.label} shares its weight with a layer for which coefficient is another.")
     return found

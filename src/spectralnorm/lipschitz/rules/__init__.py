@@ -1,5 +1,14 @@
 """One rule per operation; importing this package registers them all."""
 
-from spectralnorm.lipschitz.rules import activations, arithmetic, layers, pooling, refused, shapes
+from spectralnorm.lipschitz.rules import (
+    activations,
+    arithmetic,
+    einsum,
+    layers,
+    pooling,
+    refused,
+    residual,
+    shapes,
+)
 
-__all__ = ["activations", "arithmetic", "layers", "pooling", "refused", "shapes"]
+__all__ = ["activations", "arithmetic", "einsum", "layers", "pooling", "refused", "residual", "shapes"]

@@ -43,6 +43,9 @@ def _add(call: Call) -> Step:
 
 def combination(call: Call, terms: list[tuple[Any, float]]) -> Step:
     """A sum of values and constants with factors."""
+    for term, factor in terms:
+        if not math.isfinite(factor) or (isinstance(term, int | float) and not math.isfinite(term)):
+            call.refuse("it adds a number that is not finite", "leave it out")
     nodes = [(term, factor) for term, factor in terms if isinstance(term, Node)]
     if len(nodes) == 1:
         node, factor = nodes[0]

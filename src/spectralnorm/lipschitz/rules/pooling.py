@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.rounding import gamma
 from spectralnorm.lipschitz.bounds import frobenius, matrix_bound
+from spectralnorm.lipschitz.maps import ConvolutionMap
 from spectralnorm.lipschitz.registry import Call, Step, rule
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
 
@@ -100,7 +102,37 @@ def _average_pool(call: Call) -> Step:
         factor = mul_up(factor, _averaging_norm(size, list(zip(starts, ends, strict=True)), divisors))
     if given.divisor_override:
         factor = math.nextafter(mul_up(factor, math.nextafter(1 / given.divisor_override, math.inf)), math.inf)
-    return Step(factor, is_linear=True)
+    padding = _each(given.padding, axes)
+    is_plain = (given.count_include_pad or not any(padding)) and not given.ceil_mode
+    entry = 1 / (given.divisor_override or math.prod(kernel))
+    stride = _each(given.stride or kernel, axes)
+    as_filter = _filter(call, entry, kernel=kernel, stride=stride, padding=padding)
+    return Step(factor, map=as_filter if is_plain else None, is_linear=True)
+
+
+def _filter(
+    call: Call,
+    entry: float,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | None = None,
+    transposed: bool = False,
+) -> ConvolutionMap:
+    """The same convolution of every channel, all taps alike."""
+    axes, channels, size = len(kernel), call.input_shape[1], tuple(call.input_shape[2:])
+    geometry = ConvolutionGeometry(
+        kernel_size=kernel,
+        stride=stride,
+        dilation=(1,) * axes,
+        padding=tuple((each, each) for each in padding or (0,) * axes),
+        groups=channels,
+        transposed=transposed,
+        output_padding=(0,) * axes if transposed else (),
+    )
+    weight = torch.full((channels, 1, *kernel), entry, dtype=torch.float64, device=call.graph.device)
+    found = ConvolutionMap(weight, geometry, size if call.sizes == "given" else None, size)
+    return found if entry == 1 else found.scaled(weight, gamma(2), 1.0)
 
 
 @rule(*(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)))
@@ -131,7 +163,7 @@ def _interpolate(call: Call) -> Step:
         )
     if given.mode == "area":
         return Step(_adaptive_average_norm(axes), is_linear=True)
-    factor = 1.0
+    factor, copies = 1.0, ()
     for axis, (size, out) in enumerate(axes):
         options: dict[str, Any] = {"mode": given.mode}
         if given.scale_factor is None:
@@ -142,10 +174,17 @@ def _interpolate(call: Call) -> Step:
         if given.mode.startswith("nearest"):
             read = F.interpolate(torch.arange(size, dtype=torch.float64)[None, None], **options)[0, 0].long()
             factor = mul_up(factor, root_up(_largest_count(size, read)))
+            # Whole numbers of copies: a transposed convolution with a kernel of ones.
+            if out % size or not torch.equal(read, torch.arange(out) // (out // size)):
+                copies = None
+            elif copies is not None:
+                copies = (*copies, out // size)
             continue
+        copies = None
         options |= {"mode": "linear", "align_corners": given.align_corners}
         matrix = F.interpolate(torch.eye(size, dtype=torch.float64)[None], **options)[0]
         # Two weights in each column, off by a few roundings of a coordinate below the size.
         error = mul_up(gamma(16 * max(size, out)), root_up(2.0 * out))
         factor = mul_up(factor, add_up(matrix_bound(matrix), error))
-    return Step(factor, is_linear=True, is_hidden=factor == 1)
+    as_filter = _filter(call, 1.0, kernel=copies, stride=copies, transposed=True) if copies else None
+    return Step(factor, map=as_filter, is_linear=True, is_hidden=factor == 1)

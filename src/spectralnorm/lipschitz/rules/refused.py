@@ -34,7 +34,7 @@ _REASONS = {
         ("lstm", "gru", "lstm_cell", "gru_cell"), (_GATE, "use a plain recurrence of linear layers and activations")
     ),
     **dict.fromkeys(
-        ("glu", "bilinear", "einsum", "dot", "outer", "prod", "cumprod"),
+        ("glu", "bilinear", "dot", "outer", "prod", "cumprod"),
         (_GATE, "use a linear layer and an activation"),
     ),
     **dict.fromkeys(("addcmul", "addcdiv", "cosine_similarity"), (_GATE, "multiply by constants")),

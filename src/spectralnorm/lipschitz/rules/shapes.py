@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.lipschitz.graph import Node
-from spectralnorm.lipschitz.maps import DenseMap
+from spectralnorm.lipschitz.maps import ConvolutionMap, DenseMap
+from spectralnorm.lipschitz.parts import Part
 from spectralnorm.lipschitz.registry import Call, Path, Step, rule
 from spectralnorm.lipschitz.upward import mul_up, root_of_sum_up, root_up
 
-__all__ = ["as_is", "padding_sources"]
+__all__ = ["as_is", "padding_sources", "part_along", "part_by_index"]
 
 
 def as_is(call: Call) -> Step:
@@ -58,20 +61,71 @@ def _moved(call: Call) -> Step:
 def _part(call: Call) -> Step:
     op, ndim = call.node.op, len(call.input_shape)
     if op == "getitem":
-        _check_index(call, call.bind("input, index").index)
+        index = call.bind("input, index").index
+        _check_index(call, index)
+        return Step(1.0, map=_strided(call, index), part=part_by_index(call, index), is_linear=True, is_hidden=True)
     else:
         signatures = {
             "narrow": "input, dim, start, length",
             "select": "input, dim, index",
             "unbind": "input, dim=0",
         }
-        call.dims(call.bind(signatures.get(op, "input, sections, dim=0")).dim, ndim)
+        given = call.bind(signatures.get(op, "input, sections, dim=0"))
+        (dim,) = call.dims(given.dim, ndim)
+        if op in ("narrow", "select"):
+            start = given.start if op == "narrow" else given.index
+            if isinstance(start, int):
+                start %= call.input_shape[dim]
+                length = given.length if op == "narrow" else 1
+                return Step(
+                    1.0, part=part_along(call, dim, range(start, start + length)), is_linear=True, is_hidden=True
+                )
     return Step(1.0, is_linear=True, is_hidden=True)
+
+
+def part_along(call: Call, dim: int, entries: range) -> Part:
+    """Those entries along one dimension."""
+    box = tuple(entries if axis == dim else range(size) for axis, size in enumerate(call.input_shape))
+    return Part(call.input, (box,))
+
+
+def part_by_index(call: Call, index: Any) -> Part | None:
+    """What an index of whole numbers and slices picks."""
+    parts: list[Any] = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
+    at = next((at for at, part in enumerate(parts) if part is Ellipsis), None)
+    if at is not None:
+        parts[at : at + 1] = [slice(None)] * (len(call.input_shape) - len(parts) + 1)
+    box = [range(size) for size in call.input_shape]
+    for axis, part in enumerate(parts):
+        # range takes whole numbers and slices as a tensor does, from the end too.
+        box[axis] = box[axis][part] if isinstance(part, slice) else box[axis][part : part + 1 or None]
+    return Part(call.input, (tuple(box),))
+
+
+def _strided(call: Call, index: Any) -> ConvolutionMap | None:
+    """Every so manieth pixel from the first: a convolution of every channel with a kernel of one tap."""
+    shape, after = call.input_shape, call.output_shape
+    if not isinstance(index, tuple) or not 3 <= len(shape) <= 5 or len(after) != len(shape):
+        return None
+    part = part_by_index(call, index)
+    if part is None:
+        return None
+    (box,) = part.boxes
+    if any(each.start != 0 for each in box) or box[1] != range(shape[1]):
+        return None
+    stride = tuple(each.step for each in box[2:])
+    kept = tuple(-(-size // step) for size, step in zip(shape[2:], stride, strict=True))
+    if tuple(after[2:]) != kept or all(step == 1 for step in stride):
+        return None
+    axes, size = len(stride), tuple(shape[2:])
+    geometry = ConvolutionGeometry((1,) * axes, stride, (1,) * axes, ((0, 0),) * axes, groups=shape[1])
+    weight = torch.ones(shape[1], 1, *(1,) * axes, dtype=torch.float64, device=call.graph.device)
+    return ConvolutionMap(weight, geometry, size if call.sizes == "given" else None, size)
 
 
 def _check_index(call: Call, index: Any) -> None:
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    if any(not (part is None or part is Ellipsis or isinstance(part, int | slice)) for part in parts):
+    if any(isinstance(part, bool) or not isinstance(part, int | slice | EllipsisType | None) for part in parts):
         call.refuse("it picks entries by a list or tensor", "use slices, or index_select along one dimension")
     ndim = len(call.input_shape)
     consumed = sum(1 for part in parts if part is not None and part is not Ellipsis)
@@ -110,8 +164,7 @@ def _join(call: Call) -> Step:
     call.dims(dim, ndim)
     if call.node.op != "stack" and ndim != max(len(each.shape) for each in given.tensors):
         call.refuse("it joins along the batch")
-    bound = root_of_sum_up(call.values[node].bound for node in call.inputs)
-    return Step(None, bound=bound, path=_joined(call, given.tensors))
+    return Step(None, bound=call.input_bound, path=_joined(call, given.tensors))
 
 
 def _joined(call: Call, parts: Any) -> Path | None:

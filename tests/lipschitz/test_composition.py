@@ -1,0 +1,144 @@
+"""Neighbouring linear maps as one: the same map as the two, and never a bound below the norm of what is computed."""
+
+import itertools
+import random
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from tests.references.upfirdn import explicit_matrix
+from torch import nn
+from torch.testing import assert_close
+
+import spectralnorm as sn
+from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.lipschitz.composition import compose_convolutions
+
+CPU = torch.device("cpu")
+
+
+def _layer(draw: random.Random, channels: int, axes: int, *, last: bool) -> Any:
+    kernel, stride, dilation = draw.choice((1, 2, 3)), draw.choice((1, 1, 2)), draw.choice((1, 1, 2))
+    groups = draw.choice((1, 2, channels))
+    kinds = (nn.Conv1d, nn.Conv2d) if draw.random() < 0.5 else (nn.ConvTranspose1d, nn.ConvTranspose2d)
+    padding = draw.choice((0, 0, 1, 2)) if draw.random() < 0.5 else 0
+    options: dict = {"stride": stride, "dilation": dilation, "groups": groups}
+    if kinds[0] is nn.Conv1d:
+        options["padding_mode"] = draw.choice(("zeros", "zeros", "circular", "reflect"))
+    elif stride == 2:
+        options["output_padding"] = draw.choice((0, 1))
+    out = channels if groups == channels else draw.choice((2, 4)) * (1 if last else channels // 2)
+    return kinds[axes - 1](channels, max(out, groups), kernel, padding=padding, **options)
+
+
+def test_composition_is_the_same_map_and_is_refused_where_the_border_would_count():
+    draw, composed, kinds = random.Random(0), 0, set()
+    torch.manual_seed(0)
+    for _ in range(400):
+        axes = draw.choice((1, 1, 2))
+        first = _layer(draw, draw.choice((2, 4)), axes, last=False).double()
+        second = _layer(draw, first.out_channels, axes, last=True).double()
+        size = (draw.choice((5, 6, 7)),) * axes
+        both = nn.Sequential(first, second)
+        geometries = [ConvolutionGeometry.of(layer) for layer in (first, second)]
+        found = compose_convolutions(second.weight.data, geometries[1], first.weight.data, geometries[0])
+        if found is None:
+            continue
+        for layer in (first, second):
+            nn.init.zeros_(layer.bias)
+        images = torch.randn(3, first.in_channels, *size, dtype=torch.float64)
+        try:
+            expected = both(images)
+        except RuntimeError:
+            continue  # nothing comes out of the first, or its padding is larger than the image
+        assert_close(found.geometry.apply(images, found.weight), expected, rtol=1e-12, atol=1e-12)
+        composed += 1
+        kinds.add((geometries[0].transposed, geometries[1].transposed))
+    assert composed > 80
+    assert kinds == {(False, False), (True, False), (True, True)}
+
+
+def test_two_convolutions_that_pad_are_not_bounded_by_their_composed_kernel():
+    kernels = torch.tensor([[0.8352, -1.3594, 0.6555], [0.2087, 0.5730, 0.7200]])
+    geometry = ConvolutionGeometry((3,), (1,), (1,), ((1, 1),))
+    layers = [nn.Conv1d(1, 1, 3, padding=1) for _ in kernels]
+    for layer, kernel in zip(layers, kernels, strict=True):
+        layer.weight.data = kernel[None, None]
+    both = nn.Sequential(*layers).double()
+
+    # What is cut off between them cancels in the composed filter, whose norm on all of the lattice is this.
+    turned = [torch.fft.fft(layer.weight.data[0, 0], 4096) for layer in layers]
+    composed = (turned[0] * turned[1]).abs().max()
+    norm = torch.linalg.matrix_norm(explicit_matrix(lambda x: both(x) - both(0 * x), (1, 6), CPU), 2)
+    assert norm > 1.06 * composed
+
+    weights = [layer.weight.data for layer in layers]
+    assert compose_convolutions(weights[1], geometry, weights[0], geometry) is None
+    assert norm <= sn.certify(both, (1, 6), ascent_steps=0).upper_bound
+
+
+MERGED = {
+    "convolution and average": nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AvgPool2d(2)),
+    "blur and stride": nn.Sequential(nn.Conv2d(2, 2, 4, padding=2, groups=2), nn.Conv2d(2, 3, 3, stride=2)),
+    "doubling and 3x3": nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(2, 3, 3, padding=1)),
+    "1x1 and 3x3": nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 3, padding=1)),
+    "transposed twice": nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 3, padding=1)),
+    "three in a row": nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 2), nn.AvgPool2d(2)),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("sizes", ["given", "all"])
+def test_neighbours_are_bounded_as_one(name: str, sizes: str):
+    torch.manual_seed(0)
+    model, shape = MERGED[name].double(), (2, 6, 6)
+    norm = torch.linalg.matrix_norm(
+        explicit_matrix(lambda x: model(x) - model(torch.zeros_like(x)), shape, CPU), 2
+    ).item()
+
+    certificate = sn.certify(model, shape, input_sizes=sizes, ascent_steps=0)
+
+    alone = [line.upper for line in certificate.layers if line.upper is not None]
+    assert norm <= certificate.upper_bound <= norm * (1.35 if sizes == "all" else 1.15)
+    product = torch.tensor(alone).prod().item() * (2 if "doubling" in name else 1)
+    assert certificate.upper_bound < product * 0.999
+    assert certificate.layers[-1].merged_with == "input"
+
+
+def test_every_second_pixel_of_a_convolution_is_a_convolution_with_a_stride():
+    class Every(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+        def forward(self, inputs):
+            return self.conv(inputs)[:, :, ::2, ::2]
+
+    model = Every()
+    strided = nn.Conv2d(2, 3, 3, padding=1, stride=2)
+    strided.load_state_dict(model.conv.state_dict())
+
+    found, expected = (sn.certify(each, (2, 7, 7), ascent_steps=0).upper_bound for each in (model, strided))
+
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_rounding_of_the_composed_kernel_is_within_its_error():
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 3, 3, 3, dtype=torch.float64) * 10.0 ** torch.randn(3, 3, 3, 3) for _ in range(2)]
+    geometry = ConvolutionGeometry((3, 3), (1, 1), (1, 1), ((0, 0), (0, 0)))
+
+    found = compose_convolutions(weights[1], geometry, weights[0], geometry)
+
+    assert found is not None
+    exact = [weight.tolist() for weight in weights]
+    square = Fraction(0)
+    for o, i, y, x in itertools.product(range(3), range(3), range(5), range(5)):
+        entry = sum(
+            Fraction(exact[1][o][h][b][c]) * Fraction(exact[0][h][i][y - b][x - c])
+            for h, b, c in itertools.product(range(3), range(3), range(3))
+            if 0 <= y - b < 3 and 0 <= x - c < 3
+        )
+        square += (Fraction(found.weight[o, i, y, x].item()) - entry) ** 2
+    assert 0 < square <= Fraction(found.error) ** 2
