@@ -66,10 +66,12 @@ class InTraining:
         self._called = self._bare
         if processes.size > 1 and not self._is_sharded:
             # The buffers are the same everywhere: statistics are shared, tracked vectors follow from the weight.
-            synchronize = "forward_sync_buffers"  # the name of torch 2.13; before, "broadcast_buffers"
-            if synchronize not in inspect.signature(DistributedDataParallel).parameters:
-                synchronize = "broadcast_buffers"
-            self._called = DistributedDataParallel(self._bare, **{synchronize: False})
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # before torch 2.13
+            options: Any = {name: False}
+            self._called = DistributedDataParallel(self._bare, **options)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
