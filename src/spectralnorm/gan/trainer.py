@@ -189,7 +189,7 @@ class Trainer:
     def _take_step(self) -> None:
         """Updates of the discriminator and one of the generator."""
         for _ in range(self.config.num_discriminator_steps):
-            real = next(self.batches)
+            real = self._next_real()
             fake = self.generate(self.config.batch_size, real.labels)
             self.update_discriminator(real, fake)
         # The images that the discriminator has just learned from serve the generator too: no need to make others.
@@ -197,6 +197,14 @@ class Trainer:
             num = self.config.generator_batch_size
             fake = self.generate(num, self._draw_labels(num))
         self.update_generator(fake, real)
+
+    def _next_real(self) -> Batch:
+        """This process's share of the next batch; a source of images that does not share gives all of it."""
+        batch = next(self.batches)
+        if len(batch.images) * self.processes.size == self.config.batch_size:
+            return batch
+        share = partial(self.processes.mine, parts=self.config.accumulate)
+        return Batch(share(batch.images), None if batch.labels is None else share(batch.labels))
 
     def generate(self, num: int, labels: Tensor | None = None) -> Generated:
         """Images of fresh latents, with the graph that leads to the generator unless gradients are accumulated.
