@@ -10,7 +10,7 @@ import tyro
 
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
-from spectralnorm.gan.discriminators import discriminator_of_file, discriminator_of_run
+from spectralnorm.gan.discriminators import discriminator_of_file, discriminator_of_run, of_steepest_class
 from spectralnorm.gan.recipes import make_config
 from spectralnorm.lipschitz import certify
 from spectralnorm.lipschitz.text import text_above
@@ -65,6 +65,8 @@ def run(words: list[str]) -> int:
             raise UserError(f"{options.source} does not say which network it holds; give --recipe NAME with it.")
         config = make_config(options.recipe, **settings)
         discriminator = discriminator_of_file(options.source, config)
+    if config.conditional:
+        discriminator = of_steepest_class(discriminator)
     certificate = certify(discriminator, (config.channels, config.image_size, config.image_size))
     print(certificate)
     folder = options.source if is_run else options.source.parent

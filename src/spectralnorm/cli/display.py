@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.records import Scalars
@@ -40,7 +40,7 @@ class TerminalDisplay(Display):
     ) -> None:
         self._close()
 
-    def data(self, images: ImageSet) -> None:
+    def data(self, images: ImageSet | ImageStream) -> None:
         summary = images.summary
         print_table(self._console, f"Data: {summary.name}", summary.rows())
 

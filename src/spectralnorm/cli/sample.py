@@ -14,9 +14,11 @@ from torch import Tensor
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
+from spectralnorm.gan.data.points import open_points
 from spectralnorm.gan.inputs import resolve_device
 from spectralnorm.gan.pictures import image_grid, save_png
 from spectralnorm.gan.sampling import TrainedGenerator, load
+from spectralnorm.gan.scatter import scatter
 from spectralnorm.gan.video import check_video, save_video
 
 __all__ = ["run"]
@@ -65,6 +67,8 @@ def run(words: list[str]) -> int:
     generator = load(options.run, device=str(resolve_device(options.device)))
     try:
         if options.video is not None:
+            if generator.makes_points:
+                raise UserError("This run makes points, which do not move as images do; leave out --video.")
             _write_video(generator, options, options.video)
         else:
             _write_images(generator, options, seeds)
@@ -113,6 +117,16 @@ def _read_seeds(text: str) -> list[int]:
 
 
 def _write_images(generator: TrainedGenerator, options: SampleOptions, seeds: list[int] | None) -> None:
+    if generator.makes_points:
+        if options.interpolate or options.format == "png":
+            raise UserError("This run makes points, which become one picture; leave out --interpolate and --format.")
+        file = options.out or Path("samples.png")
+        num = (2500 if options.num is None else options.num) if seeds is None else None
+        points = generator.sample(num, seed=options.seed, seeds=seeds)
+        real, _ = open_points(str(generator.config.data)).examples(2500)
+        save_png(file, scatter(points.flatten(1), real=real.flatten(1)))
+        print(f"{file}")
+        return
     images, columns = _images(generator, options, seeds)
     if options.format == "png":
         folder = options.out or Path("samples")

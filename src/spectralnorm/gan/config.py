@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.augment import AUGMENTATIONS
+from spectralnorm.gan.augment import read_augmentation
 from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.losses import LOSSES
@@ -53,13 +53,17 @@ class Config:
     """Name of the recipe that these settings started from."""
 
     data: str | None = _DATA(None)
-    """Folder, ZIP, IDX or .npy/.npz file of images; none: the built-in Fashion-MNIST; toy-ring or toy-grid: points."""
+    """Images: a folder, ZIP, tar, Parquet, IDX, .npy/.npz, CIFAR or STL-10 file, or hf:NAME; none: the built-in
+    Fashion-MNIST; toy-ring or toy-grid: points in the plane."""
     image_size: int = _DATA(32)
     """Height and width in pixels: 32, 48, 64 or 128 (sagan, stylegan2 and r3gan: not 48; stylegan2 also 256)."""
     channels: int = _DATA(1)
     """1 for gray, 3 for colour; 2 for points."""
     augmentation: str = _DATA("none")
-    """Of what the discriminator sees, real and fake: none, or a comma-separated list of shift, cutout, flip, color."""
+    """Of what the discriminator sees, real and fake: none; a comma-separated list of shift, cutout, flip, color,
+    translation; diffaugment; or ada, whose probability adapts. A constant probability is written ada:p=0.2."""
+    data_loading: str = _DATA("auto", resumable=True)
+    """prepare (all images before training begins), stream (read them while it goes on), or auto: by size."""
     conditional: bool = _DATA(False)
     """Give the labels of the data to both networks (resnet, sagan)."""
     class_names: Annotated[tuple[str, ...], tyro.conf.Suppress] = _DATA((), resumable=True)
@@ -171,8 +175,8 @@ class Config:
         choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
         choose("precision", self.precision, PRECISIONS)
         choose("strategy", self.strategy, STRATEGIES)
-        for name in augmentation_names(self.augmentation):
-            choose("augmentation", name, AUGMENTATIONS)
+        read_augmentation(self.augmentation)
+        choose("data_loading", self.data_loading, ("auto", "prepare", "stream"))
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
         choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)
         for name in (
@@ -254,13 +258,6 @@ class Config:
         upper = f" and below {below}" if math.isfinite(below) else ""
         upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
         raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
-
-
-def augmentation_names(augmentation: str) -> tuple[str, ...]:
-    """Split ``"shift,cutout"`` into its parts; ``"none"`` has none."""
-    if augmentation == "none":
-        return ()
-    return tuple(part.strip() for part in augmentation.split(","))
 
 
 def choose(setting: str, name: Any, choices: Iterable[Any]) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint, read_tensors, under
 from spectralnorm.gan.config import Config, config_from_json
+from spectralnorm.gan.models.resnet import ProjectionHead
 from spectralnorm.gan.networks import build_discriminator
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.run_folder import CHECKPOINTS, CONFIG_FILE
 from spectralnorm.transform import load_tracking_state
 
-__all__ = ["discriminator_of_file", "discriminator_of_run"]
+__all__ = ["discriminator_of_file", "discriminator_of_run", "of_steepest_class"]
 
 # In the names of a normalized weight: torch's parametrization and ours, and torch's older hook.
 _NORMALIZED = (".parametrizations.", "weight_orig")
@@ -71,6 +73,39 @@ def discriminator_of_file(file: Path, config: Config) -> nn.Module:
     _load(discriminator, tensors, file)
     load_tracking_state(discriminator, tracked)
     return discriminator.eval()
+
+
+class _OneClass(nn.Module):
+    """A conditional discriminator whose images are all of one class."""
+
+    def __init__(self, discriminator: nn.Module, label: int) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.label = label
+
+    def forward(self, images: Tensor) -> Tensor:
+        labels = torch.full((len(images),), self.label, device=images.device)
+        return self.discriminator(images, labels)
+
+
+def of_steepest_class(discriminator: nn.Module) -> nn.Module:
+    """A conditional discriminator as a function of images alone, for the class of which it may be the steepest.
+
+    With projection (Miyato and Koyama 2018) a logit is a dense one plus the product of the features with the row of
+    the class in an embedding. Its bound grows with the length of that row, and nothing else depends on the class: what
+    is certified for the longest row holds for all.
+
+    Raises:
+        UserError: it is not conditional by projection.
+    """
+    heads = [module for module in discriminator.modules() if isinstance(module, ProjectionHead)]
+    if len(heads) != 1 or heads[0].embedding is None:
+        raise UserError(
+            f"{type(discriminator).__name__} has no projection of classes, so no class is known to be the steepest; "
+            "certify it for one class at a time with spectralnorm.certify."
+        )
+    rows = heads[0].embedding.weight.detach().double()
+    return _OneClass(discriminator, int(rows.square().sum(1).argmax())).eval()
 
 
 def _load(discriminator: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.point_metrics import measure_points
 from spectralnorm.gan.sampling import TrainedGenerator
@@ -25,11 +25,13 @@ from spectralnorm.records import Metric, Provenance
 
 __all__ = ["PATH_LENGTH", "extractors_for", "measure"]
 
+_MOST_SEARCHED = 100_000
+"""Training images among which copies are looked for; the first ones are a fair sample."""
 PATH_LENGTH = "ppl"
 """The name that asks for the path length: the one metric that needs the generator itself."""
 
 
-def extractors_for(images: ImageSet, *, device: torch.device) -> list[FeatureExtractor]:
+def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> list[FeatureExtractor]:
     """What can judge these images, quickest first: the classifier knows garments only, SqueezeNet sees any image."""
     if images.name in MIXTURES:  # points are seen as they are
         return []
@@ -39,7 +41,7 @@ def extractors_for(images: ImageSet, *, device: torch.device) -> list[FeatureExt
 
 def measure(
     generator: TrainedGenerator,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     *,
     extractors: Sequence[FeatureExtractor],
     num: int,
@@ -80,7 +82,7 @@ def measure(
             images.held_out,
             extractors=extractors,
             metrics=of_images,
-            training=images.images,
+            training=images.examples(_MOST_SEARCHED)[0],
             seed=generator.config.seed,
             class_names=images.class_names,
             with_intervals=with_intervals,

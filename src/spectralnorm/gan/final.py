@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.evaluation import measure
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.observers import RecordLog, trained_generator
@@ -21,12 +21,15 @@ from spectralnorm.records import Evaluation, Spectra
 
 __all__ = ["finish"]
 
+_MOST_SEARCHED = 100_000
+"""Training images among which nearest neighbours are looked for; the first ones are a fair sample."""
+
 
 def finish(
     folder: Path,
     log: RecordLog,
     trainer: Trainer,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     extractors: Sequence[FeatureExtractor],
     *,
     measured: bool = True,
@@ -63,23 +66,28 @@ def finish(
         )
 
 
-def _draw_images(folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet) -> None:
+def _draw_images(
+    folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet | ImageStream
+) -> None:
     def save(role: str, shown: Tensor, *, columns: int = 16, caption: str = "") -> None:
         file = f"samples/{role}.png"
         log.append(save_grid(folder, shown, file=file, step=step, role=role, columns=columns, caption=caption))
 
     seed = generator.config.seed
+    known, _ = images.examples(_MOST_SEARCHED)
     samples = generator.sample(128, seed=seed)
     save("final", samples)
-    save("real", images.images[:128])
+    save("real", known[:128])
     chosen = samples[:16]
-    indices, distances = nearest_neighbours(chosen, images.images)
+    indices, distances = nearest_neighbours(chosen, known)
     caption = f"mean distance {float(distances.mean()):.1f} (root of summed squared pixel differences, levels 0-255)"
-    save("neighbours", torch.cat([chosen, images.images[indices.flatten()]]), caption=caption)
+    save("neighbours", torch.cat([chosen, known[indices.flatten()]]), caption=caption)
     save("interpolation", generator.interpolate(rows=6, columns=12, seed=seed + 1), columns=12)
 
 
-def _draw_points(folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet) -> None:
+def _draw_points(
+    folder: Path, log: RecordLog, step: int, generator: TrainedGenerator, images: ImageSet | ImageStream
+) -> None:
     for role, shown in (("final", generator), ("real", None)):
         file = f"samples/{role}.png"
-        log.append(save_points(folder, shown, images.images, file=file, step=step, role=role))
+        log.append(save_points(folder, shown, images.examples(2500)[0], file=file, step=step, role=role))

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import save_checkpoint
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.evaluation import measure
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.parts import whole
@@ -205,7 +205,7 @@ class Evaluations:
         log: RecordLog,
         *,
         trainer: Trainer,
-        images: ImageSet,
+        images: ImageSet | ImageStream,
         extractors: Sequence[FeatureExtractor],
         num_samples: int,
     ) -> None:

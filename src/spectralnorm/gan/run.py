@@ -28,11 +28,11 @@ import spectralnorm
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.distributed import Processes, started
 from spectralnorm.gan.evaluation import extractors_for
 from spectralnorm.gan.final import finish
-from spectralnorm.gan.inputs import GIVEN_DATA, prepare_data, resolve_device
+from spectralnorm.gan.inputs import GIVEN_DATA, open_data, resolve_device
 from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import (
@@ -53,6 +53,8 @@ from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_reco
 __all__ = ["Display", "Run", "train"]
 
 _QUICK_SAMPLES = 2000
+_MOST_COMPARED = 2500
+"""Real points that are drawn beside generated ones."""
 _MIN_STEPS_FOR_METRICS = 100
 """A shorter run is a trial: its metrics would take longer than it did."""
 
@@ -72,7 +74,7 @@ class Run:
 class Display:
     """Shows a run to a person; this one shows nothing. A method is called when there is something new to show."""
 
-    def data(self, images: ImageSet) -> None:
+    def data(self, images: ImageSet | ImageStream) -> None:
         """The images have been read and checked."""
 
     def begin(self, trainer: Trainer) -> None:
@@ -151,13 +153,14 @@ def _train(
         config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
     folder = default_folder(config) if out is None else Path(out)
     processes.first_does(partial(check, folder, config))
-    images = processes.first_before_others(partial(prepare_data, config, data))
+    images = processes.first_before_others(partial(open_data, config, data, loading=config.data_loading))
     display.data(images)
     if config.conditional:
         config = _with_classes(config, images)
-    if config.batch_size > len(images.images):
+    if config.batch_size > images.num_training:
         raise UserError(
-            f"batch_size must be at most the number of training images ({len(images.images)}), got {config.batch_size}."
+            f"batch_size must be at most the number of training images ({images.num_training}), got "
+            f"{config.batch_size}."
         )
     # The caller's global random state is left as it was; inside, it is the run's own and part of its checkpoints.
     with ExitStack() as held, _full_disk_told(folder), torch.random.fork_rng():
@@ -185,7 +188,7 @@ def _train(
                 Averaging(),
                 StepSizeDecay(),
                 ScalarLog(log, display.log, trainer=trainer),
-                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.images),
+                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.examples(_MOST_COMPARED)[0]),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
                 *observers,
@@ -213,28 +216,22 @@ def _train(
     return Run(folder, trainer.step, reason, processes.is_first)
 
 
-def _open_log(folder: Path, images: ImageSet, trainer: Trainer, *, resumed: bool) -> RecordLog:
+def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:
     replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
     file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if resumed else -1)
     return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step))
 
 
-def _with_classes(config: Config, images: ImageSet) -> Config:
-    labels = images.labels
-    without = len(images.images) if labels is None else int((labels < 0).sum())
-    if labels is None or without:
-        raise UserError(
-            f"A conditional run needs a label for every image, and {without:,} of the {len(images.images):,} training "
-            f"images of {images.name} have none; give data with classes (such as a folder for each), or leave out "
-            "--conditional."
-        )
-    counts = torch.bincount(labels, minlength=len(images.class_names)).tolist()
+def _with_classes(config: Config, images: ImageSet | ImageStream) -> Config:
+    images.require_labels()
+    assert images.labels is not None
+    counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
     return dataclasses.replace(config, class_names=tuple(images.class_names), class_counts=tuple(counts))
 
 
 def _build(
     config: Config,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     device: torch.device,
     generator: nn.Module | None,
     discriminator: nn.Module | None,
@@ -252,7 +249,7 @@ def _build(
         config,
         generator=generator,
         discriminator=discriminator,
-        images=images.images,
+        images=images if isinstance(images, ImageStream) else images.images,
         labels=images.labels if config.conditional else None,
         device=device,
         processes=processes,
@@ -260,7 +257,7 @@ def _build(
 
 
 def _evaluations(
-    trainer: Trainer, images: ImageSet, extractors: Sequence[FeatureExtractor], log: RecordLog
+    trainer: Trainer, images: ImageSet | ImageStream, extractors: Sequence[FeatureExtractor], log: RecordLog
 ) -> list[Observer]:
     is_trial = trainer.config.steps is not None and trainer.config.steps < _MIN_STEPS_FOR_METRICS
     if is_trial or not trainer.processes.is_first:
@@ -284,7 +281,7 @@ def _is_complete(folder: Path, step: int) -> bool:
     )
 
 
-def _check_data(data_file: Path, images: ImageSet) -> None:
+def _check_data(data_file: Path, images: ImageSet | ImageStream) -> None:
     """A run goes on only with the images it began with."""
     try:
         before = json.loads(data_file.read_text(encoding="utf-8"))["fingerprint"]

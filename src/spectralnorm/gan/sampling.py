@@ -203,11 +203,12 @@ class TrainedGenerator(nn.Module):
             part = slice(start, start + _BATCH)
             given = latents[part].to(device), None if labels is None else labels[part].to(device)
             samples = self(*given, **options)
-            batches.append((samples.float() if self._makes_points else _to_uint8(samples)).cpu())
+            batches.append((samples.float() if self.makes_points else _to_uint8(samples)).cpu())
         return torch.cat(batches).contiguous()
 
     @property
-    def _makes_points(self) -> bool:
+    def makes_points(self) -> bool:
+        """Whether it makes points in the plane, and no images."""
         return ARCHITECTURES[self.config.architecture].makes_points
 
     def _render_walks(self, latents: Tensor, *, seed: int, labels: Labels | None, truncation: float) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.augment import compose
+from spectralnorm.gan.augment import make_augmenter
 from spectralnorm.gan.clock import Clock, RunningMeans
-from spectralnorm.gan.config import Config, augmentation_names
-from spectralnorm.gan.data import Batch, Batches
+from spectralnorm.gan.config import Config
+from spectralnorm.gan.data import Batch, Batches, ImageStream, StreamedBatches
 from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.ema import GeneratorAverage
 from spectralnorm.gan.in_training import InTraining
@@ -57,7 +57,7 @@ class Trainer:
         config: the settings.
         generator: latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1].
         discriminator: images to logits ``(batch,)``, already normalized as the config asks.
-        images: training images, uint8, ``(num, channels, size, size)``.
+        images: training images, uint8, ``(num, channels, size, size)``, or a set that is read while training goes on.
         labels: their classes, int64 ``(num,)``: both networks get labels as a second argument; None: they do not.
         device: where the networks and their data live.
         processes: that train them together, each with its share of every batch; None: this one alone.
@@ -73,7 +73,7 @@ class Trainer:
         *,
         generator: nn.Module,
         discriminator: nn.Module,
-        images: Tensor,
+        images: Tensor | ImageStream,
         labels: Tensor | None = None,
         device: torch.device,
         processes: Processes | None = None,
@@ -111,14 +111,17 @@ class Trainer:
                 ("discriminator", config.discriminator_optimizer, self.discriminator, config.discriminator_lr),
             )
         )
-        self.batches = Batches(
-            images,
-            labels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=device,
-            share=partial(self.processes.mine, parts=config.accumulate),
-        )
+        share = partial(self.processes.mine, parts=config.accumulate)
+        stream: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "device": device,
+            "share": share,
+        }
+        if isinstance(images, ImageStream):
+            self.batches = StreamedBatches(images, with_labels=labels is not None, **stream)
+        else:
+            self.batches = Batches(images, labels, **stream)
         self._labels = None if labels is None else labels.to(device)
         self.random = torch.Generator(device).manual_seed(config.seed)
         # One pass over both batches is faster than two, but what mixes the images of a batch, such as batch
@@ -132,7 +135,7 @@ class Trainer:
         self.penalty = None if config.penalty is None else PENALTIES[config.penalty]
         self._orthonormal = OrthonormalPenalty(self.discriminator) if config.orthonormal_weight else None
         self.average_path_length = torch.zeros((), device=device)
-        self.augment = compose(augmentation_names(config.augmentation))
+        self.augment = make_augmenter(config.augmentation, device=device)
 
         self.step = 0
         self.images_seen = 0
@@ -232,10 +235,15 @@ class Trainer:
         if config.weight_clip:
             clip_weights(self._trained, config.weight_clip)
         self.images_seen += config.batch_size
+        if self.augment.is_adaptive:
+            self.augment.signs.copy_(self.processes.mean_tensor(self.augment.signs))
+            self.augment.adapt(self.images_seen)
+            self.means.add("augmentation_probability", self.augment.p.clone())
 
     def _discriminator_loss(self, real: Batch, fake: Batch) -> Tensor:
         config = self.config
         real_logits, fake_logits = self._judge(real, fake)
+        self.augment.observe(real_logits)
         loss = self.loss.discriminator(real_logits, fake_logits)
         if self._is_penalty_due():
             # Generated images have the labels of the real ones, and so has what lies between them.

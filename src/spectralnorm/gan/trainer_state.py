@@ -31,6 +31,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for index, slots in optimizer.state_dict()["state"].items():
             filled = {slot: value for slot, value in slots.items() if value is not None}
             tensors |= {f"{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in filled.items()}
+    tensors |= {f"augmentation.{k}": v for k, v in trainer.augment.state_dict().items()}
     if trainer.config.path_length_weight:
         tensors["average_path_length"] = trainer.average_path_length
     tensors["random.run"] = trainer.random.get_state()
@@ -64,6 +65,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any
             index, slot = key.split(".", 1)
             state.setdefault(int(index), {})[slot] = part_like(parameters[int(index)], value)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    trainer.augment.load_state_dict(under("augmentation.", tensors))
     if "average_path_length" in tensors:
         trainer.average_path_length = tensors["average_path_length"].to(trainer.device)
     trainer.random.set_state(tensors["random.run"])
