@@ -120,11 +120,12 @@ def check(**settings):
         {},
         {"penalty": "r1", "augmentation": "shift,flip,cutout"},
         {"accumulate": 2, "penalty": "gradient-penalty", "augmentation": "flip"},
+        {"augmentation": "ada"},
         {"generator_batch_size": 16, "loss": "nonsaturating", "normalization": "batch", "penalty": "r1"},
         {"loss": "relativistic", "accumulate": 2, "orthonormal_weight": 0.1},
         {"strategy": "fsdp", "discriminator_width": 16, "generator_width": 16, "batch_size": 4},
     ],
-    ids=["dcgan", "r1", "accumulated", "batch-norm", "relativistic", "fsdp"],
+    ids=["dcgan", "r1", "accumulated", "ada", "batch-norm", "relativistic", "fsdp"],
 )
 def test_two_processes_train_what_one_does(pair, settings):
     pair.run(check, **settings)
