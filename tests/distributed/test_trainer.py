@@ -120,7 +120,7 @@ def check(**settings):
         {},
         {"penalty": "r1", "augmentation": "shift,flip,cutout"},
         {"accumulate": 2, "penalty": "gradient-penalty", "augmentation": "flip"},
-        {"augmentation": "ada"},
+        {"augmentation": "ada:p=0.5"},
         {"generator_batch_size": 16, "loss": "nonsaturating", "normalization": "batch", "penalty": "r1"},
         {"loss": "relativistic", "accumulate": 2, "orthonormal_weight": 0.1},
         {"strategy": "fsdp", "discriminator_width": 16, "generator_width": 16, "batch_size": 4},
