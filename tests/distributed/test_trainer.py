@@ -11,7 +11,7 @@ from torch import nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import Batch
+from spectralnorm.gan.data import Batch, Batches
 from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import normalize
@@ -43,6 +43,10 @@ class Doubled:
         return Batch(images.double(), labels)
 
 
+def images():
+    return torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
 def make(config, processes):
     torch.set_default_dtype(torch.float64)
     try:
@@ -57,11 +61,15 @@ def make(config, processes):
             normalize(discriminator, config.normalization)
     finally:
         torch.set_default_dtype(torch.float32)
-    images = torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     # Torch's float64 convolutions on a CPU want their weights in the usual order.
-    with patch("spectralnorm.gan.trainer._prepare", lambda network, device: network.train()):
+    with patch("spectralnorm.gan.trainer._prepare", lambda network, device, **order: network.train()):
         trainer = Trainer(
-            config, generator=generator, discriminator=discriminator, images=images, device=CPU, processes=processes
+            config,
+            generator=generator,
+            discriminator=discriminator,
+            images=images(),
+            device=CPU,
+            processes=processes,
         )
     trainer.batches = Doubled(trainer.batches)
     draw = trainer.latents
@@ -112,11 +120,12 @@ def check(**settings):
         {},
         {"penalty": "r1", "augmentation": "shift,flip,cutout"},
         {"accumulate": 2, "penalty": "gradient-penalty", "augmentation": "flip"},
+        {"augmentation": "ada:p=0.5"},
         {"generator_batch_size": 16, "loss": "nonsaturating", "normalization": "batch", "penalty": "r1"},
         {"loss": "relativistic", "accumulate": 2, "orthonormal_weight": 0.1},
         {"strategy": "fsdp", "discriminator_width": 16, "generator_width": 16, "batch_size": 4},
     ],
-    ids=["dcgan", "r1", "accumulated", "batch-norm", "relativistic", "fsdp"],
+    ids=["dcgan", "r1", "accumulated", "ada", "batch-norm", "relativistic", "fsdp"],
 )
 def test_two_processes_train_what_one_does(pair, settings):
     pair.run(check, **settings)
@@ -137,6 +146,22 @@ def check_resume(strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_other_processes(pair, strategy):
     pair.run(check_resume, strategy=strategy)
+
+
+def check_shares(accumulate):
+    config = dataclasses.replace(CONFIG, accumulate=accumulate)
+    sharing, whole = make(config, together()), make(config, together())
+    source = Batches(images(), torch.arange(20), batch_size=8, seed=config.seed, device=CPU)
+    whole.batches = source
+    for _ in range(3):
+        expected, (found, labels) = sharing._next_real().images, whole._next_real()
+        assert len(found) == len(labels) == 4
+        assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_source_that_gives_whole_batches_is_shared_alike(pair, accumulate):
+    pair.run(check_shares, accumulate=accumulate)
 
 
 def check_stop():

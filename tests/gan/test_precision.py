@@ -157,12 +157,10 @@ def test_compiled_networks_train_as_plain_ones_do(device: torch.device):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"penalty": "r1", "penalty_interval": 2},
-        {"accumulate": 2},
-        {"apart": True},
-        {"precision": "bf16-mixed", "tolerance": 2**-7},
+        {"penalty": "r1", "penalty_interval": 2, "accumulate": 2},
+        {"apart": True, "precision": "bf16-mixed", "tolerance": 2**-7},
     ],
-    ids=["penalty", "accumulated", "apart", "bf16"],
+    ids=["penalty-accumulated", "apart-bf16"],
 )
 def test_captured_networks_train_as_plain_ones_do(settings, device: torch.device, monkeypatch: pytest.MonkeyPatch):
     # Everything of compiling but the making of machine code, which is what takes long.

@@ -72,6 +72,8 @@ def _train(config: Config, out: Path | None, *, command: str) -> int:
     except KeyboardInterrupt:  # while images were read, at the end, or a second time
         print(f"Interrupted. Go on from the last checkpoint with: {command}", file=sys.stderr)
         return 130
+    if not result.is_first:  # of several processes the first one reports
+        return 130 if result.reason == "interrupted" else 0
     if result.reason == "interrupted":
         print(f"Stopped at step {result.step}; everything is saved in {result.folder}. Go on with: {command}")
         return 130

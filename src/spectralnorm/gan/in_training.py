@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -65,7 +66,12 @@ class InTraining:
         self._called = self._bare
         if processes.size > 1 and not self._is_sharded:
             # The buffers are the same everywhere: statistics are shared, tracked vectors follow from the weight.
-            self._called = DistributedDataParallel(self._bare, broadcast_buffers=False)
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # before torch 2.13
+            options: Any = {name: False}
+            self._called = DistributedDataParallel(self._bare, **options)
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -67,6 +67,8 @@ class Run:
     step: int
     reason: str
     """``steps`` or ``minutes`` (the budget that is spent), ``interrupted``, ``already finished``."""
+    is_first: bool = True
+    """Whether this process wrote the folder; of several that train together one does."""
 
 
 class Display:
@@ -176,7 +178,7 @@ def _train(
             _check_data(folder / DATA_FILE, images)
             trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
-            return Run(folder, trainer.step, "already finished")
+            return Run(folder, trainer.step, "already finished", processes.is_first)
         log = _open_log(folder, images, trainer, resumed=checkpoint is not None) if processes.is_first else NoLog()
         try:
             log.append(_session(trainer))
@@ -211,7 +213,7 @@ def _train(
             )
         finally:
             log.close()
-    return Run(folder, trainer.step, reason)
+    return Run(folder, trainer.step, reason, processes.is_first)
 
 
 def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:

@@ -82,8 +82,10 @@ class Trainer:
         self.device = device
         self.processes = Processes() if processes is None else processes
         _check_shares(config, self.processes.size)
-        self.generator = _prepare(generator, device)
-        self.discriminator = _prepare(discriminator, device)
+        # FSDP2 takes parameters in the usual order only.
+        in_parts = config.strategy == "fsdp" and self.processes.size > 1
+        self.generator = _prepare(generator, device, channels_last=not in_parts)
+        self.discriminator = _prepare(discriminator, device, channels_last=not in_parts)
         self.average = GeneratorAverage(self.generator, half_life_images=1000 * config.ema_half_life_kimg)
         precision = Precision(config.precision, device)
         # How the loop calls the networks. What is held in parts gets new parameters: the optimizers come afterwards.
@@ -190,7 +192,7 @@ class Trainer:
     def _take_step(self) -> None:
         """Updates of the discriminator and one of the generator."""
         for _ in range(self.config.num_discriminator_steps):
-            real = next(self.batches)
+            real = self._next_real()
             fake = self.generate(self.config.batch_size, real.labels)
             self.update_discriminator(real, fake)
         # The images that the discriminator has just learned from serve the generator too: no need to make others.
@@ -198,6 +200,14 @@ class Trainer:
             num = self.config.generator_batch_size
             fake = self.generate(num, self._draw_labels(num))
         self.update_generator(fake, real)
+
+    def _next_real(self) -> Batch:
+        """This process's share of the next batch; a source of images that does not share gives all of it."""
+        batch = next(self.batches)
+        if len(batch.images) * self.processes.size == self.config.batch_size:
+            return batch
+        share = partial(self.processes.mine, parts=self.config.accumulate)
+        return Batch(share(batch.images), None if batch.labels is None else share(batch.labels))
 
     def generate(self, num: int, labels: Tensor | None = None) -> Generated:
         """Images of fresh latents, with the graph that leads to the generator unless gradients are accumulated.
@@ -369,10 +379,10 @@ class Trainer:
         restore(self, tensors, numbers)
 
 
-def _prepare(network: nn.Module, device: torch.device) -> nn.Module:
-    # Convolutions are faster in channels-last order, on CPUs and on tensor cores.
-    network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return network.train()
+def _prepare(network: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    network = network.to(device).train()
+    # Convolutions are faster in that order, on CPUs and on tensor cores.
+    return network.to(memory_format=torch.channels_last) if channels_last else network  # pyright: ignore[reportCallIssue]
 
 
 def _check_shares(config: Config, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectralnorm.gan.parts import whole
 from spectralnorm.linalg import compute_dtype, refine, view_of
 from spectralnorm.parametrizations import normalization_of
 from spectralnorm.transform import monitor
@@ -32,7 +33,7 @@ class LargestSingularValues:
     def __call__(self) -> dict[str, float]:
         plain = {}
         for name, candidate in self._plain:
-            matrix = matrix_of(candidate, candidate.weight)
+            matrix = matrix_of(candidate, whole(candidate.weight))
             plain[name] = float(refine(matrix, _direction(matrix), rtol=1e-3).sigma.max())
         return monitor(self._model) | plain
 
@@ -40,13 +41,11 @@ class LargestSingularValues:
 @torch.no_grad()
 def spectra(model: nn.Module) -> dict[str, list[float]]:
     """All singular values of each weight matrix as its layer uses it, largest first, by the layer's name."""
-    return {
-        name: torch.linalg.svdvals(matrix_of(candidate, getattr(candidate.module, candidate.tensor_name)).double())
-        .flatten()
-        .sort(descending=True)
-        .values.tolist()
-        for name, candidate in weights_of(model)
-    }
+    found = {}
+    for name, candidate in weights_of(model):
+        matrix = matrix_of(candidate, whole(getattr(candidate.module, candidate.tensor_name)))
+        found[name] = torch.linalg.svdvals(matrix.double()).flatten().sort(descending=True).values.tolist()
+    return found
 
 
 def weights_of(model: nn.Module) -> list[tuple[str, Candidate]]:
