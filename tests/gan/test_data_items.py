@@ -81,7 +81,7 @@ def test_tensors_of_different_sizes_say_what_to_leave_out():
         ([(torch.zeros(3, 8, 8), "cat")], "must be whole numbers"),
         ([(torch.zeros(3, 8, 8), 7)] * 4, "reach from 7 to 7, but it names 3 classes"),
     ],
-    ids=str,
+    ids=["iterator", "empty", "paths", "names", "numbers"],
 )
 def test_other_objects_are_refused(data, message):
     with pytest.raises(UserError, match=message):
