@@ -18,9 +18,14 @@ def _num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("name", "image_size"), [(name, size) for name, each in ARCHITECTURES.items() for size in each.image_sizes]
+    ("name", "image_size", "channels"),
+    [
+        (name, size, channels)
+        for name, each in ARCHITECTURES.items()
+        for size in each.image_sizes
+        for channels in each.channels
+    ],
 )
 def test_every_architecture_maps_latents_to_images_to_logits(
     name: str, image_size: int, channels: int, device: torch.device
@@ -30,7 +35,7 @@ def test_every_architecture_maps_latents_to_images_to_logits(
     discriminator = ARCHITECTURES[name].discriminator(**sizes).to(device)
     images = generator(torch.randn(3, 8, device=device))
     assert images.shape == (3, channels, image_size, image_size)
-    assert images.abs().max() <= 1
+    assert ARCHITECTURES[name].makes_points or images.abs().max() <= 1
     assert discriminator(images).shape == (3,)
 
 

@@ -35,7 +35,7 @@ def test_random_networks_stay_below_their_certificates():
     _check(range(10_000, 10_030), steps=12)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_many_random_networks_stay_below_their_certificates():
     _check(range(1000), steps=30)

@@ -12,8 +12,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import latest_checkpoint, read_tensors, under
 from spectralnorm.gan.config import Config, config_from_json
 from spectralnorm.gan.models.resnet import ProjectionHead
-from spectralnorm.gan.networks import build_discriminator
-from spectralnorm.gan.normalizations import normalize
+from spectralnorm.gan.networks import build_discriminator, normalize_discriminator
 from spectralnorm.gan.run_folder import CHECKPOINTS, CONFIG_FILE
 from spectralnorm.transform import load_tracking_state
 
@@ -69,7 +68,7 @@ def discriminator_of_file(file: Path, config: Config) -> nn.Module:
     # Whether weights were divided by their norms the file itself tells; other normalizations belong to the network.
     discriminator = build_discriminator(config, normalized=not divides)
     if divides and is_normalized:
-        normalize(discriminator, "spectral" if config.normalization == "none" else config.normalization)
+        normalize_discriminator(discriminator, config, "spectral" if config.normalization == "none" else None)
     _load(discriminator, tensors, file)
     load_tracking_state(discriminator, tracked)
     return discriminator.eval()

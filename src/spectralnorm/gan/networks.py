@@ -9,7 +9,7 @@ from spectralnorm.gan.initialization import INITIALIZATIONS
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import normalize
 
-__all__ = ["build_discriminator", "build_generator"]
+__all__ = ["build_discriminator", "build_generator", "normalize_discriminator"]
 
 
 def build_generator(config: Config, *, normalized: bool = True) -> nn.Module:
@@ -45,7 +45,14 @@ def build_discriminator(config: Config, *, normalized: bool = True) -> nn.Module
         **_classes(config),
     )
     INITIALIZATIONS[config.initialization](discriminator)
-    return normalize(discriminator, config.normalization) if normalized else discriminator
+    return normalize_discriminator(discriminator, config) if normalized else discriminator
+
+
+def normalize_discriminator(discriminator: nn.Module, config: Config, setting: str | None = None) -> nn.Module:
+    """Normalize a discriminator of a config as ``config.normalization``, or another setting, says; returns it."""
+    # What takes labels cannot be followed with an image alone, and gets norms for all sizes.
+    shape = None if config.conditional else (config.channels, config.image_size, config.image_size)
+    return normalize(discriminator, config.normalization if setting is None else setting, input_shape=shape)
 
 
 def _classes(config: Config) -> dict[str, int]:

@@ -73,18 +73,23 @@ NORMALIZATIONS: dict[str, Callable[..., None]] = {
 """Normalizations by name; each changes a network in place. Options belong to the first two."""
 
 
-def normalize(network: nn.Module, setting: str) -> nn.Module:
+def normalize(network: nn.Module, setting: str, *, input_shape: tuple[int, ...] | None = None) -> nn.Module:
     """Normalize a network in place as a setting says, and return it.
 
     Args:
         network: with its initial weights.
         setting: a name in `NORMALIZATIONS`, with options or without.
+        input_shape: of one image, if the network will see no other: norms of convolutions that depend on its size are
+            then tighter, and cost less. None: they hold for all sizes.
 
     Raises:
         UserError: there is no such normalization or option, or the network cannot be normalized in this way.
     """
     name, options = _parse(setting)
-    NORMALIZATIONS[name](network, **options)
+    if input_shape is not None and (name == "strict" or options.get("strict") or options.get("norm") == "operator"):
+        NORMALIZATIONS[name](network, **options, input_shape=input_shape)
+    else:
+        NORMALIZATIONS[name](network, **options)
     return network
 
 
