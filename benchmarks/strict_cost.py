@@ -98,6 +98,10 @@ class WeightChange:
         return 1 / float(rigorous_convolution_bound(weight, geometry, self.size))
 
 
+AIMS = {"operator": 0.25, "strict, sizes given": 0.10}
+"""What a whole step may cost more than a plain one."""
+
+
 def in_turns(calls, rounds, clock, *, before=None, warm_up=3):
     """Seconds of each of ``calls`` (name to function), round by round."""
     times = {name: [] for name in calls}
@@ -116,12 +120,15 @@ def in_turns(calls, rounds, clock, *, before=None, warm_up=3):
 
 def of_steps(rounds, batch, clock):
     times = in_turns({name: DiscriminatorStep(name, batch) for name in NORMALIZATIONS}, rounds, clock)
+    verdicts = []
     lines = ["| step | ms | over plain | over plain, quartiles |", "|---|---|---|---|"]
     for name, seconds in times.items():
         ratios = [each / plain - 1 for each, plain in zip(seconds, times["plain"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         lines.append(f"| {name} | {1e3 * statistics.median(seconds):.1f} | {middle:+.1%} | {low:+.1%} to {high:+.1%} |")
-    return lines
+        if name in AIMS:
+            verdicts.append(f"{name} at most {AIMS[name]:+.0%}: {'met' if middle <= AIMS[name] else 'missed'}")
+    return [*lines, "", f"Aims for the median: {'; '.join(verdicts)}."]
 
 
 def of_weights(rounds, clock):

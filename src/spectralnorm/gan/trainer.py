@@ -191,9 +191,11 @@ class Trainer:
 
     def _take_step(self) -> None:
         """Updates of the discriminator and one of the generator."""
-        for _ in range(self.config.num_discriminator_steps):
+        for remaining in reversed(range(self.config.num_discriminator_steps)):
             real = self._next_real()
-            fake = self.generate(self.config.batch_size, real.labels)
+            # Only the last images may serve the generator as well, and need the graph that leads to it.
+            with torch.set_grad_enabled(remaining == 0 and self.config.generator_batch_size is None):
+                fake = self.generate(self.config.batch_size, real.labels)
             self.update_discriminator(real, fake)
         # The images that the discriminator has just learned from serve the generator too: no need to make others.
         if self.config.generator_batch_size is not None:
