@@ -288,3 +288,12 @@ def test_an_old_report_stays_when_the_new_one_cannot_be_written(make_run: MakeRu
     with pytest.raises(UserError, match="Cannot write"):
         build_report(run)
     assert report.read_text(encoding="utf-8") == before
+
+
+def test_a_run_on_points_speaks_of_points(make_run: MakeRun, synthetic: SimpleNamespace) -> None:
+    config = {**synthetic.config, "architecture": "points", "image_size": 1, "channels": 2}
+    run = make_run([synthetic.session(), synthetic.scalars(10), synthetic.spectra(10)], config)
+    text = Page(build_report(run).read_text(encoding="utf-8")).text
+    assert "points in the plane" in text
+    assert "images of 1 × 1 pixels" not in text
+    assert "not there yet: nearest training images" not in text

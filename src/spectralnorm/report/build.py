@@ -82,6 +82,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
     ]  # fmt: skip
     return {
         "title": _title(contents),
+        "makes_points": _makes_points(contents),
         "summary": _summary(contents),
         "finished": contents.ending is not None and contents.ending.reason in ("steps", "minutes"),
         "status": tables.ending_text(contents.ending),
@@ -147,7 +148,13 @@ def _summary(contents: Contents) -> str:
     hardware = contents.sittings[-1].session.hardware if contents.sittings else {}
     device = hardware.get("gpu") or hardware.get("cpu")
     on = f" on {device}" if device else ""
-    return f"{networks}{loss}, trained on {images}{channels}images{pixels}{on}."
+    shown = "points in the plane" if _makes_points(contents) else f"{channels}images{pixels}"
+    return f"{networks}{loss}, trained on {images}{shown}{on}."
+
+
+def _makes_points(contents: Contents) -> bool:
+    """Whether the run is on points, which have one picture and neither neighbours nor walks."""
+    return contents.config.get("architecture") == "points"
 
 
 def _facts(contents: Contents, evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
@@ -197,8 +204,8 @@ def _missing(contents: Contents, gallery: Gallery, evaluation: Evaluation | None
     absent = [
         name
         for name, present in (
-            ("nearest training images", gallery.pairs),
-            ("interpolations", gallery.walks),
+            ("nearest training images", gallery.pairs or _makes_points(contents)),
+            ("interpolations", gallery.walks or _makes_points(contents)),
             ("singular-value spectra", contents.spectra),
         )
         if not present
