@@ -14,9 +14,9 @@ from torch import Tensor
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
-from spectralnorm.gan.data.points import open_points
-from spectralnorm.gan.inputs import resolve_device
+from spectralnorm.gan.inputs import prepare_data, resolve_device
 from spectralnorm.gan.pictures import image_grid, save_png
+from spectralnorm.gan.run_pictures import NUM_POINTS
 from spectralnorm.gan.sampling import TrainedGenerator, load
 from spectralnorm.gan.scatter import scatter
 from spectralnorm.gan.video import check_video, save_video
@@ -121,9 +121,9 @@ def _write_images(generator: TrainedGenerator, options: SampleOptions, seeds: li
         if options.interpolate or options.format == "png":
             raise UserError("This run makes points, which become one picture; leave out --interpolate and --format.")
         file = options.out or Path("samples.png")
-        num = (2500 if options.num is None else options.num) if seeds is None else None
+        num = (NUM_POINTS if options.num is None else options.num) if seeds is None else None
         points = generator.sample(num, seed=options.seed, seeds=seeds)
-        real, _ = open_points(str(generator.config.data)).examples(2500)
+        real, _ = prepare_data(generator.config).examples(NUM_POINTS)
         save_png(file, scatter(points.flatten(1), real=real.flatten(1)))
         print(f"{file}")
         return

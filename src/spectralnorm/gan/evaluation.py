@@ -23,10 +23,10 @@ from spectralnorm.metrics import (
 )
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["PATH_LENGTH", "extractors_for", "measure"]
+__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure"]
 
-_MOST_SEARCHED = 100_000
-"""Training images among which copies are looked for; the first ones are a fair sample."""
+MOST_SEARCHED = 100_000
+"""Training images among which copies are looked for; the first are a fair sample."""
 PATH_LENGTH = "ppl"
 """The name that asks for the path length: the one metric that needs the generator itself."""
 
@@ -72,7 +72,7 @@ def measure(
         bounded = "wasserstein" in metrics
         return measure_points(points, images.held_out, mixture=images.name, seed=own_seed, wasserstein=bounded)
     # To read what was trained on may take long, and only one metric needs it.
-    searched = images.examples(_MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
+    searched = images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
     if of_images:
         if progress is not None:

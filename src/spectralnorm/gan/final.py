@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from spectralnorm.gan.data import ImageSet, ImageStream
-from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.evaluation import MOST_SEARCHED, measure
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.observers import RecordLog, trained_generator
-from spectralnorm.gan.run_pictures import save_grid, save_points
+from spectralnorm.gan.run_pictures import NUM_POINTS, save_grid, save_points
 from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_norms import spectra
@@ -20,9 +20,6 @@ from spectralnorm.metrics import FeatureExtractor, nearest_neighbours
 from spectralnorm.records import Evaluation, Spectra
 
 __all__ = ["finish"]
-
-_MOST_SEARCHED = 100_000
-"""Training images among which nearest neighbours are looked for; the first ones are a fair sample."""
 
 
 def finish(
@@ -74,13 +71,15 @@ def _draw_images(
         log.append(save_grid(folder, shown, file=file, step=step, role=role, columns=columns, caption=caption))
 
     seed = generator.config.seed
-    known, _ = images.examples(_MOST_SEARCHED)
+    known, _ = images.examples(MOST_SEARCHED)
     samples = generator.sample(128, seed=seed)
     save("final", samples)
     save("real", known[:128])
     chosen = samples[:16]
     indices, distances = nearest_neighbours(chosen, known)
     caption = f"mean distance {float(distances.mean()):.1f} (root of summed squared pixel differences, levels 0-255)"
+    if len(known) < images.num_training:
+        caption += f", looked for among {len(known):,} of the {images.num_training:,} training images"
     save("neighbours", torch.cat([chosen, known[indices.flatten()]]), caption=caption)
     save("interpolation", generator.interpolate(rows=6, columns=12, seed=seed + 1), columns=12)
 
@@ -90,4 +89,4 @@ def _draw_points(
 ) -> None:
     for role, shown in (("final", generator), ("real", None)):
         file = f"samples/{role}.png"
-        log.append(save_points(folder, shown, images.examples(2500)[0], file=file, step=step, role=role))
+        log.append(save_points(folder, shown, images.examples(NUM_POINTS)[0], file=file, step=step, role=role))

@@ -23,7 +23,7 @@ from spectralnorm.gan.evaluation import measure
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.parts import whole
 from spectralnorm.gan.run_folder import CHECKPOINTS
-from spectralnorm.gan.run_pictures import save_grid, save_points
+from spectralnorm.gan.run_pictures import NUM_POINTS, save_grid, save_points
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, save_generator
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_norms import LargestSingularValues
@@ -158,16 +158,24 @@ class SampleGrids:
         log: its records.
         checkpoints: saved with each grid.
         trainer: the run, about to begin or to go on.
-        real: training images; points are drawn on top of real ones.
+        images: the data; points are drawn on top of real ones.
     """
 
-    def __init__(self, run: Path, log: RecordLog, checkpoints: Checkpoints, *, trainer: Trainer, real: Tensor) -> None:
+    def __init__(
+        self,
+        run: Path,
+        log: RecordLog,
+        checkpoints: Checkpoints,
+        *,
+        trainer: Trainer,
+        images: ImageSet | ImageStream,
+    ) -> None:
         self._run = run
         self._log = log
         self._checkpoints = checkpoints
         self._milestones = Milestones(trainer.config.num_sample_grids, power=1.5, progress=trainer.progress)
         self._generator = trained_generator(trainer)
-        self._real = real
+        self._images = images
         if trainer.step == 0:
             self.save(trainer)
 
@@ -182,7 +190,8 @@ class SampleGrids:
             return
         file = f"samples/step-{trainer.step:09d}.png"
         if ARCHITECTURES[trainer.config.architecture].makes_points:
-            picture = save_points(self._run, self._generator, self._real, file=file, step=trainer.step, role="samples")
+            real, _ = self._images.examples(NUM_POINTS)
+            picture = save_points(self._run, self._generator, real, file=file, step=trainer.step, role="samples")
         else:
             images = self._generator.sample(_GRID_SIDE**2, seed=trainer.config.seed)
             picture = save_grid(self._run, images, file=file, step=trainer.step, role="samples", columns=_GRID_SIDE)

@@ -53,8 +53,6 @@ from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_reco
 __all__ = ["Display", "Run", "train"]
 
 _QUICK_SAMPLES = 2000
-_MOST_COMPARED = 2500
-"""Real points that are drawn beside generated ones."""
 _MIN_STEPS_FOR_METRICS = 100
 """A shorter run is a trial: its metrics would take longer than it did."""
 
@@ -188,7 +186,7 @@ def _train(
                 Averaging(),
                 StepSizeDecay(),
                 ScalarLog(log, display.log, trainer=trainer),
-                SampleGrids(folder, log, checkpoints, trainer=trainer, real=images.examples(_MOST_COMPARED)[0]),
+                SampleGrids(folder, log, checkpoints, trainer=trainer, images=images),
                 *_evaluations(trainer, images, extractors, log),
                 checkpoints,
                 *observers,

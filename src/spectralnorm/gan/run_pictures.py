@@ -11,9 +11,10 @@ from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.gan.scatter import SIDE, scatter
 from spectralnorm.records import Picture
 
-__all__ = ["save_grid", "save_points"]
+__all__ = ["NUM_POINTS", "save_grid", "save_points"]
 
-_NUM_POINTS = 2500
+NUM_POINTS = 2500
+"""That are drawn of each kind."""
 
 
 def save_grid(
@@ -38,9 +39,9 @@ def save_points(
     run: Path, generator: TrainedGenerator | None, real: Tensor, *, file: str, step: int, role: str
 ) -> Picture:
     """Save a picture of generated points on top of real ones ``(num, 2, 1, 1)``; None: the real ones."""
-    points = None if generator is None else generator.sample(_NUM_POINTS, seed=generator.config.seed).flatten(1)
-    save_png(run / file, scatter(points, real=real[:_NUM_POINTS].flatten(1)))
-    caption = "gray: real points" + ("" if points is None else f"; red: {_NUM_POINTS:,} generated ones")
+    points = None if generator is None else generator.sample(NUM_POINTS, seed=generator.config.seed).flatten(1)
+    save_png(run / file, scatter(points, real=real[:NUM_POINTS].flatten(1)))
+    caption = "gray: real points" + ("" if points is None else f"; red: {NUM_POINTS:,} generated ones")
     return Picture(
         step=step, role=role, file=file, rows=1, columns=1, tile_height=SIDE, tile_width=SIDE, caption=caption
     )

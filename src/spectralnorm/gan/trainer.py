@@ -111,17 +111,12 @@ class Trainer:
                 ("discriminator", config.discriminator_optimizer, self.discriminator, config.discriminator_lr),
             )
         )
-        share = partial(self.processes.mine, parts=config.accumulate)
-        stream: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "device": device,
-            "share": share,
-        }
+        stream: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "device": device}
         if isinstance(images, ImageStream):
             self.batches = StreamedBatches(images, with_labels=labels is not None, **stream)
         else:
-            self.batches = Batches(images, labels, **stream)
+            share = partial(self.processes.mine, parts=config.accumulate)
+            self.batches = Batches(images, labels, share=share, **stream)
         self._labels = None if labels is None else labels.to(device)
         self.random = torch.Generator(device).manual_seed(config.seed)
         # One pass over both batches is faster than two, but what mixes the images of a batch, such as batch

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -51,7 +51,6 @@ class StreamedBatches(Iterator[Batch]):
         with_labels: whether batches bring labels.
         buffer: images that are kept read; None: as many as fit. The order depends on it.
         num_threads: that decode; None: as many as there are cores, at most 8.
-        share: picks, of the images of a batch, those that are wanted here. Each of several processes reads them all.
 
     Raises:
         UserError: the batch is larger than the data; while reading, more than 5 % of the images cannot be read.
@@ -67,7 +66,6 @@ class StreamedBatches(Iterator[Batch]):
         with_labels: bool = False,
         buffer: int | None = None,
         num_threads: int | None = None,
-        share: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not 1 <= batch_size <= stream.num_training:
             raise UserError(
@@ -78,7 +76,6 @@ class StreamedBatches(Iterator[Batch]):
         self._labels = stream.labels if with_labels else None
         self._batch_size = batch_size
         self._seed = seed
-        self._share = share
         self._device = torch.device(device)
         image_bytes = stream.channels * stream.image_size**2
         fits = min(_BUFFER_IMAGES, max(1, _BUFFER_BYTES // image_bytes))
@@ -129,11 +126,8 @@ class StreamedBatches(Iterator[Batch]):
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         torch.index_select(self._reader.store, 0, chosen, out=images)
         self._reader.free(slots)
-        labels = None if self._labels is None else self._labels[indices]
-        if self._share is not None:
-            images, labels = self._share(images), None if labels is None else self._share(labels)
-        images = self._to_device(images).to(torch.float32).div_(127.5).sub_(1)
-        return Batch(images, None if labels is None else self._to_device(labels))
+        labels = None if self._labels is None else self._to_device(self._labels[indices])
+        return Batch(self._to_device(images).to(torch.float32).div_(127.5).sub_(1), labels)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: a few integers."""
@@ -190,7 +184,6 @@ def open_batches(
     seed: int,
     device: torch.device | str,
     with_labels: bool = False,
-    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Batches | StreamedBatches:
     """Shuffled batches without end, of images in memory, on disk, or read while training goes on.
 
@@ -200,17 +193,14 @@ def open_batches(
         seed: of the order.
         device: where the batches are wanted.
         with_labels: whether batches bring labels; ``images.require_labels()`` makes sure that there are.
-        share: picks, of what belongs to the images of a batch, the part that is wanted here.
 
     Raises:
         UserError: the batch is larger than the data.
     """
     if isinstance(images, ImageStream):
-        return StreamedBatches(
-            images, batch_size=batch_size, seed=seed, device=device, with_labels=with_labels, share=share
-        )
+        return StreamedBatches(images, batch_size=batch_size, seed=seed, device=device, with_labels=with_labels)
     labels = images.labels if with_labels else None
-    return Batches(images.images, labels, batch_size=batch_size, seed=seed, device=device, share=share)
+    return Batches(images.images, labels, batch_size=batch_size, seed=seed, device=device)
 
 
 class _Image(NamedTuple):
