@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.tensorboard import SummaryWriter
 
 from spectralnorm import gan
 from spectralnorm.gan.losses import LOSSES
+from spectralnorm.gan.models.resampled import DoubledConv2d, HalvedConv2d
 from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.observers import Averaging, RecordLog, ScalarLog, StepSizeDecay
 from spectralnorm.gan.trainer import Trainer
@@ -29,12 +31,17 @@ NUM_IMAGES = 2048
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. ``fresh``: the generator's update has images made for it alone, as in Algorithm 1."""
+    """What is trained.
+
+    ``fresh``: the generator's update has images made for it alone, as in Algorithm 1. ``our_blocks``: the script has
+    this package's residual blocks, which make one convolution of a change of resolution and the one beside it.
+    """
 
     recipe: str
     settings: tuple[tuple[str, object], ...]
     device: str = "cpu"
     fresh: bool = False
+    our_blocks: bool = False
 
     def config(self):
         settings = {"steps": 10**9, "device": self.device, **dict(self.settings)}
@@ -84,8 +91,9 @@ class Ours:
 class Script:
     """A plain training script, written as well as such scripts are: torch's spectral norm, Adam as torch chooses it.
 
-    It has our networks' modules, so that what differs is how they are normalized and driven. Real and generated images
-    pass one after the other; images that only the discriminator will see are made without a graph.
+    It has our networks' modules, so that what differs is how they are normalized and driven; but unless the task says
+    so, residual blocks take their steps one by one, as they are published. Real and generated images pass one after the
+    other; images that only the discriminator will see are made without a graph.
     """
 
     def __init__(self, task):
@@ -94,6 +102,9 @@ class Script:
         config = self.config
         self.generator = build_generator(config).to(self.device)
         self.discriminator = build_discriminator(config, normalized=False).to(self.device)
+        if not task.our_blocks:
+            _take_two_steps(self.generator)
+            _take_two_steps(self.discriminator)
         for module in list(self.discriminator.modules()):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 spectral_norm(module)
@@ -124,6 +135,22 @@ class Script:
             self.optimizer_g.zero_grad()
             loss.backward()
             self.optimizer_g.step()
+
+
+class _DoubledInTwoSteps(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(functional.interpolate(input, scale_factor=2, mode="nearest"))
+
+
+class _HalvedInTwoSteps(nn.Conv2d):
+    def forward(self, input):
+        return functional.avg_pool2d(super().forward(input), 2)
+
+
+def _take_two_steps(network):
+    kinds = {DoubledConv2d: _DoubledInTwoSteps, HalvedConv2d: _HalvedInTwoSteps}
+    for module in network.modules():
+        module.__class__ = kinds.get(type(module), type(module))
 
 
 class Mimicry:

@@ -73,6 +73,13 @@ def test_relative_links_lead_to_files(page: Path):
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def _public(target: str) -> object:
+    """What a dotted name stands for: a name in a module, or a module, whether anybody has imported it or not."""
+    module_name, _, name = target.rpartition(".")
+    module = importlib.import_module(module_name)
+    return getattr(module, name) if hasattr(module, name) else importlib.import_module(target)
+
+
 def _told_objects() -> list[object]:
     """What the reference shows; a module stands for all that it makes public."""
     told: list[object] = []
@@ -82,8 +89,7 @@ def _told_objects() -> list[object]:
                 module = importlib.import_module(target)
                 told += [getattr(module, name) for name in module.__all__]
             else:
-                module_name, _, name = target.rpartition(".")
-                told.append(getattr(importlib.import_module(module_name), name))
+                told.append(_public(target))
     return told
 
 

@@ -4,8 +4,9 @@ Generator: dense to a small map, residual blocks that double its size, batch nor
 classes, batch normalization in the blocks has a scale and a shift for each. Discriminator: residual blocks that halve
 the map, a sum over its pixels, a dense logit; with classes, the projection ``<embedding of y, features>`` is added.
 
-Two small steps are taken in the cheaper order, which changes nothing in exact arithmetic: the 1x1 shortcut comes before
-nearest upsampling and after average pooling.
+Steps are taken in the cheapest order that changes nothing in exact arithmetic: the 1x1 shortcut comes before nearest
+upsampling and after average pooling, and a 3x3 convolution is one with the change of resolution beside it
+(`spectralnorm.gan.models.resampled`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.bounded import UnitGlobalPool, UnitPool2d, output_gain
+from spectralnorm.gan.models.resampled import DoubledConv2d, HalvedConv2d
 
 __all__ = [
     "ClassBatchNorm2d",
@@ -168,15 +170,15 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, num_classes: int | None = None) -> None:
         super().__init__()
         self.norm1 = _batch_norm(in_channels, num_classes)
-        self.conv1 = _residual_conv(in_channels, out_channels)
+        self.conv1 = _residual_init(DoubledConv2d(in_channels, out_channels))
         self.norm2 = _batch_norm(out_channels, num_classes)
-        self.conv2 = _residual_conv(out_channels, out_channels)
+        self.conv2 = _residual_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = glorot(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, maps: Tensor, labels: Tensor | None = None) -> Tensor:
-        residual = self.conv1(_double(functional.relu(_normalize(self.norm1, maps, labels))))
+        residual = self.conv1(functional.relu(_normalize(self.norm1, maps, labels)))
         residual = self.conv2(functional.relu(_normalize(self.norm2, residual, labels)))
-        return _double(self.shortcut(maps)) + residual
+        return functional.interpolate(self.shortcut(maps), scale_factor=2, mode="nearest") + residual
 
 
 class DownBlock(nn.Module):
@@ -208,8 +210,14 @@ class DownBlock(nn.Module):
         if hidden_channels is None:
             hidden_channels = out_channels if is_first else in_channels
         self.before = nn.Identity() if is_first else nn.ReLU()
-        self.conv1 = _residual_conv(in_channels, hidden_channels)
-        self.conv2 = _residual_conv(hidden_channels, out_channels)
+        self.conv1 = _residual_init(nn.Conv2d(in_channels, hidden_channels, 3, padding=1))
+        # A bounded block keeps the two steps: its convolution has the norm that it is normalized to, to the last bit.
+        self.is_fused = downsample and not bounded
+        self.conv2 = _residual_init(
+            HalvedConv2d(hidden_channels, out_channels)
+            if self.is_fused
+            else nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        )
         needs_weights = downsample or in_channels != out_channels
         self.shortcut = glorot(nn.Conv2d(in_channels, out_channels, 1)) if needs_weights else nn.Identity()
         pool = UnitPool2d(2) if bounded else nn.AvgPool2d(2)
@@ -217,7 +225,9 @@ class DownBlock(nn.Module):
         self.share = 0.5 if bounded else None
 
     def forward(self, maps: Tensor) -> Tensor:
-        residual = self.pool(self.conv2(functional.relu(self.conv1(self.before(maps)))))
+        residual = self.conv2(functional.relu(self.conv1(self.before(maps))))
+        if not self.is_fused:
+            residual = self.pool(residual)
         total = self.shortcut(self.pool(maps)) + residual
         return total if self.share is None else self.share * total
 
@@ -296,8 +306,8 @@ def glorot(layer: L, *, gain: float = 1.0) -> L:
     return layer
 
 
-def _residual_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return glorot(nn.Conv2d(in_channels, out_channels, 3, padding=1), gain=2**0.5)
+def _residual_init(layer: nn.Conv2d) -> nn.Conv2d:
+    return glorot(layer, gain=2**0.5)
 
 
 def _batch_norm(num_channels: int, num_classes: int | None) -> nn.Module:
@@ -306,10 +316,6 @@ def _batch_norm(num_channels: int, num_classes: int | None) -> nn.Module:
 
 def _normalize(norm: nn.Module, maps: Tensor, labels: Tensor | None) -> Tensor:
     return norm(maps) if labels is None else norm(maps, labels)
-
-
-def _double(maps: Tensor) -> Tensor:
-    return functional.interpolate(maps, scale_factor=2, mode="nearest")
 
 
 def _plan(image_size: int) -> _Plan:
