@@ -72,6 +72,25 @@ def test_a_run_on_points_trains_draws_measures_and_samples(tmp_path: Path):
     assert points.dtype == torch.float32
 
 
+def test_a_strict_critic_bounds_the_distance_at_every_evaluation(tmp_path: Path):
+    config = make_config(
+        "toy-ring", steps=110, num_evaluations=2, num_evaluation_samples=200, device="cpu", critic="strict"
+    )
+    train(config, out=tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["final"] for record in evaluations] == [False, True]
+    for record in evaluations:
+        bound = next(metric for metric in record["metrics"] if metric["name"] == "W1 lower bound-points")
+        # Points of an untrained generator lie near the origin, the ring's at distance 1.
+        assert 0.1 < bound["value"] <= bound["details"]["estimate"]
+
+
+def test_an_unknown_critic_is_refused():
+    with pytest.raises(UserError, match="Unknown critic 'loose'; choose one of none, strict"):
+        make_config("toy-ring", critic="loose")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

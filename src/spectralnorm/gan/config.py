@@ -152,6 +152,9 @@ class Config:
     """Evaluations of the metrics over the whole budget, the final one included."""
     num_evaluation_samples: int = _RECORDS(5000)
     """Generated images in the final evaluation."""
+    critic: str = _RECORDS("none", resumable=True)
+    """strict: at each evaluation, also bound the Wasserstein-1 distance of the features from below, by a critic that is
+    trained for it and whose constant is proved; none."""
     checkpoint_minutes: float = _RECORDS(1.0)
     """At most this much time between two checkpoints."""
 
@@ -181,6 +184,7 @@ class Config:
         choose("precision", self.precision, PRECISIONS)
         choose("strategy", self.strategy, STRATEGIES)
         read_augmentation(self.augmentation)
+        choose("critic", self.critic, ("none", "strict"))
         choose("data_loading", self.data_loading, ("auto", "prepare", "stream"))
         choose("image_size", self.image_size, ARCHITECTURES[self.architecture].image_sizes)
         choose("channels", self.channels, ARCHITECTURES[self.architecture].channels)

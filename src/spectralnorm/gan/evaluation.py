@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.point_metrics import measure_points
@@ -23,7 +24,7 @@ from spectralnorm.metrics import (
 )
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure"]
+__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of"]
 
 MOST_SEARCHED = 100_000
 """Training images among which copies are looked for; the first are a fair sample."""
@@ -37,6 +38,11 @@ def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> l
         return []
     names = ["classifier", "squeezenet"] if images.name == "fashion-mnist" else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
+
+
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """What a run measures while it trains and at its end."""
+    return ("default", "wasserstein") if config.critic == "strict" else ("default",)
 
 
 def measure(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.gan.data import ImageSet, ImageStream
-from spectralnorm.gan.evaluation import MOST_SEARCHED, measure
+from spectralnorm.gan.evaluation import MOST_SEARCHED, measure, metrics_of
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.observers import RecordLog, trained_generator
 from spectralnorm.gan.run_pictures import NUM_POINTS, save_grid, save_points
@@ -51,7 +51,13 @@ def finish(
         _draw_images(folder, log, trainer.step, generator, images)
     log.append(Spectra(step=trainer.step, layers=layers))
     if measured:
-        metrics = measure(generator, images, extractors=extractors, num=trainer.config.num_evaluation_samples)
+        metrics = measure(
+            generator,
+            images,
+            extractors=extractors,
+            num=trainer.config.num_evaluation_samples,
+            metrics=metrics_of(trainer.config),
+        )
         log.append(
             Evaluation(
                 step=trainer.step,

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from spectralnorm.errors import UserError
 from spectralnorm.gan.checkpoint import save_checkpoint
 from spectralnorm.gan.data import ImageSet, ImageStream
-from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.evaluation import measure, metrics_of
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.parts import whole
 from spectralnorm.gan.run_folder import CHECKPOINTS
@@ -229,7 +229,13 @@ class Evaluations:
         # The last milestone is the end of the run, where the full evaluation takes its place.
         if self._milestones.reached(trainer.progress) and trainer.stop_reason is None:
             with trainer.clock.paused():
-                metrics = measure(self._generator, self._images, extractors=self._extractors, num=self._num_samples)
+                metrics = measure(
+                    self._generator,
+                    self._images,
+                    extractors=self._extractors,
+                    num=self._num_samples,
+                    metrics=metrics_of(trainer.config),
+                )
             self._log.append(
                 Evaluation(
                     step=trainer.step,
