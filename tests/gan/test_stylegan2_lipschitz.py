@@ -8,6 +8,7 @@ from tests.references.upfirdn import explicit_matrix
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import spectralnorm as sn
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 from spectralnorm.gan.models.filters import Blur, Downsample
@@ -162,3 +163,24 @@ def test_a_batch_that_the_group_does_not_divide_falls_into_smaller_ones(device: 
 def test_a_constant_that_is_not_positive_is_refused(lipschitz: float):
     with pytest.raises(UserError, match="lipschitz must be a positive number"):
         StyleGAN2Discriminator(image_size=32, width=2, lipschitz=lipschitz)
+
+
+@pytest.mark.parametrize("is_bounded", [False, True])
+@pytest.mark.parametrize(("group", "batch"), [(2, 2), (4, 4), (4, 6)])
+def test_the_rule_of_minibatch_deviation_is_what_a_batch_of_opposites_attains(group: int, batch: int, is_bounded: bool):
+    module = MinibatchStddev(group, is_bounded=is_bounded)
+    upper = sn.certify(nn.Sequential(module), (3, 2, 2)).upper_bound
+    # Half of a group is the other half turned around, as the derivative wants it.
+    halves = torch.randn(batch // 2, 3, 2, 2, dtype=torch.float64).sign()
+    norm = _jacobian_norm(module, torch.cat([halves, -halves]))
+    assert norm <= upper * (1 + TOLERANCE)
+    if batch % 4 != 2 or group == 2:
+        assert norm > 0.9999 * upper
+
+
+def test_the_published_discriminator_certifies_as_a_map_of_batches():
+    discriminator = StyleGAN2Discriminator(image_size=16, channels=2, width=2, stddev_group=4).double()
+    certificate = sn.certify(discriminator, (2, 16, 16))
+    images = torch.randn(4, 2, 16, 16, dtype=torch.float64)
+    assert 0 < certificate.lower_bound <= certificate.upper_bound
+    assert _jacobian_norm(discriminator, images) <= certificate.upper_bound

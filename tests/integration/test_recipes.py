@@ -18,7 +18,7 @@ from spectralnorm.gan.sampling import load
 from spectralnorm.lipschitz import Certificate
 
 # Networks of which no Lipschitz constant is known: what the refusal names.
-UNCERTIFIED = {"sagan-128": "matmul", "stylegan2-64": "stddev", "stylegan2-256": "stddev"}
+UNCERTIFIED = {"sagan-128": "matmul"}
 
 
 def _small(recipe: str) -> Config:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear, ScaledLeakyReLU
 from spectralnorm.gan.models.filters import Blur, Downsample
+from spectralnorm.lipschitz.registry import Call, register_rule
 
 __all__ = ["MinibatchStddev", "StyleGAN2Discriminator", "channels_by_size"]
 
@@ -115,7 +116,9 @@ class MinibatchStddev(nn.Module):
     Of ``(batch, channels, height, width)`` with group size G its Lipschitz constant, as a map of the whole batch, is
     sqrt(1 + 1/channels): each of the M = channels * height * width deviations has a gradient of norm 1 / sqrt(G) with
     respect to its G entries, their mean one of 1 / sqrt(M G), and it is written to G * height * width places. Seen from
-    one image, the others held fixed, its own output moves by at most sqrt(1 + (G - 1) / (channels G^2)).
+    one image, the others held fixed, its own output moves by at most sqrt(1 + (G - 1) / (channels G^2)). `certify` counts
+    it with the former: its bound then is one of batches, ``||f(X) - f(Y)|| <= L ||X - Y||``, and so also one of each image
+    among others that stay.
 
     Args:
         group: images in a group; a batch that it does not divide falls into groups of its largest divisor below that.
@@ -138,6 +141,17 @@ class MinibatchStddev(nn.Module):
         channel = deviation.repeat(group)[:, None, None, None].expand(batch, 1, height, width)
         features = torch.cat([features, channel], 1)
         return features / math.sqrt(1 + 1 / channels) if self.is_bounded else features
+
+
+def _stddev_bound(call: Call) -> float:
+    """Of the map of batches, whatever their size and groups; rounded up."""
+    (_, channels, *_), module = call.input_shape, call.module
+    assert isinstance(module, MinibatchStddev)
+    bound = math.nextafter(math.sqrt(math.nextafter(1 + 1 / channels, math.inf)), math.inf)
+    return math.nextafter(bound / math.sqrt(1 + 1 / channels), math.inf) if module.is_bounded else bound
+
+
+register_rule(MinibatchStddev, _stddev_bound)
 
 
 def channels_by_size(image_size: int, *, width: int, max_width: int | None) -> dict[int, int]:
