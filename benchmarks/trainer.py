@@ -34,9 +34,10 @@ import time
 from pathlib import Path
 
 import torch
+from drawing import drawing
 from hardware import hardware, write_result
 from trainer_contenders import CONTENDERS, Ours, Task, has_mimicry
-from trainer_scaling import drawing, scaling
+from trainer_scaling import COLOURS, scaling
 
 PARTS = ("speed", "memory", "loading", "startup", "scaling")
 TARGETS = {"mimicry": 1.3, "script": 1.1}
@@ -236,7 +237,7 @@ def main():
             sections[part] = of_startup(device)
         else:
             sections[part], curves = scaling(in_turns, rounds, device, quick=quick)
-            picture = drawing(curves)
+            picture = drawing(curves, COLOURS, of="images/s")
     text = page(sections, sys.argv[1:])
     if arguments.out is None and quick:
         return
