@@ -1,6 +1,6 @@
 """How long the metrics of 10,000 generated images take, and how often their intervals hold.
 
-    python benchmarks/metrics.py                                 # all metrics with the classifier's features
+    python benchmarks/metrics.py                                 # all metrics with the classifier's features; a page
     python benchmarks/metrics.py --extractor squeezenet --device cuda
     python benchmarks/metrics.py --coverage                      # how often the intervals hold, and the result page
 
@@ -47,25 +47,44 @@ class Clock:
 
 
 def duration(num, extractor_name, device):
-    """Rows of a table: what, seconds with an empty cache, seconds with a full one."""
+    """The result page: what took how long, with an empty cache and with a full one."""
     torch.manual_seed(0)
     config = make_config("fashion")
     generator = TrainedGenerator(build_generator(config).to(device), config)
     images = load_images(None, image_size=config.image_size, channels=config.channels)
     extractor = load_extractor(extractor_name, device=device)
-    for state in ("empty", "full"):
+    found, clocks = (), []
+    for _ in ("empty", "full"):
         clock, began = Clock(), Clock._now()
         found = measure(
             generator, images, extractors=[extractor], num=num, metrics=("all",), with_intervals=True, progress=clock
         )
-        print(f"With {state} cache: seconds, and seconds of processors")
-        for what, spent in {**clock.seconds, "in all": Clock._now() - began}.items():
-            print(f"  {what:40} {spent[0]:7.1f} {spent[1]:7.1f}", flush=True)
-    print(f"{len(found)} metrics: {', '.join(metric.name for metric in found)}")
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        clocks.append({**clock.seconds, "in all": Clock._now() - began})
+    lines = ["| | empty cache: s | CPU s | full cache: s | CPU s |", "|---|---|---|---|---|"]
+    for what in clocks[0]:
+        cells = [f"{value:.1f}" for clock in clocks for value in clock.get(what, (0.0, 0.0))]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    memory = [f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"]
     if device == "cuda":
-        print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    print(hardware())
+        memory.append(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
+    aim = 20 if device == "cuda" else 180
+    verdict = "met" if float(clocks[0]["in all"][0]) <= aim else "missed"
+    judged = f" The aim is {aim} s with an empty cache: {verdict}." if num >= 10_000 else ""
+    return "\n".join(
+        [
+            f"# How long the metrics of {num:,} generated images take",
+            "",
+            hardware(),
+            "",
+            f"`python benchmarks/metrics.py --num {num} --extractor {extractor_name} --device {device}`: "
+            f"{len(found)} metrics ({', '.join(metric.name for metric in found)}), with intervals. "
+            "With an empty cache the features of the 60,000 training and 10,000 held-out images are part of it."
+            f"{judged} Peak memory: {', '.join(memory)}.",
+            "",
+            *lines,
+            "",
+        ]
+    )
 
 
 def coverage(num_repeats, num, width):
@@ -126,7 +145,8 @@ def main():
     if not options.coverage:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["SPECTRALNORM_CACHE"] = str(Path(folder))
-            duration(options.num, options.extractor, options.device)
+            text = duration(options.num, options.extractor, options.device)
+        print(text, write_result("metrics", text, device=options.device), sep="\n")
         return
     rows = coverage(options.repeats, num=500, width=16)
     text = "\n".join(
