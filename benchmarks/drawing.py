@@ -4,6 +4,8 @@ import math
 
 __all__ = ["drawing"]
 
+_LABEL = 34  # what a label of the horizontal axis takes, in pixels
+
 
 def drawing(curves, colours, *, of):
     """One panel for each title, both axes logarithmic, as SVG.
@@ -40,8 +42,12 @@ def drawing(curves, colours, *, of):
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colours[name]}"/>' for x, y in places]
         for row, (name, colour) in enumerate(colours.items()):
             parts.append(f'<text x="{left + width - 50}" y="{top + 14 + 15 * row}" fill="{colour}">{name}</text>')
+        free = left - _LABEL
         for x, _ in next(iter(lines.values())):
-            parts.append(f'<text x="{place(x, 10**y0)[0]:.0f}" y="248" text-anchor="middle">{x}</text>')
+            across = place(x, 10**y0)[0]
+            if across >= free + _LABEL:  # where there is room beside the last label
+                parts.append(f'<text x="{across:.0f}" y="248" text-anchor="middle">{_short(x)}</text>')
+                free = across
         axis, _, network = title.partition(" (")
         for y, text in ((268, f"{of} against {axis}"), (284, network.rstrip(")"))):
             parts.append(f'<text x="{left + width / 2}" y="{y}" text-anchor="middle">{text}</text>')
