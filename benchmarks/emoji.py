@@ -74,14 +74,14 @@ def train_together(data, minutes, folder, device):
 def judged(name, folder):
     """What one run says of itself: settings, cost, distances over time; and the last metrics."""
     config = json.loads((folder / name / "config.json").read_text())
-    records = read_records(folder / name / "metrics.jsonl")
+    records = list(read_records(folder / name / "metrics.jsonl"))
     ending = [record for record in records if isinstance(record, Ending)][-1]
     evaluations = [record for record in records if isinstance(record, Evaluation)]
     curve = [
         (record.training_seconds / 60, metric.value)
         for record in evaluations
         for metric in record.metrics
-        if metric.name == "KID-SqueezeNet" and metric.value > 0
+        if metric.name == "FD-SqueezeNet"
     ]
     generator = gan.load(folder / name)
     metrics = measure(
@@ -122,8 +122,8 @@ def page(folder, data, minutes):
     lines += ["| real pictures | | | | " + " | ".join(floors) + " |", ""]
     curves = {"minutes of training": {name: each[2] for name, each in found.items()}}
     figure = path.with_suffix(".svg")
-    figure.write_text(drawing(curves, COLOURS, of="KID-SqueezeNet"), encoding="utf-8")
-    lines += [f"![Kernel distance over the time of training]({figure.name})", ""]
+    figure.write_text(drawing(curves, COLOURS, of="FD-SqueezeNet"), encoding="utf-8")
+    lines += [f"![Fréchet distance over the time of training]({figure.name})", ""]
     for name in NETWORKS:
         picture = path.with_name(f"{path.stem}_{name.lower()}.jpg")
         grid(gan.load(folder / name).sample(SIDE**2, seed=0), picture)
