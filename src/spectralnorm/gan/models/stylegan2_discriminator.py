@@ -116,9 +116,9 @@ class MinibatchStddev(nn.Module):
     Of ``(batch, channels, height, width)`` with group size G its Lipschitz constant, as a map of the whole batch, is
     sqrt(1 + 1/channels): each of the M = channels * height * width deviations has a gradient of norm 1 / sqrt(G) with
     respect to its G entries, their mean one of 1 / sqrt(M G), and it is written to G * height * width places. Seen from
-    one image, the others held fixed, its own output moves by at most sqrt(1 + (G - 1) / (channels G^2)). `certify` counts
-    it with the former: its bound then is one of batches, ``||f(X) - f(Y)|| <= L ||X - Y||``, and so also one of each image
-    among others that stay.
+    one image, the others held fixed, its own output moves by at most sqrt(1 + (G - 1) / (channels G^2)). `certify`
+    counts it with the former: its bound then is one of batches, ``||f(X) - f(Y)|| <= L ||X - Y||``, and so also one of
+    each image among others that stay.
 
     Args:
         group: images in a group; a batch that it does not divide falls into groups of its largest divisor below that.
