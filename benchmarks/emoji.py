@@ -29,7 +29,8 @@ from spectralnorm.records import Ending, Evaluation, read_records
 
 NETWORKS = {
     "SN-ResNet-64": {},
-    # The settings of the recipe stylegan2-64, but for narrower networks and a smaller batch.
+    # As the recipe stylegan2-64, made small: narrower networks, fewer latents, batch 16, no path lengths, step
+    # sizes that fall in the end; augmentation and averaging as for the other network.
     "StyleGAN2-64": {
         "architecture": "stylegan2",
         "normalization": "none",

@@ -166,16 +166,14 @@ def test_a_constant_that_is_not_positive_is_refused(lipschitz: float):
 
 
 @pytest.mark.parametrize("is_bounded", [False, True])
-@pytest.mark.parametrize(("group", "batch"), [(2, 2), (4, 4), (4, 6)])
+@pytest.mark.parametrize(("group", "batch"), [(2, 2), (2, 6), (4, 4)])
 def test_the_rule_of_minibatch_deviation_is_what_a_batch_of_opposites_attains(group: int, batch: int, is_bounded: bool):
     module = MinibatchStddev(group, is_bounded=is_bounded)
     upper = sn.certify(nn.Sequential(module), (3, 2, 2)).upper_bound
     # Half of a group is the other half turned around, as the derivative wants it.
     halves = torch.randn(batch // 2, 3, 2, 2, dtype=torch.float64).sign()
     norm = _jacobian_norm(module, torch.cat([halves, -halves]))
-    assert norm <= upper * (1 + TOLERANCE)
-    if batch % 4 != 2 or group == 2:
-        assert norm > 0.9999 * upper
+    assert 0.9999 * upper < norm <= upper * (1 + TOLERANCE)
 
 
 def test_the_published_discriminator_certifies_as_a_map_of_batches():

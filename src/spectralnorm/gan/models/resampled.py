@@ -17,11 +17,8 @@ from torch.nn import functional
 __all__ = ["DoubledConv2d", "HalvedConv2d"]
 
 
-class DoubledConv2d(nn.Conv2d):
-    """Doubles images by nearest neighbour, then filters them: ``(batch, in, h, w)`` to ``(batch, out, 2h, 2w)``.
-
-    Output pixel j reads the doubled image at ``j + k - 1`` with tap k. Image pixel m stands there twice, at 2m and
-    2m + 1, so it reaches j with the taps ``2m - j + 1`` and ``2m - j + 2``: a transposed convolution.
+class _Conv3x3(nn.Conv2d):
+    """A plain 3x3 convolution that keeps the size of its input.
 
     Args:
         in_channels: of the images that come in.
@@ -30,6 +27,14 @@ class DoubledConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
+
+
+class DoubledConv2d(_Conv3x3):
+    """Doubles images by nearest neighbour, then filters them: ``(batch, in, h, w)`` to ``(batch, out, 2h, 2w)``.
+
+    Output pixel j reads the doubled image at ``j + k - 1`` with tap k. Image pixel m stands there twice, at 2m and
+    2m + 1, so it reaches j with the taps ``2m - j + 1`` and ``2m - j + 2``: a transposed convolution.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         kernel = functional.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
@@ -37,19 +42,12 @@ class DoubledConv2d(nn.Conv2d):
         return functional.conv_transpose2d(input, turned, self.bias, stride=2, padding=1)
 
 
-class HalvedConv2d(nn.Conv2d):
+class HalvedConv2d(_Conv3x3):
     """Filters images, then averages 2x2 pixels: ``(batch, in, h, w)`` to ``(batch, out, h/2, w/2)``; h and w are even.
 
     In eval mode it takes the two steps one by one: a certificate then finds the layer's own convolution, whose norm
     normalization has set, and the average with its norm of 1/2.
-
-    Args:
-        in_channels: of the images that come in.
-        out_channels: of those that go out.
     """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
