@@ -79,12 +79,14 @@ def test_two_convolutions_that_pad_are_not_bounded_by_their_composed_kernel():
 
 
 MERGED = {
-    "convolution and average": nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AvgPool2d(2)),
-    "blur and stride": nn.Sequential(nn.Conv2d(2, 2, 4, padding=2, groups=2), nn.Conv2d(2, 3, 3, stride=2)),
-    "doubling and 3x3": nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(2, 3, 3, padding=1)),
-    "1x1 and 3x3": nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 3, padding=1)),
-    "transposed twice": nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 3, padding=1)),
-    "three in a row": nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 2), nn.AvgPool2d(2)),
+    "convolution and average": lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.AvgPool2d(2)),
+    "blur and stride": lambda: nn.Sequential(nn.Conv2d(2, 2, 4, padding=2, groups=2), nn.Conv2d(2, 3, 3, stride=2)),
+    "doubling and 3x3": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(2, 3, 3, padding=1)),
+    "1x1 and 3x3": lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 3, padding=1)),
+    "transposed twice": lambda: nn.Sequential(
+        nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 3, padding=1)
+    ),
+    "three in a row": lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 2), nn.AvgPool2d(2)),
 }
 
 
@@ -92,15 +94,21 @@ MERGED = {
 @pytest.mark.parametrize("sizes", ["given", "all"])
 def test_neighbours_are_bounded_as_one(name: str, sizes: str):
     torch.manual_seed(0)
-    model, shape = MERGED[name].double(), (2, 6, 6)
-    norm = torch.linalg.matrix_norm(
-        explicit_matrix(lambda x: model(x) - model(torch.zeros_like(x)), shape, CPU), 2
-    ).item()
+    model, shape = MERGED[name]().double(), (2, 6, 6)
+
+    def norm(size: int) -> float:
+        matrix = explicit_matrix(lambda x: model(x) - model(torch.zeros_like(x)), (2, size, size), CPU)
+        return torch.linalg.matrix_norm(matrix, 2).item()
 
     certificate = sn.certify(model, shape, input_sizes=sizes, ascent_steps=0)
 
     alone = [line.upper for line in certificate.layers if line.upper is not None]
-    assert norm <= certificate.upper_bound <= norm * (1.35 if sizes == "all" else 1.15)
+    assert norm(6) <= certificate.upper_bound
+    if sizes == "all":
+        # 4% for the frequencies between those that are looked at; the rest is what an image of 18 pixels lacks.
+        assert norm(18) <= certificate.upper_bound <= 1.06 * norm(18)
+    else:
+        assert certificate.upper_bound <= 1.001 * norm(6)
     product = torch.tensor(alone).prod().item() * (2 if "doubling" in name else 1)
     assert certificate.upper_bound < product * 0.999
     assert certificate.layers[-1].merged_with == "input"
