@@ -274,7 +274,7 @@ def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor
             else:
                 divisor = divisor.to(compute_dtype(weight.dtype).to_real())
         quotient = replace(
-            before, value=value, divisor=divisor, active=active, stack=None, place=0, gradient_memory=None
+            before, value=value, divisor=divisor, active=active, batch=None, place=0, gradient_memory=None
         )
         kept.rounded = Rounded(dtype, quotient, value._version)
     return kept.rounded
@@ -374,7 +374,7 @@ def _stacked(
                 cap=normalization.mode == "cap",
                 eps=normalization.eps,
                 upper=promises[place].upper if place in promises else None,
-                stack=stack,
+                batch=stack,
                 place=index,
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from spectralnorm.linalg import MatrixView, compute_dtype
 from spectralnorm.parametrizations.weight_clock import Moment
 
-__all__ = ["NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of", "is_held_once"]
+__all__ = ["Batch", "NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of", "is_held_once"]
 
 
 def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,20 @@ def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) 
     return quotient.to(weight.dtype) if out is None else out.copy_(quotient)
 
 
+class Batch(Protocol):
+    """Weights that were divided together, whose gradients come together as well."""
+
+    def gradients(self, places: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """dL/dW of the weights at ``places`` for each G, none of them sparse; see `Quotient`.
+
+        None: not of these together; each has to be asked for alone.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class Stack:
-    """Small weights of one shape, divided together.
+    """Small weights of one shape, divided together: a `Batch`.
 
     Attributes:
         values: (batch, out, in), all W'.
@@ -79,8 +90,10 @@ class Stack:
     sigma: Tensor
     divisor: Tensor
 
-    def gradients(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """dL/dW for each G; see `Quotient`. All divisors depend on sigma."""
+    def gradients(self, places: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """As `Batch` has it, of all or none. All divisors depend on sigma."""
+        if list(places) != list(range(len(self.values))) or not all(grad.is_contiguous() for grad in grads):
+            return None
         stacked = torch.stack(grads)  # type: ignore[arg-type]
         matrices = stacked.view_as(self.values)
         along = -torch.linalg.vecdot(matrices.flatten(1), self.values.flatten(1)) / self.sigma
@@ -113,7 +126,7 @@ class Quotient:
         upper: what the norm is guaranteed not to exceed, float64, if d was made from it; the derivative is that of
             sigma times a constant.
         direction: of the weight's shape, the derivative of the norm where that is not the norm of ``views``: else None.
-        stack: the batch that the weight was divided in; None if it was alone.
+        batch: the weights that this one was divided with; None if it was alone.
         place: its place there.
         gradient_memory: of the last gradient on the CPU; used again when nobody else holds it any more.
     """
@@ -132,7 +145,7 @@ class Quotient:
     eps: float
     upper: Tensor | None = None
     direction: Tensor | None = None
-    stack: Stack | None = None
+    batch: Batch | None = None
     place: int = 0
     gradient_memory: Tensor | None = None
 
@@ -230,29 +243,23 @@ class NormalizedWeights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         quotients: Sequence[Quotient] = ctx.quotients
         results: list[Tensor | None] = [None] * len(grads)
-        stacks: dict[int, list[int]] = {}
+        batches: dict[int, list[int]] = {}
         for index, (quotient, grad) in enumerate(zip(quotients, grads, strict=True)):
             if grad is None:
                 continue
-            if (
-                quotient.stack is not None
-                and not grad.is_sparse
-                and grad.is_contiguous()
-                and not torch.is_grad_enabled()
-            ):
-                stacks.setdefault(id(quotient.stack), []).append(index)
+            if quotient.batch is not None and not grad.is_sparse and not torch.is_grad_enabled():
+                batches.setdefault(id(quotient.batch), []).append(index)
             else:
                 results[index] = quotient.gradient(grad)
-        for indices in stacks.values():
-            stack = quotients[indices[0]].stack
-            places = [quotients[index].place for index in indices]
-            if stack is not None and places == list(range(len(stack.values))):
-                together = stack.gradients([grads[index] for index in indices])  # type: ignore[misc]
-                for index, result in zip(indices, together, strict=True):
-                    results[index] = result
-            else:  # only some of them were used
-                for index in indices:
-                    results[index] = quotients[index].gradient(grads[index])  # type: ignore[arg-type]
+        for indices in batches.values():
+            batch = quotients[indices[0]].batch
+            assert batch is not None
+            of_batch: list[Tensor] = [grads[index] for index in indices]  # type: ignore[misc]
+            together = batch.gradients([quotients[index].place for index in indices], of_batch)
+            if together is None:
+                together = [quotients[index].gradient(grad) for index, grad in zip(indices, of_batch, strict=True)]
+            for index, result in zip(indices, together, strict=True):
+                results[index] = result
         return None, *results
 
 

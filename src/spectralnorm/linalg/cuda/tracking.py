@@ -2,7 +2,7 @@
 
     plan = TrackingPlan([weight.detach().unsqueeze(0) for weight in weights])  # (1, out, in, height, width)
     tracked = plan.track(frames)
-    tracked = plan.track([each.frame for each in tracked.triplets])  # after an optimizer step: in place
+    tracked = plan.track(tracked)  # after an optimizer step: from where it was
     us, vs, sigmas = plan.whole(tracked, [0] * len(weights))
 
 Launches and bytes of an iteration, for matrices of P entries in all, R rows and C columns (summed), frames on the left:
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ from spectralnorm.linalg.cuda.tracking_kernels import (
 )
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
-__all__ = ["TRITON_DTYPES", "TrackingPlan", "track_together_cuda"]
+__all__ = ["TRITON_DTYPES", "Tracked", "TrackingPlan", "track_together_cuda"]
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,20 +62,51 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _ENTRIES_PER_PROGRAM = 16384
 
 
-class Tracked(NamedTuple):
-    """What `TrackingPlan.track` found.
+class Tracked:
+    """What `TrackingPlan.track` found, in one piece of memory for each kind.
 
     Attributes:
-        triplets: for each of the plan's tensors.
         sigmas: (matrices,): those of all matrices, one after the other.
         vectors: the memory of all u and v.
         sides: for each tensor whether its frame was on the left before the last iteration.
+        next_sides: the same after it.
+        rows: the memory of all frames.
     """
 
-    triplets: list[TrackedTriplet]
-    sigmas: Tensor
-    vectors: Tensor
-    sides: tuple[bool, ...]
+    def __init__(self, batches: Sequence[int], tables: _Tables, sides: tuple[bool, ...], memory: _Memory) -> None:
+        self.sides, self.next_sides = sides, tables.next_sides
+        self.rows, self.vectors, self.sigmas = memory
+        self._batches, self._tables = batches, tables
+
+    @cached_property
+    def vector_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """For each tensor u, flat, and the same of v."""
+        tables = self._tables
+        leads = self.vectors[: tables.num_lead].split(tables.lead_sizes)
+        ends = self.vectors[tables.num_lead :].split(tables.end_sizes)
+        us = [end if is_left else lead for lead, end, is_left in zip(leads, ends, self.sides, strict=True)]
+        vs = [lead if is_left else end for lead, end, is_left in zip(leads, ends, self.sides, strict=True)]
+        return us, vs
+
+    @cached_property
+    def triplets(self) -> list[TrackedTriplet]:
+        """For each tensor u, v, sigma and the next frame."""
+        sizes = [NUM_TRACKED * size for size in self._tables.next_sizes]
+        frames = self.rows[: sum(sizes)].split(sizes)
+        parts = zip(
+            self._batches,
+            *self.vector_pairs,
+            self.sigmas.split(list(self._batches)),
+            frames,
+            self.next_sides,
+            strict=True,
+        )
+        return [
+            TrackedTriplet(
+                u.view(batch, -1), v.view(batch, -1), sigma, Frame(rows.view(batch, NUM_TRACKED, -1), is_left)
+            )
+            for batch, u, v, sigma, rows, is_left in parts
+        ]
 
 
 class TrackingPlan:
@@ -115,7 +147,7 @@ class TrackingPlan:
 
     def track(
         self,
-        frames: Sequence[Frame],
+        frames: Sequence[Frame] | Tracked,
         ages: Sequence[int] | None = None,
         num_iterations: int = 1,
         *,
@@ -123,13 +155,14 @@ class TrackingPlan:
     ) -> Tracked:
         """One step of power iteration for all matrices, as `track_together`.
 
-        The results are new tensors; those of one kind lie one after the other in memory, and frames that do are read
-        where they are. Others are copied together first. A captured graph can only begin on sides on which the plan has
-        been called before, because it makes tables for each; it repeats the ages it was captured with.
+        The results are new tensors; those of one kind lie one after the other in memory. A captured graph can only
+        begin on sides on which the plan has been called before, because it makes tables for each; it repeats the ages
+        it was captured with.
 
         Args:
-            frames: for each tensor its rows, float32, (batch, 8, out or in). Columns have the order of the memory, the
-                largest stride first, as in `MatrixView.memory_matrix`.
+            frames: what this plan found last, whose frames are read where they are; or for each tensor its rows,
+                float32, (batch, 8, out or in), which are copied together first. Columns have the order of the memory,
+                the largest stride first, as in `MatrixView.memory_matrix`.
             ages: for each tensor by how much its direction is rolled before it is added to the frame's last row; None:
                 nothing is added. After the first iteration nothing is.
             num_iterations: at least 1.
@@ -139,17 +172,18 @@ class TrackingPlan:
             The triplets, u (batch, out), v (batch, in) with the columns in the order of the matrix' own dimensions,
             sigma (batch,), and frames with the columns in that of the memory.
         """
-        sides = tuple(frame.is_left for frame in frames)
+        is_going_on = isinstance(frames, Tracked)
+        sides = frames.next_sides if is_going_on else tuple(frame.is_left for frame in frames)
         shifts, step = self._rolled(ages)
-        with on_device_of(frames[0].rows):
-            rows = self._packed(frames, sides)
+        rows = frames.rows if is_going_on else self._packed(frames)
+        with on_device_of(rows):
             tables = self._tables_of(sides)
-            rows, vectors, sigmas = self._iterated(tables, rows, shifts, step, eps)
+            memory = self._iterated(tables, rows, shifts, step, eps)
             for _ in range(num_iterations - 1):
                 sides = tables.next_sides
                 tables = self._tables_of(sides)
-                rows, vectors, sigmas = self._iterated(tables, rows, None, 0, eps)
-        return Tracked(self._taken_apart(tables, rows, vectors, sigmas, sides), sigmas, vectors, sides)
+                memory = self._iterated(tables, memory.rows, None, 0, eps)
+        return Tracked([layout.batch for layout in self._layouts], tables, sides, memory)
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
@@ -162,12 +196,11 @@ class TrackingPlan:
         Returns:
             For each weight u and v, those of its largest block among zeros, and the norms of all, (weights,).
         """
-        triplets = tracked.triplets
         if all(layout.batch == 1 for layout in self._layouts):
-            return [each.u[0] for each in triplets], [each.v[0] for each in triplets], tracked.sigmas
+            return *tracked.vector_pairs, tracked.sigmas
         table, spans, sizes = self._wholes_of(tracked.sides, tuple(out_dims))
-        wholes = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
-        sigmas = torch.empty(len(triplets), dtype=torch.float32, device=self.device)
+        wholes = self._empty(sum(sizes))
+        sigmas = self._empty(len(self._layouts))
         with on_device_of(wholes):
             launch(wholes_kernel, spans.shape[0], table, spans, tracked.vectors, tracked.sigmas, wholes, sigmas)
         parts = wholes.split(sizes)
@@ -175,8 +208,7 @@ class TrackingPlan:
 
     def _iterated(
         self, tables: _Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next frames, the vectors (leading ones first) and the norms, each kind in one piece."""
+    ) -> _Memory:
         num_spans, num_maps = tables.spans.shape[0], tables.maps.shape[0]
         images, rows = self._empty(8 * tables.num_lead), self._empty(8 * tables.num_turned)
         parts, others = self._empty(tables.num_parts), self._empty(tables.num_end)
@@ -201,26 +233,22 @@ class TrackingPlan:
         launch(
             vectors_kernel, num_spans, maps, spans, num_lead_spans, rows, others, squares, vectors, ends, sigmas, eps
         )
-        return rows, vectors, sigmas
+        return _Memory(rows, vectors, sigmas)
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
-    def _packed(self, frames: Sequence[Frame], sides: Sequence[bool]) -> Tensor:
+    def _packed(self, frames: Sequence[Frame]) -> Tensor:
         """The rows of all frames one after the other."""
         if len(frames) != len(self._layouts):
             raise ValueError(f"Expected a frame for each of {len(self._layouts)} tensors, got {len(frames)}.")
-        address = first = frames[0].rows.data_ptr()
-        are_packed = first % 16 == 0
         for (rows, is_left), layout in zip(frames, self._layouts, strict=True):
             shape = (layout.batch, NUM_TRACKED, layout.rows if is_left else layout.columns)
             if rows.shape != shape or rows.dtype != torch.float32:
                 raise ValueError(
                     f"Expected frame rows of shape {shape} in float32, got {tuple(rows.shape)} {rows.dtype}."
                 )
-            are_packed = are_packed and rows.data_ptr() == address and rows.is_contiguous()
-            address += 4 * rows.numel()
-        return frames[0].rows if are_packed else torch.cat([frame.rows.flatten() for frame in frames])
+        return torch.cat([frame.rows.flatten() for frame in frames])
 
     def _rolled(self, ages: Sequence[int] | None) -> tuple[Tensor | None, int]:
         """Ages as those of the matrices relative to the first, which stay the same, and that of the first."""
@@ -243,23 +271,6 @@ class TrackingPlan:
         if sides not in self._tables:
             self._tables[sides] = _tables(self._identity, self._layouts, sides, self.device)
         return self._tables[sides]
-
-    def _taken_apart(
-        self, tables: _Tables, rows: Tensor, vectors: Tensor, sigmas: Tensor, sides: Sequence[bool]
-    ) -> list[TrackedTriplet]:
-        batches = [layout.batch for layout in self._layouts]
-        leads = vectors[: tables.num_lead].split(tables.lead_sizes)
-        ends = vectors[tables.num_lead :].split(tables.end_sizes)
-        next_sizes = [8 * size for size in tables.next_sizes]
-        of_rows = rows[: sum(next_sizes)].split(next_sizes)
-        found = []
-        for batch, lead, end, sigma, each, is_left, is_left_next in zip(
-            batches, leads, ends, sigmas.split(batches), of_rows, sides, tables.next_sides, strict=True
-        ):
-            lead, end = lead.view(batch, -1), end.view(batch, -1)
-            u, v = (end, lead) if is_left else (lead, end)
-            found.append(TrackedTriplet(u, v, sigma, Frame(each.view(batch, NUM_TRACKED, -1), is_left_next)))
-        return found
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
         """Table, spans and sizes of the whole vectors: u, v of the first weight, u, v of the next, ..."""
@@ -329,6 +340,14 @@ _Identity = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], ...]
 
 def _identity_of(matrices: Sequence[Tensor]) -> _Identity:
     return tuple((matrix.data_ptr(), matrix.dtype, matrix.shape, matrix.stride()) for matrix in matrices)
+
+
+class _Memory(NamedTuple):
+    """What an iteration writes: the next frames, the vectors (leading ones first) and the norms."""
+
+    rows: Tensor
+    vectors: Tensor
+    sigmas: Tensor
 
 
 class _Tables(NamedTuple):

@@ -1,0 +1,125 @@
+"""Vectors of many weights copied to where they are kept, in one launch, each only if its norm is one.
+
+    store = VectorStore()
+    store.copy(vectors, owners, sigmas, buffers, eps=1e-12)
+
+A weight that is zero or not finite has no singular vectors: what was kept of it stays. Whether it is so is known to the
+device alone, and the kernel asks there.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The kernel's body is Triton's language, which looks like Python and is not typed like it.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses
+from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
+
+__all__ = ["VectorStore", "store_kernel"]
+
+_SPAN_ENTRIES = 1024  # that one program copies
+_MOST_TABLES = 8  # usually there are two, because frames change sides at every step
+
+
+class _Row(IntEnum):
+    """What the table holds for each vector, as int64."""
+
+    SOURCE = 0  # entries from the first vector
+    TARGET = 1  # an address
+    SIZE = 2
+    OWNER = 3  # whose norm decides
+    WIDTH = 4
+
+
+_SPAN = tl.constexpr(_SPAN_ENTRIES)
+_SOURCE = tl.constexpr(int(_Row.SOURCE))
+_TARGET = tl.constexpr(int(_Row.TARGET))
+_SIZE = tl.constexpr(int(_Row.SIZE))
+_OWNER = tl.constexpr(int(_Row.OWNER))
+_WIDTH = tl.constexpr(int(_Row.WIDTH))
+
+
+@triton.jit
+def store_kernel(table, spans, vectors, sigmas, eps, DTYPE: tl.constexpr, REVISION: tl.constexpr):
+    """One span of one vector."""
+    span = spans + 2 * tl.program_id(0)
+    row = table + tl.load(span) * _WIDTH
+    sigma = tl.load(sigmas + tl.load(row + _OWNER))
+    if (sigma > eps) & (sigma < float("inf")):  # false for NaN
+        index = tl.load(span + 1) + tl.arange(0, _SPAN)
+        mask = index < tl.load(row + _SIZE)
+        value = tl.load(vectors + tl.load(row + _SOURCE) + index, mask=mask, other=0.0)
+        target = tl.load(row + _TARGET).to(tl.pointer_type(DTYPE))
+        tl.store(target + index, value.to(DTYPE), mask=mask)
+
+
+class VectorStore:
+    """Remembers where vectors go, as long as they come from and go to the same places."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[Any, ...], list[tuple[Any, Tensor, Tensor]]] = {}
+
+    def copy(
+        self, vectors: Sequence[Tensor], owners: Sequence[int], sigmas: Tensor, targets: Sequence[Tensor], *, eps: float
+    ) -> None:
+        """Write each vector into its target, in the target's type, if ``eps < sigmas[owner] < inf``.
+
+        Args:
+            vectors: contiguous, float32, at distances from each other that stay the same, as in one piece of memory.
+            owners: for each which norm is asked.
+            sigmas: float32, 1-D.
+            targets: for each where it goes: contiguous, as many entries, of float32, bfloat16 or float16.
+            eps: a norm up to here counts as zero.
+
+        Raises:
+            ValueError: a target has another size, another type or gaps.
+        """
+        key = (
+            tuple(relative_addresses(vectors)),
+            tuple(owners),
+            tuple((target.data_ptr(), target.dtype, target.numel()) for target in targets),
+        )
+        tables = self._tables.get(key)
+        if tables is None:
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            tables = self._tables[key] = _tables(vectors, owners, targets, sigmas.device)
+        with on_device_of(sigmas):
+            for dtype, table, spans in tables:
+                launch(store_kernel, spans.shape[0], table, spans, vectors[0], sigmas, eps, dtype)
+
+
+def _tables(
+    vectors: Sequence[Tensor], owners: Sequence[int], targets: Sequence[Tensor], device: torch.device
+) -> list[tuple[Any, Tensor, Tensor]]:
+    """For each type of target the table of vectors and that of spans."""
+    rows: dict[torch.dtype, list[list[int]]] = {}
+    spans: dict[torch.dtype, list[list[int]]] = {}
+    distances = relative_addresses(vectors)
+    for vector, distance, owner, target in zip(vectors, distances, owners, targets, strict=True):
+        fits = target.numel() == vector.numel() and target.is_contiguous() and target.dtype in TRITON_DTYPES
+        if not fits or vector.dtype != torch.float32 or not vector.is_contiguous():
+            raise ValueError(
+                "Expected contiguous float32 vectors and targets of their sizes, got "
+                f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
+            )
+        row = [0] * _Row.WIDTH
+        row[_Row.SOURCE], row[_Row.TARGET] = distance // 4, target.data_ptr()
+        row[_Row.SIZE], row[_Row.OWNER] = vector.numel(), owner
+        of_dtype = rows.setdefault(target.dtype, [])
+        starts = range(0, vector.numel(), _SPAN_ENTRIES)
+        spans.setdefault(target.dtype, []).extend([len(of_dtype), start] for start in starts)
+        of_dtype.append(row)
+    return [
+        (TRITON_DTYPES[dtype], torch.tensor(some, device=device), torch.tensor(spans[dtype], device=device))
+        for dtype, some in rows.items()
+    ]
