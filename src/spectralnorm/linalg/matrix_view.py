@@ -62,6 +62,12 @@ class MatrixView:
         matrix = self.memory_matrix(weight)
         return matrix if self.groups > 1 else matrix.unsqueeze(0)
 
+    def blocks_of_columns(self, weight: Tensor) -> Tensor:
+        """A view of ``weight`` as (groups, out, *columns), its columns in as many dimensions as they have."""
+        if self.groups == 1:
+            return weight.movedim(self.out_dim, 0).unsqueeze(0)
+        return self._blocked(weight).movedim(self._row_dim(), 1)
+
     def is_dense_in(self, weight: Tensor) -> bool:
         """Whether `memory_matrix` is a single matrix that lies in the weight's memory without a gap."""
         return self.groups == 1 and self._layout(weight).is_dense

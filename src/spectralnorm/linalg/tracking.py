@@ -15,11 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_TRACKED", "Frame", "TrackedTriplet", "complete_frame", "probe_rows", "track", "track_together"]
+__all__ = [
+    "NUM_TRACKED",
+    "PROBE_LENGTH",
+    "Frame",
+    "TrackedTriplet",
+    "complete_frame",
+    "probe_rows",
+    "track",
+    "track_together",
+]
 
 # Rows in a frame. They go through the product together, so that the matrix is read no more often than for one vector.
 # What they buy, and what they cost: docs/decisions/0007.
 NUM_TRACKED = 8
+
+# Of what is added to a frame's last row, whose length is about one.
+PROBE_LENGTH = 0.1
 
 # Twelve squarings are 4096 power iterations: two values that those do not tell apart are equal to 1e-4.
 _SQUARINGS = 12
@@ -127,7 +139,7 @@ def probe_rows(direction: Tensor, num_rows: int) -> Tensor:
     Without any the frame could lock on to an invariant subspace and never see what grows outside of it.
     """
     rows = direction.new_zeros(num_rows, direction.shape[0])
-    rows[-1] = 0.1 * direction
+    rows[-1] = PROBE_LENGTH * direction
     return rows
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,16 +19,17 @@ from torch import Tensor
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
-from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, host_has
+from spectralnorm.parametrizations.by_kernels import ByKernels, are_usable, can_be_read, refresh_by_kernels
+from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.quotient import (
+    CastWeight,
     NormalizedWeights,
     Quotient,
     Stack,
     divided,
     divisor_of,
     host_divisor_of,
-    is_held_once,
 )
 from spectralnorm.parametrizations.strict import Bounded, bounded, careful_divisor
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Member",
     "connect",
+    "connect_rounded",
     "divisors_of",
     "keep_triplets",
     "probe_at",
@@ -88,7 +89,25 @@ def refresh_together(members: Sequence[Member]) -> None:
     """
     # Old graphs of ours end here; only those of the user still hold old values.
     for member in members:
-        member.kept.output = None
+        member.kept.output = member.kept.rounded = None
+    by_kernels: list[Member] = []
+    if are_usable(members[0].weight.device):
+        by_kernels = [member for member in members if can_be_read(member)]
+    others = [member for member in members if not can_be_read(member)] if by_kernels else members
+    try:
+        if by_kernels:
+            refresh_by_kernels(by_kernels)
+        if others:
+            _refresh(others)
+    except BaseException:
+        # What was kept may have been given away for the new values, which are not all there.
+        for member in members:
+            member.normalization.invalidate()
+        raise
+
+
+def _refresh(members: Sequence[Member]) -> None:
+    """In torch's operations."""
     before = members[0].kept.followed
     together = before.again() if isinstance(before, _Together) and before.is_of(members) else _Together.of(members)
     first = members[0].normalization
@@ -116,7 +135,7 @@ def refresh_together(members: Sequence[Member]) -> None:
     for place, member in enumerate(members):
         quotient = quotients[place]
         if quotient is None:
-            memory, gradient_memory = _free_memory(member.kept)
+            memory, gradient_memory = free_memory(member.kept)
             flat_v = together.flat_v_of(place)
             quotient = _quotient(
                 member.normalization,
@@ -261,23 +280,39 @@ def _bounded(
 
 
 def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:
-    """What is kept of a strict weight for uses under autocast to ``dtype``."""
+    """What is kept of a weight for uses under autocast to ``dtype``."""
     if kept.rounded is None or kept.rounded.dtype != dtype:
-        before, detached = kept.quotient, weight.detach()
-        assert before.upper is not None
         with plain_arithmetic(weight):
-            triplet = kept.triplets[0]
-            leading = shorter_vectors(triplet.u, triplet.v)
-            value, divisor, active = _bounded(normalization, detached, before.upper, leading, dtype)
-            if host_has(weight.device):
-                divisor, active = float(divisor), bool(active)
+            if normalization.strict:
+                kept.rounded = _rounded_strict(normalization, kept, weight.detach(), dtype)
             else:
-                divisor = divisor.to(compute_dtype(weight.dtype).to_real())
-        quotient = replace(
-            before, value=value, divisor=divisor, active=active, batch=None, place=0, gradient_memory=None
-        )
-        kept.rounded = Rounded(dtype, quotient, value._version)
+                value = kept.value.to(dtype)
+                kept.rounded = Rounded(dtype, value, value._version)
     return kept.rounded
+
+
+def _rounded_strict(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:
+    before, triplet = kept.quotient, kept.triplets[0]
+    assert before.upper is not None
+    leading = shorter_vectors(triplet.u, triplet.v)
+    value, divisor, active = _bounded(normalization, weight, before.upper, leading, dtype)
+    if host_has(weight.device):
+        divisor, active = float(divisor), bool(active)
+    else:
+        divisor = divisor.to(compute_dtype(weight.dtype).to_real())
+    quotient = replace(before, value=value, divisor=divisor, active=active, batch=None, place=0, gradient_memory=None)
+    return Rounded(dtype, value, value._version, quotient)
+
+
+def connect_rounded(normalization: SpectralNorm, kept: Kept, rounded: Rounded, weight: Tensor) -> Tensor:
+    """Make the node of the graph for what is used under autocast."""
+    if rounded.quotient is not None:
+        (output,) = NormalizedWeights.apply([rounded.quotient], weight)
+    else:
+        whole = connect(normalization, kept, weight) if kept.output is None else kept.output
+        output = CastWeight.apply(whole, rounded.value)
+    rounded.output = output
+    return output
 
 
 def wholes(
@@ -384,9 +419,10 @@ def _stacked(
 def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
     joined = [(kept, weight)]
-    if weight.numel() <= _SMALL:
+    shares_node = _shares_all if isinstance(kept.followed, ByKernels) and not _sends_gradients() else _shares_small
+    if shares_node(weight):
         for clock, mate in kept.moment.clock.stepped_together():
-            if mate is None or mate is normalization or clock.weight.numel() > _SMALL:
+            if mate is None or mate is normalization or not shares_node(clock.weight):
                 continue
             mate_kept = mate.kept_to_connect(clock.weight)
             if mate_kept is not None and mate_kept.verdict is kept.verdict:
@@ -395,6 +431,19 @@ def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     for (each, _), output in zip(joined, outputs, strict=True):
         each.output = output
     return outputs[0]
+
+
+def _shares_small(weight: Tensor) -> bool:
+    return weight.numel() <= _SMALL
+
+
+def _shares_all(weight: Tensor) -> bool:
+    return True
+
+
+def _sends_gradients() -> bool:
+    """Whether other processes may wait for a gradient while the backward goes on."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.no_grad()
@@ -407,11 +456,14 @@ def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
         mate_kept = mate.kept_if_unwritten()
         if mate_kept is not None and mate_kept.verdict is kept.verdict:
             together.append((mate, mate_kept))
-    buffers, vectors = [], []
-    for each, its_kept in together:
+    buffers_of_each = [each.buffers_of_views() for each, _ in together]
+    buffers = [buffer for its_buffers in buffers_of_each for buffer in its_buffers]
+    for _, its_kept in together:
         its_kept.is_in_buffers = True
-        its_buffers = each.buffers_of_views()
-        buffers += its_buffers
+    if isinstance(kept.followed, ByKernels) and kept.followed.can_write(buffers):
+        return kept.followed.write([its_kept.index for _, its_kept in together], buffers)
+    vectors = []
+    for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
         vectors += its_kept.vectors_for(its_buffers)
     torch._foreach_copy_(buffers, vectors)  # type: ignore[reportPrivateImportUsage]
 
@@ -549,12 +601,3 @@ def probe_at(frame: Frame, age: int) -> Tensor:
     if probe is None:
         probe = _probes[key] = probe_rows(seeded_direction("probe", rows.shape[-1], rows), rows.shape[-2])
     return probe.roll(age, dims=-1)
-
-
-def _free_memory(kept: Kept) -> tuple[Tensor | None, Tensor | None]:
-    """The memory of an old value, if nobody else holds it (no graph of the user's, no tensor), and of its gradient."""
-    value, gradient, quotient = kept.value, kept.quotient.gradient_memory, ref(kept.quotient)
-    kept.quotient = None  # type: ignore[assignment]
-    # A graph may hold the tensor itself, and not only its memory.
-    is_free = quotient() is None and is_held_once(value)
-    return value if is_free else None, gradient

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet
-from spectralnorm.parametrizations.quotient import Quotient
+from spectralnorm.parametrizations.quotient import Quotient, is_held_once
 from spectralnorm.parametrizations.weight_clock import Moment, watch
 
-__all__ = ["Alone", "Followed", "Kept", "Verdict", "host_has"]
+__all__ = ["Alone", "Followed", "Kept", "Verdict", "free_memory", "host_has"]
 
 
 def host_has(device: torch.device) -> bool:
@@ -61,23 +62,25 @@ class Verdict:
 
 @dataclass(slots=True)
 class Rounded:
-    """A value for use under autocast, which would round one that is not.
+    """A value for use under autocast, which would round one that is not, at every use.
 
     Attributes:
         dtype: whose numbers the entries are.
-        quotient: the value, in the weight's own type.
+        value: of that type; of a strict weight in the weight's own, because it is handed out to whoever asks.
         version: the version of the value when it was made.
+        quotient: of a strict weight, which is divided by another number then.
         output: the value as a node of the graph, made at the first use under grad.
     """
 
     dtype: torch.dtype
-    quotient: Quotient
+    value: Tensor
     version: int
+    quotient: Quotient | None = None
     output: Tensor | None = None
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the value."""
-        return self.quotient.value._version != self.version
+        return self.value._version != self.version
 
 
 class Followed(Protocol):
@@ -163,7 +166,7 @@ class Kept:
 
     def written_value(self) -> Tensor:
         """The tensor that was written into."""
-        return self.rounded.quotient.value if self.rounded is not None and self.rounded.was_written_to() else self.value
+        return self.rounded.value if self.rounded is not None and self.rounded.was_written_to() else self.value
 
     def can_be_followed(self) -> bool:
         """Whether exactly one optimizer step, and nothing else, has changed the weight since."""
@@ -194,3 +197,15 @@ class Kept:
             rounded=None,
             followed=Alone(self.triplets, self.index),
         )
+
+
+def free_memory(kept: Kept) -> tuple[Tensor | None, Tensor | None]:
+    """The memory of an old value, if nobody else holds it (no graph of the user's, no tensor), and of its gradient.
+
+    ``kept`` has no quotient afterwards.
+    """
+    value, gradient, quotient = kept.value, kept.quotient.gradient_memory, ref(kept.quotient)
+    kept.quotient = None  # type: ignore[assignment]
+    # A graph may hold the tensor itself, and not only its memory.
+    is_free = quotient() is None and is_held_once(value)
+    return value if is_free else None, gradient

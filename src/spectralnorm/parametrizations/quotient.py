@@ -17,7 +17,17 @@ from torch import Tensor
 from spectralnorm.linalg import MatrixView, compute_dtype
 from spectralnorm.parametrizations.weight_clock import Moment
 
-__all__ = ["Batch", "NormalizedWeights", "Quotient", "Stack", "divided", "divisor_of", "host_divisor_of", "is_held_once"]
+__all__ = [
+    "Batch",
+    "CastWeight",
+    "NormalizedWeights",
+    "Quotient",
+    "Stack",
+    "divided",
+    "divisor_of",
+    "host_divisor_of",
+    "is_held_once",
+]
 
 
 def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -261,6 +271,24 @@ class NormalizedWeights(torch.autograd.Function):
             for index, result in zip(indices, together, strict=True):
                 results[index] = result
         return None, *results
+
+
+class CastWeight(torch.autograd.Function):
+    """A weight rounded to another type beforehand, as a differentiable function of it.
+
+    As torch's own cast of a weight under autocast, which it makes once for all uses: what comes from them is added up
+    in the narrower type. Nothing is freed by a backward, because nothing is saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
+        """Hand out ``value``, sharing its memory."""
+        ctx.dtype = weight.dtype
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from spectralnorm.parametrizations.image_size import checked_input_size, gain_of
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
 from spectralnorm.parametrizations.options import Options
-from spectralnorm.parametrizations.quotient import NormalizedWeights, divided, divisor_of
+from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype, careful_divisor
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
@@ -50,6 +50,15 @@ _REFINED_RTOL = 1e-5
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
 # starts the other blocks afresh. As many iterations as torch gives to a new layer.
 _COLD_ITERATIONS = 15
+# The layers that only multiply with their weight, in an operation that autocast rounds for.
+_CAST_FORWARDS = {
+    kind.forward
+    for kind in (
+        nn.Linear,
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+}
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
 
@@ -154,6 +163,8 @@ class SpectralNorm(nn.Module):
         self._is_vector = weight.ndim < 2
         # Of an embedding's gradient; only the slower of two ways to hand a weight out lets it through.
         self._may_be_sparse = getattr(module, "sparse", False)
+        # Whether autocast would round the weight at every use, so that it is handed out rounded.
+        self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
         self._keeps = update == "step" and not self._is_vector
         self.train(module.training)
         if not self._is_vector:
@@ -461,29 +472,25 @@ class SpectralNorm(nn.Module):
         return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
-        if not torch.is_grad_enabled():
-            if self.strict and (dtype := autocast_dtype(weight)) is not None:
-                return engine.rounded_for_autocast(self, kept, weight, dtype).quotient.value.detach()
-            return kept.value.detach()
-        if not kept.is_in_buffers and self.training:
+        is_rounded = self.strict or (self._is_cast and self.scale is None)
+        dtype = autocast_dtype(weight) if is_rounded else None
+        has_grad = torch.is_grad_enabled()
+        if has_grad and self.training and not kept.is_in_buffers:
             engine.write_buffers(self, kept)
-        if self.strict and (dtype := autocast_dtype(weight)) is not None:
-            return self._handed_out_rounded(weight, kept, dtype)
-        if not weight.requires_grad:
-            return kept.value.detach()
-        output = kept.output
-        if output is None:
-            output = engine.connect(self, kept, weight)
+        if not has_grad or not weight.requires_grad:
+            value = kept.value if dtype is None else engine.rounded_for_autocast(self, kept, weight, dtype).value
+            return value.detach()
+        if dtype is None:
+            output = kept.output
+            if output is None:
+                output = engine.connect(self, kept, weight)
+        else:
+            rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
+            output = rounded.output
+            if output is None:
+                output = engine.connect_rounded(self, kept, rounded, weight)
         # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
         return torch.ops.aten.alias(output) if self._may_be_sparse else output.view_as(output)
-
-    def _handed_out_rounded(self, weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
-        rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
-        if not weight.requires_grad:
-            return rounded.quotient.value.detach()
-        if rounded.output is None:
-            (rounded.output,) = NormalizedWeights.apply([rounded.quotient], weight)
-        return torch.ops.aten.alias(rounded.output)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""

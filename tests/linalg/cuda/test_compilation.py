@@ -14,14 +14,14 @@ COMPILE = r"""
 import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from spectralnorm.linalg.cuda import quotient_kernels, tracking_kernels
+from spectralnorm.linalg.cuda import quotient_kernels, storing, tracking_kernels
 
 dtype = getattr(tl, sys.argv[1])
 constants = {"IS_STIRRED": True, "DTYPE": dtype, "REVISION": 0}
 integers = {"maps", "blocks", "spans", "shifts", "table", "weights", "targets", "calls"}
 scalars = {"step", "num_image_spans", "first_span", "num_lead_spans"}
 others = {"eps": "fp32", "out": "*u8", "actives": "*i8"} | dict.fromkeys(scalars, "i32")
-for module in (tracking_kernels, quotient_kernels):
+for module in (tracking_kernels, quotient_kernels, storing):
     for name in module.__all__:
         if name.endswith("_kernel"):
             kernel = getattr(module, name)
@@ -55,7 +55,7 @@ def compiled(dtype: str, folder: object) -> dict[str, tuple[int, ...]]:
 @pytest.mark.slow
 def test_kernels_compile_with_wide_loads_for_aligned_matrices_alone(tmp_path: object) -> None:
     counts = compiled("float32", tmp_path)
-    assert len(counts) == 11
+    assert len(counts) == 12
     wide_loads = {name: loads for name, (loads, *_) in counts.items()}
     # Per form of the product, and only in those for aligned matrices: four tiles summed over the slow side; over the
     # fast side two tiles, and eight rows of the frame or the one leading vector.

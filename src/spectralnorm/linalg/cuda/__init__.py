@@ -1,11 +1,12 @@
 """All weights of a model in a handful of launches, by kernels written in Triton.
 
-Whether they can run here is `is_available`; nothing else of this package may be imported where Triton is missing
-(``import spectralnorm`` does not import it).
+Whether they can run here is `is_available`, and whether they are to be used `is_trusted`; nothing else of this package
+may be imported where Triton is missing (``import spectralnorm`` does not import it).
 
 - `spectralnorm.linalg.cuda.tracking`: `TrackingPlan`, the largest singular values of all weights, as
   `spectralnorm.linalg.track_together`;
-- `spectralnorm.linalg.cuda.quotients`: `QuotientPlan`, the division by them and its gradient.
+- `spectralnorm.linalg.cuda.quotients`: `QuotientPlan`, the division by them and its gradient;
+- `spectralnorm.linalg.cuda.storing`: `VectorStore`, what was found copied into the buffers.
 
 A plan is made once for tensors that stay where they are: it remembers addresses, sizes and strides, and holds the
 tables that the kernels read. It can be called in a captured CUDA graph.
@@ -14,12 +15,47 @@ tables that the kernels read. It can be called in a captured CUDA graph.
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
+from functools import cache
 
 import torch
 
-__all__ = ["is_available"]
+__all__ = ["is_available", "is_trusted"]
+
+_SWITCH = "SPECTRALNORM_TRITON"
+# The first generation that Triton compiles for.
+_OLDEST = (7, 0)
 
 
 def is_available() -> bool:
     """Whether there are a CUDA device and Triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def is_trusted(device: torch.device) -> bool:
+    """Whether the kernels are to be used on ``device``.
+
+    They are if they are available, if the environment variable ``SPECTRALNORM_TRITON`` is not ``0``, and if they have
+    computed what torch computes: they are tried once in a process for each device, which compiles them (seconds, the
+    first time on a machine). Where they fail there is one warning, and torch's own operations do the work.
+    """
+    if os.environ.get(_SWITCH) == "0" or device.type != "cuda" or not is_available():
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
+        return False
+    from spectralnorm.linalg.cuda.trial import disagreement
+
+    try:
+        reason = disagreement(device)
+    except Exception as error:  # a compiler, a driver and a device take part: whatever they raise, torch can do it
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        warnings.warn(
+            f"The Triton kernels of spectralnorm do not work on {device} ({reason}); torch's own operations are used, "
+            f"which give the same numbers more slowly. Set {_SWITCH}=0 to leave the kernels out without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason is None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["LANES", "Layout", "Levels", "layout_of"]
+__all__ = ["LANES", "Layout", "Levels", "is_dense", "layout_of"]
 
 # Entries of a 128-bit load of float32. Sizes and strides that it divides allow such loads in the aligned variants.
 LANES = 4
@@ -100,6 +100,17 @@ def layout_of(matrices: Tensor) -> Layout:
     return Layout(
         batch, rows, columns, batch_stride, row_levels, column_levels, column_places, fast_is_columns, is_aligned
     )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` lies in memory without gaps, in whatever order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _levels(dims: Sequence[tuple[int, int]]) -> Levels | None:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses, uploaded, written
-from spectralnorm.linalg.cuda.layout import Layout, layout_of
+from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded, written
+from spectralnorm.linalg.cuda.layout import Layout, is_dense, layout_of
 from spectralnorm.linalg.cuda.quotient_kernels import (
     PIECE,
     SLOW,
@@ -41,6 +41,7 @@ from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
 __all__ = ["Divided", "QuotientPlan"]
 
 _ALIGNMENT_BYTES = 256
+_MOST_SUBSETS = 256  # of weights whose gradients came without the others', remembered
 
 
 class Divided(NamedTuple):
@@ -88,7 +89,7 @@ class QuotientPlan:
                 raise ValueError(f"weights must be of {', '.join(map(str, TRITON_DTYPES))}, got {weight.dtype}.")
             if weight.device != self.device:
                 raise ValueError(f"All weights must be on {self.device}, got one on {weight.device}.")
-            if weight.ndim < 2 or not _is_dense(weight):
+            if weight.ndim < 2 or not is_dense(weight):
                 raise ValueError(
                     "weights must have at least two dimensions and no gaps in memory, got "
                     f"shape {tuple(weight.shape)} with strides {weight.stride()}."
@@ -106,6 +107,8 @@ class QuotientPlan:
             [weight for weight, _ in weights], self._layouts
         )
         self._targets = self._weights[:, Entry.TARGET].contiguous()
+        self._last_distances: tuple[list[int], Tensor] | None = None
+        self._some_blocks: dict[tuple[int, ...], _Launches] = {}
         if self.device.type == "cuda":
             with on_device_of(self._rules):
                 written([0], self.device)  # compiled, for a capture
@@ -152,8 +155,10 @@ class QuotientPlan:
         vs: Sequence[Tensor],
         sigmas: Tensor,
         outs: Sequence[Tensor] | None = None,
+        *,
+        places: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """dL/dW for each weight, with the vectors held constant (Miyato et al. 2018, eq. 12).
+        """dL/dW, with the vectors held constant (Miyato et al. 2018, eq. 12).
 
             dL/dW = G / d - active <G, W'> / sigma u v^T
 
@@ -162,36 +167,44 @@ class QuotientPlan:
             values: W', as `divide` returned them.
             us: whole left vectors, float32, (out,).
             vs: whole right vectors in torch's order, float32, (everything else,).
-            sigmas: (weights,), float32: the norms the weights were divided by.
+            sigmas: (weights,), float32: the norms that all weights were divided by.
             outs: as for `divide`; may be ``grads``.
+            places: of which weights the others are; None: of all. For some of them it waits for the device the first
+                time.
 
         Raises:
             ValueError: something has another shape, type or layout than the weight it belongs to.
         """
         sigmas = self._checked(sigmas)
+        is_whole = places is None or tuple(places) == tuple(range(len(self._layouts)))
+        some = range(len(self._layouts)) if is_whole else places
+        assert some is not None
         for tensors in (grads, values):
-            self._check_layouts(tensors)
-        calls: list[int] = []
-        for layout, grad, value, u, v in zip(self._layouts, grads, values, us, vs, strict=True):
+            self._check_layouts(tensors, some)
+        calls = [0] * (Call.WIDTH * len(self._layouts))
+        for place, grad, value, u, v in zip(some, grads, values, us, vs, strict=True):
+            layout = self._layouts[place]
             for vector, size in ((u, layout.rows), (v, layout.columns)):
                 if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
                     raise ValueError(
                         f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
                     )
             addresses = grad.data_ptr(), value.data_ptr()
-            is_aligned = layout.is_aligned and not any(address % 16 for address in addresses)
-            row = [0] * Call.WIDTH
-            row[Call.GRAD], row[Call.VALUE] = addresses
-            row[Call.U], row[Call.V] = u.data_ptr(), v.data_ptr()
-            row[Call.IS_ALIGNED] = int(is_aligned)
-            calls += row
-        results, out, targets = self._targets_of(outs)
+            row = Call.WIDTH * place
+            calls[row + Call.GRAD], calls[row + Call.VALUE] = addresses
+            calls[row + Call.U], calls[row + Call.V] = u.data_ptr(), v.data_ptr()
+            calls[row + Call.IS_ALIGNED] = int(layout.is_aligned and not any(address % 16 for address in addresses))
+        if is_whole:
+            results, out, targets = self._targets_of(outs)
+        else:
+            results, out, targets = self._targets_of_some(some, grads, outs)
         parts = torch.empty(self._num_parts, dtype=torch.float32, device=self.device)
+        blocks_of_types = self._blocks if is_whole else self._blocks_of(tuple(some))
         with on_device_of(sigmas):
             table = uploaded(calls, self.device)
-            for dtype, blocks in self._blocks:
+            for dtype, blocks in blocks_of_types:
                 launch(inner_kernel, blocks.shape[0], self._weights, table, blocks, parts, dtype)
-            for dtype, blocks in self._blocks:
+            for dtype, blocks in blocks_of_types:
                 launch(
                     gradients_kernel,
                     blocks.shape[0],
@@ -213,8 +226,9 @@ class QuotientPlan:
             raise ValueError(f"Expected sigmas of shape {shape} in float32, got {tuple(sigmas.shape)} {sigmas.dtype}.")
         return sigmas.contiguous()
 
-    def _check_layouts(self, tensors: Sequence[Tensor]) -> None:
-        for tensor, (_, dtype, shape, stride, _) in zip(tensors, self._identity, strict=True):
+    def _check_layouts(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
+        for tensor, place in zip(tensors, places, strict=True):
+            _, dtype, shape, stride, _ = self._identity[place]
             if tensor.dtype != dtype or tensor.shape != shape or tensor.stride() != stride:
                 raise ValueError(
                     f"Expected a tensor of {dtype}, shape {tuple(shape)} and strides {stride} as the weight, got "
@@ -224,10 +238,8 @@ class QuotientPlan:
     def _targets_of(self, outs: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor, Tensor]:
         """The tensors to write to, an address and the distances in bytes from it."""
         if outs is not None:
-            self._check_layouts(outs)
-            if any(out.data_ptr() % 16 for out in outs):
-                raise ValueError("outs must lie at addresses that 16 divides; pass None, or tensors of their own.")
-            return list(outs), _as_bytes(outs[0]), uploaded(relative_addresses(outs), self.device)
+            self._check_outs(outs, range(len(self._layouts)))
+            return list(outs), _as_bytes(outs[0]), self._distances(outs)
         memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
         made = []
         start = 0
@@ -238,22 +250,49 @@ class QuotientPlan:
             start += _padded(shape.numel() * dtype.itemsize)
         return made, memory, self._targets
 
+    def _targets_of_some(
+        self, places: Sequence[int], grads: Sequence[Tensor], outs: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """As `_targets_of`, each in memory of its own."""
+        made = [torch.empty_like(grad) for grad in grads] if outs is None else list(outs)
+        self._check_outs(made, places)
+        distances = [0] * len(self._layouts)
+        for place, distance in zip(places, relative_addresses(made), strict=True):
+            distances[place] = distance
+        return made, _as_bytes(made[0]), uploaded(distances, self.device)
+
+    def _check_outs(self, outs: Sequence[Tensor], places: Sequence[int]) -> None:
+        self._check_layouts(outs, places)
+        if any(out.data_ptr() % 16 for out in outs):
+            raise ValueError("outs must lie at addresses that 16 divides; pass None, or tensors of their own.")
+
+    def _blocks_of(self, places: tuple[int, ...]) -> _Launches:
+        """Those of some weights."""
+        blocks_of_types = self._some_blocks.get(places)
+        if blocks_of_types is None:
+            if len(self._some_blocks) >= _MOST_SUBSETS:
+                self._some_blocks.clear()
+            wanted = torch.tensor(places, device=self.device)
+            chosen = [(dtype, blocks[torch.isin(blocks[:, 0], wanted)]) for dtype, blocks in self._blocks]
+            blocks_of_types = self._some_blocks[places] = [each for each in chosen if len(each[1])]
+        return blocks_of_types
+
+    def _distances(self, outs: Sequence[Tensor]) -> Tensor:
+        """In bytes, of each from the first; on the device already if they are those of the last time."""
+        distances = relative_addresses(outs)
+        if self._last_distances is None or self._last_distances[0] != distances:
+            on_device = uploaded(distances, self.device)
+            if is_capturing(self.device):
+                return on_device
+            self._last_distances = distances, on_device
+        return self._last_distances[1]
+
 
 _Identity = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...], int], ...]
 
 
 def _identity_of(weights: Sequence[tuple[Tensor, int]]) -> _Identity:
     return tuple((weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), dim) for weight, dim in weights)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _padded(num_bytes: int) -> int:

@@ -206,9 +206,7 @@ class TrackingPlan:
         parts = wholes.split(sizes)
         return list(parts[0::2]), list(parts[1::2]), sigmas
 
-    def _iterated(
-        self, tables: _Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float
-    ) -> _Memory:
+    def _iterated(self, tables: _Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> _Memory:
         num_spans, num_maps = tables.spans.shape[0], tables.maps.shape[0]
         images, rows = self._empty(8 * tables.num_lead), self._empty(8 * tables.num_turned)
         parts, others = self._empty(tables.num_parts), self._empty(tables.num_end)

@@ -1,0 +1,35 @@
+"""On the CPU Triton's interpreter runs the kernel; with ``--device cuda`` the GPU does."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from spectralnorm.linalg.cuda.storing import VectorStore
+
+
+def test_vectors_go_where_their_norm_is_one(device: torch.device) -> None:
+    memory = torch.randn(2100 + 7 + 3 + 5, device=device)
+    vectors = list(memory.split([2100, 7, 3, 5]))
+    sigmas = torch.tensor([1.0, 0.0, torch.nan, torch.inf], device=device)
+    dtypes = torch.float32, torch.bfloat16, torch.float32, torch.float16
+    targets = [
+        torch.full((len(each),), 7.0, dtype=dtype, device=device) for each, dtype in zip(vectors, dtypes, strict=True)
+    ]
+    store = VectorStore()
+    store.copy(vectors, [0, 1, 2, 3], sigmas, targets, eps=1e-12)
+    assert torch.equal(targets[0], vectors[0])
+    assert all(bool((target == 7).all()) for target in targets[1:])
+    store.copy(vectors, [0, 0, 0, 0], sigmas, targets, eps=1e-12)
+    for vector, target in zip(vectors, targets, strict=True):
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        torch.testing.assert_close(target.float(), vector, rtol=1.01 * torch.finfo(target.dtype).eps, atol=0)
+    # The same places with other numbers.
+    memory.normal_()
+    store.copy(vectors, [0, 0, 0, 0], sigmas, targets, eps=1e-12)
+    assert torch.equal(targets[0], vectors[0])
+
+
+def test_a_target_of_another_size_is_refused(device: torch.device) -> None:
+    vector, sigmas = torch.ones(4, device=device), torch.ones(1, device=device)
+    with pytest.raises(ValueError, match=r"\(4,\) torch\.float32 for \(5,\) torch\.float32"):
+        VectorStore().copy([vector], [0], sigmas, [torch.ones(5, device=device)], eps=1e-12)

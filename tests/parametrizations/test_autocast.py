@@ -1,0 +1,105 @@
+"""What is handed out under autocast: the weight rounded once for all of its uses."""
+
+import pytest
+import torch
+from torch import nn
+
+from spectralnorm import add_spectral_norm, spectral_norm
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(9, 10), (4, 9)),
+    "convolution": (lambda: nn.Conv2d(3, 6, 3, groups=3), (2, 3, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 7)),
+}
+
+
+def raw(layer):
+    return layer.parametrizations.weight.original
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_all_uses_of_a_weight_share_one_rounding(name, dtype, device):
+    make, shape = LAYERS[name]
+    layer = spectral_norm(make().to(device))
+    x = torch.randn(shape, device=device)
+    full = layer.weight.detach().clone()
+    with torch.autocast(device.type, dtype):
+        first, second = layer.weight, layer.weight
+        with torch.no_grad():
+            third = layer.weight
+        assert first.dtype == dtype
+        assert torch.equal(first, full.to(dtype))
+        assert first.data_ptr() == second.data_ptr() == third.data_ptr()
+        assert layer(x).dtype == dtype
+        with torch.autocast(device.type, enabled=False):
+            assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, full)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_a_weight_that_is_rounded_at_every_use(name, device):
+    make, shape = LAYERS[name]
+    layer = spectral_norm(make().to(device))
+    real, fake = torch.randn(2, *shape, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        (layer(real).float().square().mean() - layer(fake).float().mean()).backward()
+    mine = raw(layer).grad.clone()
+    raw(layer).grad = None
+    full = layer.weight
+    for image, loss in ((real, lambda y: y.float().square().mean()), (fake, lambda y: -y.float().mean())):
+        weight = full.to(torch.bfloat16).to(torch.float32)
+        out = torch.func.functional_call(make().to(device), {"weight": weight, "bias": layer.bias}, image)
+        loss(out).backward(retain_graph=True)
+    torch.testing.assert_close(mine, raw(layer).grad, rtol=0.05, atol=0.02 * float(mine.abs().max()))
+    assert mine.dtype == torch.float32
+
+
+def test_separate_backwards_steps_and_evaluation_follow_the_weight(device):
+    model = add_spectral_norm(nn.Sequential(nn.Linear(9, 10), nn.Tanh(), nn.Linear(10, 1))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 9, device=device)
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            real = model(x).sum()
+            fake = model(-x).square().sum()
+        real.backward()
+        fake.backward()
+        optimizer.step()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            seen.append(model[0].weight.clone())
+        assert torch.equal(seen[-1], model[0].weight.detach().to(torch.bfloat16))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_second_derivatives_go_through_the_rounded_weight(device):
+    layer = spectral_norm(nn.Linear(9, 3).to(device))
+    x = torch.randn(4, 9, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        (slope,) = torch.autograd.grad(layer(x).float().square().sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert raw(layer).grad.abs().sum() > 0
+
+
+def test_a_write_into_the_rounded_weight_reaches_the_parameter(device):
+    layer = spectral_norm(nn.Linear(6, 8).to(device))
+    with torch.autocast(device.type, torch.bfloat16):
+        nn.init.constant_(layer.weight, 3.0)
+        assert float(torch.linalg.matrix_norm(layer.weight.float(), 2)) == pytest.approx(1, abs=1e-2)
+    assert torch.equal(raw(layer), torch.full_like(raw(layer), 3.0))
+
+
+def test_layers_that_autocast_does_not_round_for_keep_their_type(device):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return x * self.weight[0]
+
+    own, table = spectral_norm(Scaled(6, 8).to(device)), spectral_norm(nn.Embedding(6, 8).to(device))
+    learned = spectral_norm(nn.Linear(6, 8).to(device), mode="learnable")
+    frozen = spectral_norm(nn.Linear(6, 8).to(device)).requires_grad_(False)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert own.weight.dtype == table.weight.dtype == learned.weight.dtype == torch.float32
+        assert frozen.weight.dtype == torch.bfloat16
+        assert not frozen.weight.requires_grad

@@ -1,0 +1,347 @@
+"""The kernels in place of torch's operations: on the CPU in Triton's interpreter, with ``--device cuda`` on the GPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectralnorm as sn
+from spectralnorm.linalg import tracking
+from spectralnorm.parametrizations import by_kernels, engine
+from spectralnorm.parametrizations.by_kernels import ByKernels
+
+pytest.importorskip("triton")
+from spectralnorm.linalg import cuda
+from spectralnorm.linalg.cuda import launch as launching
+from spectralnorm.linalg.cuda import quotients, storing, trial
+from spectralnorm.linalg.cuda import tracking as kernels_of_tracking
+
+
+class Mixed(nn.Module):
+    """Layers of most kinds, with sizes that share no alignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 10)
+        self.same = nn.Linear(12, 10)
+        self.narrow = nn.Linear(10, 3)
+        self.convolution = nn.Conv2d(3, 9, 3, padding=1)
+        self.grouped = nn.Conv2d(9, 6, 3, groups=3, padding=1)
+        self.transposed = nn.ConvTranspose2d(6, 10, 3, padding=1)
+        self.grouped_transposed = nn.ConvTranspose2d(10, 12, 3, groups=2)
+        self.last = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, :3, None, None] * torch.linspace(-1, 1, 16, device=x.device).view(1, 1, 4, 4)
+        image = self.transposed(self.grouped(self.convolution(image).tanh()).tanh()).tanh()
+        image = self.last(self.grouped_transposed(image).tanh()).mean((1, 2, 3))
+        return self.narrow(self.linear(x) + self.same(x).tanh()).sum(1) + image
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    if device.type == "cpu":
+        monkeypatch.setattr(engine, "are_usable", lambda device: True)
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "are_usable", lambda device: False)
+    # On the CPU all rows of a frame are put in order; the kernels, as torch on a GPU, settle the first.
+    monkeypatch.setattr(tracking, "_ritz_rotation", tracking._ritz_reflection)
+
+
+def normalizations(model: nn.Module) -> dict[str, sn.SpectralNorm]:
+    return {name: each for name, each in model.named_modules() if isinstance(each, sn.SpectralNorm)}
+
+
+def are_kept_by_kernels(model: nn.Module) -> list[bool]:
+    found = normalizations(model).values()
+    return [each._kept is not None and isinstance(each._kept.followed, ByKernels) for each in found]
+
+
+def trained(model: nn.Module, steps: int, device: torch.device, lr: float = 0.02) -> list[dict[str, Tensor]]:
+    """What a model hands out, its gradients and buffers after each step of training on the same numbers."""
+    torch.manual_seed(1)
+    inputs = torch.randn(steps, 2, 7, 12).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    seen = []
+    for real, fake in inputs:
+        optimizer.zero_grad()
+        (model(real).sigmoid().sum() + model(fake).square().mean()).backward()
+        of_step = {
+            f"grad {name}": each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+        }
+        of_step |= {f"buffer {name}": each.clone() for name, each in model.named_buffers()}
+        of_step |= {f"value {name}": layer.weight.detach().clone() for name, layer in _layers(model).items()}
+        seen.append({name: each.float() for name, each in of_step.items()})
+        optimizer.step()
+    return seen
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: each for name, each in model.named_modules() if isinstance(getattr(each, "weight", None), Tensor)}
+
+
+def assert_equal_runs(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], tolerance: float) -> None:
+    assert mine
+    for step, (of_mine, of_theirs) in enumerate(zip(mine, theirs, strict=True)):
+        assert of_mine.keys() == of_theirs.keys()
+        for name, each in of_mine.items():
+            scale = float(of_theirs[name].abs().max())
+            difference = float((each - of_theirs[name]).abs().max())
+            assert difference <= tolerance * max(scale, 1e-3), f"{name} at step {step}: {difference} of {scale}"
+
+
+@pytest.mark.parametrize("mode", ["normalize", "cap"])
+@pytest.mark.usefixtures("with_kernels")
+def test_training_gives_the_numbers_of_the_plain_engine(
+    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Mixed().to(device)
+    model.convolution.to(memory_format=torch.channels_last)
+    coefficient = {"linear": 0.5, "last": 3.0} if mode == "normalize" else 0.7
+    sn.add_spectral_norm(model, mode=mode, coefficient=coefficient)
+    plain = copy.deepcopy(model)
+    mine = trained(model, 4, device)
+    assert all(are_kept_by_kernels(model))
+    without_kernels(monkeypatch)
+    theirs = trained(plain, 4, device)
+    assert not any(are_kept_by_kernels(plain))
+    assert_equal_runs(mine, theirs, 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("with_kernels")
+def test_half_types_are_followed_in_float32(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 1))).to(device, dtype)
+    plain = copy.deepcopy(model)
+    x = torch.randn(7, 12, device=device, dtype=dtype)
+    found = []
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(x).sum().backward()
+            optimizer.step()
+        found.append([each[0].weight, each[2].weight, normalizations(each)["0.parametrizations.weight.0"]._u])
+        assert all(are_kept_by_kernels(each)) is (each is model)
+        without_kernels(monkeypatch)
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_what_the_kernels_cannot_read_goes_the_plain_way_beside_them(device: torch.device) -> None:
+    model = Mixed().to(device)
+    sn.add_spectral_norm(model, include=["linear", "narrow"])
+    sn.add_spectral_norm(model, include=["same"], norm="bidirectional")
+    sn.add_spectral_norm(model, include=["convolution"], strict=True)
+    sn.add_spectral_norm(model, include=["last"], norm="operator", input_size=(6, 6))
+    trained(model, 3, device)
+    found = dict(zip(normalizations(model), are_kept_by_kernels(model), strict=True))
+    assert {name.split(".")[0] for name, is_by_kernels in found.items() if is_by_kernels} == {"linear", "narrow"}
+    assert {name.split(".")[0] for name, is_by in found.items() if not is_by} == {"same", "convolution", "last"}
+    for name in ("linear", "narrow", "same"):
+        norm = torch.linalg.matrix_norm(getattr(model, name).weight, 2)
+        assert abs(float(norm.detach()) - 1) < 0.1
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_zero_and_a_nan_weight_leave_the_others_and_their_buffers_alone(device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10) for _ in range(3))).to(device)
+    x = torch.randn(4, 9, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def step(grads: list[Tensor]) -> None:
+        for layer, grad in zip(model, grads, strict=True):
+            layer.parametrizations.weight.original.grad = grad
+        optimizer.step()
+
+    weights = [layer.parametrizations.weight.original for layer in model]
+    sum(layer(x).sum() for layer in model).backward()
+    before = [layer.parametrizations.weight[0]._u.clone() for layer in model]
+    step([weights[0].detach().clone(), torch.full_like(weights[1], torch.nan), torch.zeros_like(weights[2])])
+    sum(layer(x).sum() for layer in model).backward()
+    after = [layer.parametrizations.weight[0]._u for layer in model]
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(model[0].weight, torch.zeros_like(weights[0]))
+    assert abs(float(torch.linalg.matrix_norm(model[2].weight, 2)) - 1) < 1e-3
+    assert weights[0].grad.isfinite().all()
+    # They recover.
+    with torch.no_grad():
+        weights[0].normal_()
+        weights[1].normal_()
+    for layer in model:
+        assert abs(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) - 1) < 1e-3
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_backward_through_some_of_the_layers_gives_their_gradients_alone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10, bias=False) for _ in range(4))).to(device)
+    plain, x = copy.deepcopy(model), torch.randn(4, 9, device=device)
+    gradients = []
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        sum(layer(x).square().sum() for layer in each).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in each:
+            layer(x)
+        (each[1](x).square().sum() + each[3](x).square().sum()).backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+        without_kernels(monkeypatch)
+    assert gradients[0][0] is gradients[0][2] is None
+    for place in (1, 3):
+        torch.testing.assert_close(gradients[0][place], gradients[1][place], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_second_derivatives_and_separate_backwards_work(device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(9, 10), nn.Tanh(), nn.Linear(10, 1))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        real = torch.randn(4, 9, device=device, requires_grad=True)
+        score = model(real).sum()
+        (slope,) = torch.autograd.grad(score, real, create_graph=True)
+        slope.square().sum().backward(retain_graph=True)
+        first = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        assert sum(float(each.abs().sum()) for each in first) > 0
+        score.backward()
+        model(torch.randn(4, 9, device=device)).sum().backward()
+        optimizer.step()
+    assert all(are_kept_by_kernels(model))
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_values_are_written_over_only_when_nobody_holds_them(device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10) for _ in range(2))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 9, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum(layer(x).sum() for layer in model).backward()
+        optimizer.step()
+
+    step()
+    step()
+    held = model[0].weight.detach()
+    copied, address = held.clone(), model[1].weight.data_ptr()
+    step()
+    step()
+    assert torch.equal(held, copied)
+    assert model[0].weight.data_ptr() != held.data_ptr()
+    assert model[1].weight.data_ptr() == address
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("number", [3, 12])
+def test_launches_of_a_step_do_not_depend_on_the_number_of_layers(
+    number: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [nn.Linear(9 + index % 3, 10, bias=False) for index in range(number)]
+    model = sn.add_spectral_norm(nn.ModuleList([*layers, nn.Conv2d(4, 6, 3, groups=2, bias=False)])).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randn(2, 4, 3, 3, device=device)
+    launches: list[str] = []
+
+    def counted(kernel, *arguments, **options):
+        launches.append(kernel.fn.__name__)
+        return launch(kernel, *arguments, **options)
+
+    launch = launching.launch
+    for module in (quotients, storing, kernels_of_tracking):
+        monkeypatch.setattr(module, "launch", counted)
+    for _ in range(3):
+        launches.clear()
+        optimizer.zero_grad()
+        sum(layer.weight.square().sum() for layer in model[:-1]).add(model[-1](images).sum()).backward()
+        optimizer.step()
+    assert len(launches) == len(set(launches)) == 12  # with those of the backward
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_an_interrupted_renewal_is_made_up_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10) for _ in range(2))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        sum(layer.weight.square().sum() for layer in model).backward()
+        optimizer.step()
+    divide = ByKernels.divide
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByKernels, "divide", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _ = model[0].weight
+    monkeypatch.setattr(ByKernels, "divide", divide)
+    for layer in model:
+        assert abs(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) - 1) < 1e-3
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_another_coefficient_and_other_layers_are_followed_from_what_is_known(device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 9))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(4, 12, device=device)
+    for coefficient in (1.0, 2.0, 2.0, 0.5):
+        sn.add_spectral_norm(model, coefficient=coefficient)
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        for layer in model:
+            norm = torch.linalg.matrix_norm(layer.weight.detach(), 2)
+            assert abs(float(norm.detach()) / coefficient - 1) < 1e-2
+        assert all(are_kept_by_kernels(model))
+    # One layer's weight is written by hand: it is found anew, and the others go on.
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.normal_()
+    assert abs(float(torch.linalg.matrix_norm(model[0].weight, 2)) / 0.5 - 1) < 1e-3
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied[1].weight, model[1].weight)
+
+
+def test_kernels_agree_with_torch(device: torch.device) -> None:
+    assert trial.disagreement(device) is None
+
+
+def test_kernels_that_compute_something_else_are_found_out(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trial.track_together
+
+    def shifted(*arguments, **options):
+        return [each._replace(sigma=each.sigma * 1.01) for each in found(*arguments, **options)]
+
+    monkeypatch.setattr(trial, "track_together", shifted)
+    assert trial.disagreement(device) == "the norm of a 24 x 136 matrix differs"
+
+
+def test_kernels_that_fail_are_left_out_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> str:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(trial, "disagreement", refuse)
+    pretended = torch.device("cuda", 7)  # of which nothing is remembered
+    cuda.is_trusted.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"cuda:7 \(OSError: no compiler\).*SPECTRALNORM_TRITON=0"):
+        assert not by_kernels.are_usable(pretended)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not by_kernels.are_usable(pretended)
+        cuda.is_trusted.cache_clear()
+        monkeypatch.setenv("SPECTRALNORM_TRITON", "0")
+        assert not by_kernels.are_usable(pretended)
+    cuda.is_trusted.cache_clear()
