@@ -19,7 +19,12 @@ from torch import Tensor
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
-from spectralnorm.parametrizations.by_kernels import ByKernels, are_usable, can_be_read, refresh_by_kernels
+from spectralnorm.parametrizations.by_kernels import (
+    ByKernels,
+    can_be_read,
+    quotient_by_kernels,
+    refresh_by_kernels,
+)
 from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.quotient import (
@@ -90,10 +95,9 @@ def refresh_together(members: Sequence[Member]) -> None:
     # Old graphs of ours end here; only those of the user still hold old values.
     for member in members:
         member.kept.output = member.kept.rounded = None
-    by_kernels: list[Member] = []
-    if are_usable(members[0].weight.device):
-        by_kernels = [member for member in members if can_be_read(member)]
-    others = [member for member in members if not can_be_read(member)] if by_kernels else members
+    by_kernels, others = [], []
+    for member in members:
+        (by_kernels if can_be_read(member.normalization, member.weight) else others).append(member)
     try:
         if by_kernels:
             refresh_by_kernels(by_kernels)
@@ -190,16 +194,19 @@ def keep_triplets(
         sigma, direction = normalization.refined_map(weight) if found_map is None else found_map
         sigmas = sigma.reshape(1)
     verdict = Verdict(sigmas, normalization.eps)
-    (divisor,) = divisors_of([normalization], sigmas, verdict)
-    promise = None
-    if normalization.strict:
-        leading = shorter_vectors(triplets[0].u, triplets[0].v)
-        upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
-        promise = _promise_of(normalization, weight, upper, leading)
-        divisor = promise.divisor
-    quotient = _quotient(
-        normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
-    )
+    if can_be_read(normalization, weight):
+        quotient = quotient_by_kernels(normalization, weight, sigmas, pairs[0][0])
+    else:
+        (divisor,) = divisors_of([normalization], sigmas, verdict)
+        promise = None
+        if normalization.strict:
+            leading = shorter_vectors(triplets[0].u, triplets[0].v)
+            upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
+            promise = _promise_of(normalization, weight, upper, leading)
+            divisor = promise.divisor
+        quotient = _quotient(
+            normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
+        )
     normalization.keep(
         Kept(
             moment=quotient.moment,
@@ -461,7 +468,7 @@ def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
     for _, its_kept in together:
         its_kept.is_in_buffers = True
     if isinstance(kept.followed, ByKernels) and kept.followed.can_write(buffers):
-        return kept.followed.write([its_kept.index for _, its_kept in together], buffers)
+        return kept.followed.write([its_kept.index for _, its_kept in together], buffers, normalization.eps)
     vectors = []
     for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
         vectors += its_kept.vectors_for(its_buffers)

@@ -74,8 +74,8 @@ def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) 
 class Batch(Protocol):
     """Weights that were divided together, whose gradients come together as well."""
 
-    def gradients(self, places: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """dL/dW of the weights at ``places`` for each G, none of them sparse; see `Quotient`.
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """dL/dW of some of the weights for each G, none of them sparse; see `Quotient`.
 
         None: not of these together; each has to be asked for alone.
         """
@@ -100,15 +100,16 @@ class Stack:
     sigma: Tensor
     divisor: Tensor
 
-    def gradients(self, places: Sequence[int], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """As `Batch` has it, of all or none. All divisors depend on sigma."""
-        if list(places) != list(range(len(self.values))) or not all(grad.is_contiguous() for grad in grads):
+        places = [quotient.place for quotient in quotients]
+        if places != list(range(len(self.values))) or not all(grad.is_contiguous() for grad in grads):
             return None
         stacked = torch.stack(grads)  # type: ignore[arg-type]
         matrices = stacked.view_as(self.values)
         along = -torch.linalg.vecdot(matrices.flatten(1), self.values.flatten(1)) / self.sigma
-        quotients = matrices / self.divisor[:, None, None]
-        return quotients.baddbmm_((self.u * along[:, None])[:, :, None], self.v[:, None]).view_as(stacked).unbind()
+        scaled = matrices / self.divisor[:, None, None]
+        return scaled.baddbmm_((self.u * along[:, None])[:, :, None], self.v[:, None]).view_as(stacked).unbind()
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -262,12 +263,12 @@ class NormalizedWeights(torch.autograd.Function):
             else:
                 results[index] = quotient.gradient(grad)
         for indices in batches.values():
-            batch = quotients[indices[0]].batch
-            assert batch is not None
-            of_batch: list[Tensor] = [grads[index] for index in indices]  # type: ignore[misc]
-            together = batch.gradients([quotients[index].place for index in indices], of_batch)
+            some = [quotients[index] for index in indices]
+            of_some: list[Tensor] = [grads[index] for index in indices]  # type: ignore[misc]
+            batch = some[0].batch
+            together = None if batch is None else batch.gradients(some, of_some)
             if together is None:
-                together = [quotients[index].gradient(grad) for index, grad in zip(indices, of_batch, strict=True)]
+                together = [quotient.gradient(grad) for quotient, grad in zip(some, of_some, strict=True)]
             for index, result in zip(indices, together, strict=True):
                 results[index] = result
         return None, *results

@@ -34,12 +34,12 @@ def is_available() -> bool:
 
 
 @cache
-def is_trusted(device: torch.device) -> bool:
-    """Whether the kernels are to be used on ``device``.
+def is_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are to be used on ``device`` for weights of ``dtype``.
 
     They are if they are available, if the environment variable ``SPECTRALNORM_TRITON`` is not ``0``, and if they have
-    computed what torch computes: they are tried once in a process for each device, which compiles them (seconds, the
-    first time on a machine). Where they fail there is one warning, and torch's own operations do the work.
+    computed what torch computes: they are tried once in a process for each, which compiles them (seconds, the first
+    time on a machine). Where they fail there is one warning, and torch's own operations do the work.
     """
     if os.environ.get(_SWITCH) == "0" or device.type != "cuda" or not is_available():
         return False
@@ -48,13 +48,14 @@ def is_trusted(device: torch.device) -> bool:
     from spectralnorm.linalg.cuda.trial import disagreement
 
     try:
-        reason = disagreement(device)
+        reason = disagreement(device, dtype)
     except Exception as error:  # a compiler, a driver and a device take part: whatever they raise, torch can do it
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         warnings.warn(
-            f"The Triton kernels of spectralnorm do not work on {device} ({reason}); torch's own operations are used, "
-            f"which give the same numbers more slowly. Set {_SWITCH}=0 to leave the kernels out without this warning.",
+            f"The Triton kernels of spectralnorm do not work for {dtype} on {device} ({reason}); torch's own "
+            f"operations are used, which give the same numbers more slowly. Set {_SWITCH}=0 to leave the kernels out "
+            "without this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from spectralnorm.linalg.cuda.quotients import QuotientPlan
 from spectralnorm.linalg.cuda.tracking import TrackingPlan
@@ -11,44 +10,45 @@ from spectralnorm.linalg.tracking import Frame, track_together
 
 __all__ = ["disagreement"]
 
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # of what is computed and kept in float32
 
 
-def disagreement(device: torch.device) -> str | None:
-    """What the kernels compute differently from torch on ``device``, as a sentence; None if nothing.
+def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the kernels compute differently from torch for weights of ``dtype`` on ``device``; None if nothing.
 
     Two steps of following, a division and a gradient, of a few small matrices: one for each form of the products that
     the kernels have (aligned or not, either side fast). It waits for the device.
+
+    Returns:
+        A clause such as "the norm of a 24 x 136 matrix differs".
     """
     generator = torch.Generator().manual_seed(0)
     shapes = (24, 136), (9, 21), (136, 24)
-    weights = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    weights = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     weights[2] = weights[2].t().contiguous().t()
     matrices = [weight.unsqueeze(0) for weight in weights]
     starts = [Frame(torch.randn(1, 8, rows, generator=generator).to(device), True) for rows, _ in shapes]
     tracked = TrackingPlan(matrices).track(starts, num_iterations=2)
-    expected = track_together(matrices, starts, [None] * len(starts), num_iterations=2)
+    expected = track_together([matrix.float() for matrix in matrices], starts, [None] * len(starts), num_iterations=2)
     us, vs = tracked.vector_pairs
     plan = QuotientPlan([(weight, 0) for weight in weights], [1.0] * len(weights))
     values = plan.divide(tracked.sigmas).values
     grads = [torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator)) for weight in weights]
     gradients = plan.gradients(grads, values, us, vs, tracked.sigmas)
+    # A half type's entry may be rounded either way, and the inner product of a gradient is of rounded ones.
+    rounded = max(_TOLERANCE, 2 * torch.finfo(dtype).eps)
     for place, (weight, (of_u, of_v, of_sigma, _)) in enumerate(zip(weights, expected, strict=True)):
-        sigma, u, v, grad = tracked.sigmas[place], us[place], vs[place], grads[place]
-        inner = (grad * weight).sum() / sigma**2
-        pairs = {
-            "norm": (sigma, of_sigma[0]),
-            "left vector": ((u @ of_u[0]).abs(), torch.ones_like(sigma)),
-            "right vector": ((v @ of_v[0]).abs(), torch.ones_like(sigma)),
-            "quotient": (values[place], weight / sigma),
-            "gradient": (gradients[place], grad / sigma - inner * torch.outer(u, v)),
+        sigma, u, v, grad = tracked.sigmas[place], us[place], vs[place], grads[place].float()
+        inner = (grad * values[place].float()).sum() / sigma
+        results = {
+            "norm": (sigma, of_sigma[0], _TOLERANCE),
+            "left vector": ((u @ of_u[0]).abs(), torch.ones_like(sigma), _TOLERANCE),
+            "right vector": ((v @ of_v[0]).abs(), torch.ones_like(sigma), _TOLERANCE),
+            "quotient": (values[place].float(), weight.float() / sigma, rounded),
+            "gradient": (gradients[place].float(), grad / sigma - inner * torch.outer(u, v), rounded),
         }
-        for name, (found, wanted) in pairs.items():
-            if not _is_close(found, wanted):
+        for name, (found, wanted, tolerance) in results.items():
+            # Not `allclose`: NaN must count as different, and the largest entry sets the scale.
+            if not bool((found - wanted).abs().max() <= tolerance * wanted.abs().max()):
                 return f"the {name} of a {weight.shape[0]} x {weight.shape[1]} matrix differs"
     return None
-
-
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
-    # Not `allclose`: NaN must count as different, and the largest entry sets the scale.
-    return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
