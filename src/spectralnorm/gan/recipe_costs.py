@@ -54,13 +54,14 @@ def telling_settings(config: Config) -> dict[str, Any]:
 
 
 def read_costs(recipe: str, config: Config, *, file: Path = COSTS_FILE) -> list[Cost]:
-    """The measurements of a recipe that hold for its present settings; none: an empty list."""
+    """The measurements of a recipe that hold for its present settings, those with a pace first; none: an empty list."""
     if not file.exists():
         return []
     table = json.loads(file.read_text(encoding="utf-8"))
     # Through JSON, so that a tuple compares with what became of it there.
     settings = json.loads(json.dumps(telling_settings(config)))
-    return [cost for cost in (Cost(**entry) for entry in table.get(recipe, [])) if cost.settings == settings]
+    costs = [cost for cost in (Cost(**entry) for entry in table.get(recipe, [])) if cost.settings == settings]
+    return sorted(costs, key=lambda cost: cost.images_per_second is None)
 
 
 def write_costs(recipe: str, cost: Cost, *, file: Path = COSTS_FILE) -> None:
