@@ -224,6 +224,13 @@ def test_a_cost_counts_as_long_as_the_settings_are_those_of_the_recipe(tmp_path:
     assert read_costs("fashion", dataclasses.replace(config, batch_size=17), file=file) == []
 
 
+def test_a_cost_with_a_pace_comes_before_one_of_a_busy_machine(tmp_path: Path):
+    file, config = tmp_path / "costs.json", make_config("fashion")
+    write_costs("fashion", cost_of(config, machine="busy", images_per_second=None), file=file)
+    write_costs("fashion", cost_of(config), file=file)
+    assert [cost.machine for cost in read_costs("fashion", config, file=file)] == ["this one", "busy"]
+
+
 def test_the_costs_that_are_shipped_are_of_recipes_that_there_are():
     table = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
     assert table

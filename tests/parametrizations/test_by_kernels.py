@@ -105,7 +105,7 @@ def test_training_gives_the_numbers_of_the_plain_engine(
     coefficient = {"linear": 0.5, "last": 3.0} if mode == "normalize" else 0.7
     sn.add_spectral_norm(model, mode=mode, coefficient=coefficient)
     plain = copy.deepcopy(model)
-    steps = 4 if mode == "normalize" else 2
+    steps = 3 if mode == "normalize" else 2
     mine = trained(model, steps, device)
     assert all(are_kept_by_kernels(model))
     without_kernels(monkeypatch)
@@ -173,7 +173,7 @@ def test_a_zero_and_a_nan_weight_leave_the_others_and_their_buffers_alone(device
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
     assert torch.equal(model[0].weight, torch.zeros_like(weights[0]))
-    assert abs(float(torch.linalg.matrix_norm(model[2].weight, 2)) - 1) < 1e-3
+    assert abs(float(torch.linalg.matrix_norm(model[2].weight.detach(), 2)) - 1) < 1e-3
     assert weights[0].grad.isfinite().all()
     # They recover.
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_values_are_written_over_only_when_nobody_holds_them(device: torch.devic
 
 
 @pytest.mark.usefixtures("with_kernels")
-@pytest.mark.parametrize("number", [2, 7])
+@pytest.mark.parametrize("number", [2, 5])
 def test_launches_of_a_step_do_not_depend_on_the_number_of_layers(
     number: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

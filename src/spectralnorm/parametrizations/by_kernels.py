@@ -44,10 +44,10 @@ def can_be_read(normalization: SpectralNorm, weight: Tensor) -> bool:
     """Whether the kernels are to do all that is to be done for a weight."""
     return (
         weight.dtype in _DTYPES
-        and are_usable(weight)
         and len(normalization.views) == 1
         and normalization.geometry is None
         and not normalization.strict
+        and are_usable(weight)
         and _has_layout(normalization.views[0], weight.shape, weight.stride())
     )
 
