@@ -87,8 +87,9 @@ def main():
         lines.append(line(found))
         print(lines[-1], flush=True)
     if options.out:
+        command = " ".join(["python benchmarks/certify.py", *options.names, "--out"])
         text = (
-            f"# Certificates\n\n{hardware()}\n\n`python benchmarks/certify.py {' '.join(options.names)}`: strict "
+            f"# Certificates\n\n{hardware()}\n\n`{command}`: strict "
             "discriminators with `lipschitz=1`, freshly initialized, width 64, three channels; the whole of `certify`, "
             "with its search for a lower bound.\n\n" + "\n".join([HEAD, *lines]) + "\n"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import spectralnorm as sn
 from spectralnorm.linalg import tracking
-from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations import by_kernels, engine
 from spectralnorm.parametrizations.by_kernels import ByKernels
 from spectralnorm.transform import load_tracking_state, tracking_state
 
@@ -358,16 +358,48 @@ def test_kernels_agree_with_torch(dtype: torch.dtype, device: torch.device) -> N
     assert trial.disagreement(device, dtype) is None
 
 
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+@pytest.mark.parametrize("result", ["norm", "quotient", "gradient"])
 def test_kernels_that_compute_something_else_are_found_out(
+    result: str, factor: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track, divide, gradients = trial.track_together, trial.QuotientPlan.divide, trial.QuotientPlan.gradients
+    if result == "norm":
+        # The reference in place of the kernels: what counts is that they differ.
+        monkeypatch.setattr(
+            trial,
+            "track_together",
+            lambda *a, **k: [each._replace(sigma=each.sigma * factor) for each in track(*a, **k)],
+        )
+    elif result == "quotient":
+        monkeypatch.setattr(
+            trial.QuotientPlan,
+            "divide",
+            lambda *a: (found := divide(*a))._replace(values=[each * factor for each in found.values]),
+        )
+    else:
+        monkeypatch.setattr(trial.QuotientPlan, "gradients", lambda *a: [each * factor for each in gradients(*a)])
+    assert trial.disagreement(device, torch.float32) == f"the {result} of a 24 x 136 matrix differs"
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_weights_with_nodes_of_their_own_get_the_same_gradients(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = trial.track_together
-
-    def shifted(*arguments, **options):
-        return [each._replace(sigma=each.sigma * 1.01) for each in found(*arguments, **options)]
-
-    monkeypatch.setattr(trial, "track_together", shifted)
-    assert trial.disagreement(device, torch.float32) == "the norm of a 24 x 136 matrix differs"
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3)).to(device))
+    alone = copy.deepcopy(model)
+    together = trained(model, 3, device)
+    nodes = []
+    apply = engine.NormalizedWeights.apply
+    monkeypatch.setattr(
+        engine.NormalizedWeights, "apply", lambda quotients, *w: nodes.append(len(w)) or apply(quotients, *w)
+    )
+    monkeypatch.setattr(engine, "_sends_gradients", lambda: True)
+    monkeypatch.setattr(engine, "_SMALL", 0)
+    for mine, its in zip(together, trained(alone, 3, device), strict=True):
+        for name, each in mine.items():
+            assert torch.equal(each, its[name]), name
+    assert set(nodes) == {1}
 
 
 def test_kernels_that_fail_are_left_out_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,16 +292,4 @@ def refresh_by_kernels(members: Sequence[Member]) -> None:
     pairs = list(zip(followed.us, followed.vs, strict=True))
     quotients = followed.division().quotients(_weights_of(members), pairs, memory)
     for place, (member, quotient, age) in enumerate(zip(members, quotients, ages, strict=True)):
-        member.normalization.keep(
-            Kept(
-                moment=quotient.moment,
-                quotient=quotient,
-                value_version=quotient.value._version,
-                output=None,
-                followed=followed,
-                age=age,
-                is_in_buffers=False,
-                verdict=verdict,
-                index=place,
-            )
-        )
+        member.normalization.keep(Kept.of(quotient, followed, verdict, place, age=age))

@@ -153,19 +153,7 @@ def _refresh(members: Sequence[Member]) -> None:
                 maps[place].direction if place in maps else None,
             )
             quotient.gradient_memory = gradient_memory
-        member.normalization.keep(
-            Kept(
-                moment=quotient.moment,
-                quotient=quotient,
-                value_version=quotient.value._version,
-                output=None,
-                followed=together,
-                age=member.kept.age + 1,
-                is_in_buffers=False,
-                verdict=verdict,
-                index=place,
-            )
-        )
+        member.normalization.keep(Kept.of(quotient, together, verdict, place, age=member.kept.age + 1))
 
 
 def keep_triplets(
@@ -207,19 +195,7 @@ def keep_triplets(
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
-    normalization.keep(
-        Kept(
-            moment=quotient.moment,
-            quotient=quotient,
-            value_version=quotient.value._version,
-            output=None,
-            followed=Alone(tuple(triplets)),
-            age=age,
-            is_in_buffers=False,
-            verdict=verdict,
-            index=0,
-        )
-    )
+    normalization.keep(Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age))
 
 
 _Divisor = tuple["float | Tensor", "bool | Tensor"]

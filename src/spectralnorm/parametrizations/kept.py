@@ -130,6 +130,21 @@ class Kept:
     index: int
     rounded: Rounded | None = None
 
+    @classmethod
+    def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
+        """A value that has just been computed, and that nobody has used yet."""
+        return cls(
+            moment=quotient.moment,
+            quotient=quotient,
+            value_version=quotient.value._version,
+            output=None,
+            followed=followed,
+            age=age,
+            is_in_buffers=False,
+            verdict=verdict,
+            index=index,
+        )
+
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
         """For each view of the weight those of its blocks, in memory order, with the frame to go on from."""
