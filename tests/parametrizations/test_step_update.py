@@ -11,6 +11,17 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
+from spectralnorm.linalg import cpu
+from spectralnorm.parametrizations import by_kernels
+
+
+@pytest.fixture(autouse=True, params=["kernels", "plain"])
+def engine_or_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """With the kernels of the machine, if there are any, and in torch's own operations."""
+    if request.param == "plain":
+        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
+    elif device.type == "cpu" and not cpu.is_trusted():
+        pytest.skip("there is no C compiler")
 
 
 @pytest.fixture
@@ -305,6 +316,7 @@ class TestOptimizerSteps:
         assert move_to(1.0, 10.0) == pytest.approx(1, rel=1e-5)
 
     def test_nothing_is_copied_to_the_host(self, layer, monkeypatch):
+        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
         use(layer).backward()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         # On the CPU reading a number waits for nothing and is allowed; elsewhere the one way is non-blocking.

@@ -95,9 +95,13 @@ def refresh_together(members: Sequence[Member]) -> None:
     # Old graphs of ours end here; only those of the user still hold old values.
     for member in members:
         member.kept.output = member.kept.rounded = None
+    before = members[0].kept.followed
     by_kernels, others = [], []
-    for member in members:
-        (by_kernels if can_be_read(member.normalization, member.weight) else others).append(member)
+    if isinstance(before, ByKernels) and before.is_of(members):
+        by_kernels = members
+    else:
+        for member in members:
+            (by_kernels if can_be_read(member.normalization, member.weight) else others).append(member)
     try:
         if by_kernels:
             refresh_by_kernels(by_kernels)
@@ -402,7 +406,8 @@ def _stacked(
 def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
     joined = [(kept, weight)]
-    shares_node = _shares_all if isinstance(kept.followed, ByKernels) and not _sends_gradients() else _shares_small
+    is_for_all = isinstance(kept.followed, ByKernels) and kept.followed.is_for_one_node and not _sends_gradients()
+    shares_node = _shares_all if is_for_all else _shares_small
     if shares_node(weight):
         for clock, mate in kept.moment.clock.stepped_together():
             if mate is None or mate is normalization or not shares_node(clock.weight):

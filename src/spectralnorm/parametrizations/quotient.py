@@ -193,7 +193,8 @@ class Quotient:
         u, v = self.pairs[0][0], self.flat_v
         # New memory costs as much as the arithmetic, because the system clears it.
         memory = self.gradient_memory
-        memory = memory if memory is not None and is_held_once(memory) else torch.empty_like(matrix)
+        if memory is None or memory.shape != matrix.shape or not is_held_once(memory):
+            memory = torch.empty_like(matrix)
         result = torch.addr(matrix, u, v, beta=1 / divisor, alpha=along, out=memory)  # type: ignore[arg-type]
         self.gradient_memory = memory
         result = result.as_strided(grad.shape, grad.stride())

@@ -30,6 +30,7 @@ from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
+from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
@@ -528,13 +529,12 @@ class SpectralNorm(nn.Module):
         this one), wrappers such as DTensor, what FSDP2 puts there for one forward, and whatever is being traced,
         captured or transformed.
         """
-        return (
-            self._keeps
-            and type(weight) is nn.Parameter
-            and is_eager(weight)
-            and weight.numel() > 0
-            and norm_alone.changing_parameter(self, weight) is None
-        )
+        return is_eager(weight) and self._is_own(weight) and weight.numel() > 0
+
+    def _is_own(self, weight: Tensor) -> bool:
+        """What `_can_keep` asks of the weight itself; all that may have changed of one of which something is kept."""
+        # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
+        return self._keeps and type(weight) is nn.Parameter and sharded_of(weight) is None
 
     def _changing_parameter(self, weight: Tensor) -> Tensor | None:
         """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
@@ -588,12 +588,12 @@ class SpectralNorm(nn.Module):
 
     def keep(self, kept: Kept) -> None:
         """Hold ``kept`` until the weight changes."""
-        self._kept = kept
+        self.__dict__["_kept"] = kept  # without nn.Module's search for a parameter in it
 
     def kept_to_follow(self, clock: WeightClock) -> Kept | None:
         """What is kept, if the weight is one optimizer step further and nothing else has happened to it."""
         kept, weight = self._kept, clock.weight
-        if kept is None or kept.moment.clock is not clock or weight.is_complex() or not self._can_keep(weight):
+        if kept is None or kept.moment.clock is not clock or weight.is_complex() or not self._is_own(weight):
             return None
         clock.observe()
         return kept if kept.can_be_followed() and not kept.was_written_to() else None
@@ -601,7 +601,7 @@ class SpectralNorm(nn.Module):
     def kept_to_connect(self, weight: Tensor) -> Kept | None:
         """What is kept, if it is current and no node of the graph has been made for it."""
         kept = self._kept
-        if kept is None or kept.output is not None or not weight.requires_grad or not self._can_keep(weight):
+        if kept is None or kept.output is not None or not weight.requires_grad or not self._is_own(weight):
             return None
         return kept if kept.is_current(weight) else None
 
@@ -612,7 +612,8 @@ class SpectralNorm(nn.Module):
 
     def buffers_of_views(self) -> list[Tensor]:
         """The buffers u and v, view by view."""
-        return [buffer for pair in self.pairs() for buffer in pair]
+        buffers: Any = self._buffers  # without nn.Module's search: it is asked at every step
+        return [local_part(buffers[name]) for pair, _ in zip(_BUFFERS, self.views, strict=False) for name in pair]
 
     # Not keeping: free of branches on values, in torch's ordinary operations
 

@@ -32,6 +32,7 @@ class WeightClock:
         writes: number of other changes that were seen.
         version: `version_of` it when it was last looked at.
         data_ptr: address of its storage then; of a distributed tensor, of this process's part.
+        is_distributed: whether the parameter is a DTensor.
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
         watchers: weak references to whoever wants to be found through a step.
@@ -40,6 +41,7 @@ class WeightClock:
     __slots__ = (
         "__weakref__",
         "data_ptr",
+        "is_distributed",
         "last_step",
         "steps",
         "storage",
@@ -51,6 +53,7 @@ class WeightClock:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.is_distributed = is_distributed(weight)
         self.steps = 0
         self.writes = 0
         self.last_step: _Step | None = None
@@ -65,7 +68,10 @@ class WeightClock:
 
     def is_unmoved(self) -> bool:
         """Whether nothing was written since it was last looked at; optimizer steps are counted apart."""
-        return version_of(self.weight) == self.version and local_part(self.weight).data_ptr() == self.data_ptr
+        weight = self.weight
+        if not self.is_distributed:  # without the calls: it is asked several times for each weight and step
+            return weight._version == self.version and weight.data_ptr() == self.data_ptr
+        return version_of(weight) == self.version and local_part(weight).data_ptr() == self.data_ptr
 
     def observe(self) -> None:
         """Count a write if there was one. Several writes without a look in between count as one."""

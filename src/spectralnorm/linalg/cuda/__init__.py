@@ -45,10 +45,12 @@ def is_trusted(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
         return False
-    from spectralnorm.linalg.cuda.trial import disagreement
+    from spectralnorm.linalg.cuda.quotients import QuotientPlan
+    from spectralnorm.linalg.cuda.tracking import TrackingPlan
+    from spectralnorm.linalg.kernel_trial import disagreement
 
     try:
-        reason = disagreement(device, dtype)
+        reason = disagreement(TrackingPlan, QuotientPlan, device, dtype)
     except Exception as error:  # a compiler, a driver and a device take part: whatever they raise, torch can do it
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded, written
-from spectralnorm.linalg.cuda.layout import Layout, is_dense, layout_of
 from spectralnorm.linalg.cuda.quotient_kernels import (
     PIECE,
     SLOW,
@@ -37,6 +36,7 @@ from spectralnorm.linalg.cuda.quotient_kernels import (
 )
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
+from spectralnorm.linalg.layout import Layout, is_dense, layout_of
 
 __all__ = ["Divided", "QuotientPlan"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectralnorm.linalg.cuda.layout import LANES
+from spectralnorm.linalg.layout import LANES
 
 __all__ = [
     "FAST",

@@ -36,7 +36,6 @@ import triton.language as tl
 from torch import Tensor
 
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
-from spectralnorm.linalg.cuda.layout import Layout, layout_of
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking_kernels import (
     SLOW,
@@ -52,6 +51,7 @@ from spectralnorm.linalg.cuda.tracking_kernels import (
     vectors_kernel,
     wholes_kernel,
 )
+from spectralnorm.linalg.layout import Layout, layout_of
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
 __all__ = ["TRITON_DTYPES", "Tracked", "TrackingPlan", "track_together_cuda"]

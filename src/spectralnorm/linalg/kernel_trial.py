@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from spectralnorm.linalg.cuda.quotients import QuotientPlan
-from spectralnorm.linalg.cuda.tracking import TrackingPlan
 from spectralnorm.linalg.tracking import Frame, track_together
 
 __all__ = ["disagreement"]
@@ -13,27 +13,42 @@ __all__ = ["disagreement"]
 _TOLERANCE = 1e-4  # of what is computed and kept in float32
 
 
-def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the kernels compute differently from torch for weights of ``dtype`` on ``device``; None if nothing.
+@torch.no_grad()
+def disagreement(
+    tracking_plan: Any,
+    quotient_plan: Any,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """What the kernels compute differently from torch; None if nothing.
 
     Two steps of following, a division and a gradient, of a few small matrices: one for each form of the products that
     the kernels have (aligned or not, either side fast). It waits for the device.
+
+    Args:
+        tracking_plan: the class that follows.
+        quotient_plan: the class that divides.
+        device: of the weights that are tried.
+        dtype: their type.
 
     Returns:
         A clause such as "the norm of a 24 x 136 matrix differs".
     """
     generator = torch.Generator().manual_seed(0)
+    plain: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are set to
     shapes = (24, 136), (9, 21), (136, 24)
-    weights = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    weights = [torch.randn(shape, generator=generator, **plain).to(device, dtype) for shape in shapes]
     weights[2] = weights[2].t().contiguous().t()
     matrices = [weight.unsqueeze(0) for weight in weights]
-    starts = [Frame(torch.randn(1, 8, rows, generator=generator).to(device), True) for rows, _ in shapes]
-    tracked = TrackingPlan(matrices).track(starts, num_iterations=2)
+    starts = [Frame(torch.randn(1, 8, rows, generator=generator, **plain).to(device), True) for rows, _ in shapes]
+    tracked = tracking_plan(matrices).track(starts, num_iterations=2)
     expected = track_together([matrix.float() for matrix in matrices], starts, [None] * len(starts), num_iterations=2)
     us, vs = tracked.vector_pairs
-    plan = QuotientPlan([(weight, 0) for weight in weights], [1.0] * len(weights))
+    plan = quotient_plan([(weight, 0) for weight in weights], [1.0] * len(weights))
     values = plan.divide(tracked.sigmas).values
-    grads = [torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator)) for weight in weights]
+    grads = [
+        torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=generator, **plain)) for weight in weights
+    ]
     gradients = plan.gradients(grads, values, us, vs, tracked.sigmas)
     # A half type's entry may be rounded either way, and the inner product of a gradient is of rounded ones.
     rounded = max(_TOLERANCE, 2 * torch.finfo(dtype).eps)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spectralnorm.linalg.cuda.layout import layout_of
+from spectralnorm.linalg.layout import layout_of
 
 WHOLE = torch.arange(2 * 8 * 12 * 9, dtype=torch.float32)
 VIEWS = {

@@ -1,0 +1,226 @@
+"""All weights of a model divided by their norms in one call, and the gradient of that in another.
+
+    plan = QuotientPlan([(weight.detach(), 0) for weight in weights], coefficients=[1.0] * len(weights))
+    divided = plan.divide(sigmas)                         # sigmas: (weights,), as `TrackingPlan.whole` returns them
+    gradients = plan.gradients(grads, divided.values, us, vs, sigmas)
+
+The division reads and writes each entry once. The gradient reads G and W' for the inner product, then G once more, from
+the cache if it fits there, and writes dL/dW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg.cpu.library import library
+from spectralnorm.linalg.cpu.tables import floats, form_of, integers
+from spectralnorm.linalg.layout import is_dense, layout_of
+
+__all__ = ["Divided", "Division", "QuotientPlan"]
+
+
+class _Call(IntEnum):
+    """What the table of a gradient holds for each weight: ``enum call_field`` of kernels.c."""
+
+    GRAD = 0
+    VALUE = 1
+    TARGET = 2
+    OF_ROWS = 3
+    OF_COLUMNS = 4
+    ROWS = 5  # five, as in `Form`
+    ROW_PLACES = 10  # three
+    COLUMN_PLACES = 13  # three
+    WIDTH = 16
+
+
+class Division(NamedTuple):
+    """What the kernels read and write when they divide weights; one entry for each."""
+
+    weights: Tensor  # addresses
+    targets: Tensor  # the same of the quotients
+    sizes: Tensor
+    rules: Tensor
+    divisors: Tensor
+    active: Tensor  # int8
+
+
+class Divided(NamedTuple):
+    """What `QuotientPlan.divide` computed.
+
+    Attributes:
+        values: for each weight W / d, in its shape and strides.
+        divisors: (weights,): d.
+        active: (weights,): whether d is ``sigma / coefficient``, not a constant.
+    """
+
+    values: list[Tensor]
+    divisors: Tensor
+    active: Tensor
+
+
+class QuotientPlan:
+    """Where the weights of a model are and how each is divided by its norm.
+
+    Args:
+        weights: each weight and its dimension that counts outputs. They are dense in memory, in any order of their
+            dimensions, float32 on the CPU, and are read at every call where they were when the plan was made.
+        coefficients: for each the norm that is wanted.
+        caps: for each whether a smaller norm is left alone; None: for none.
+        eps: a norm up to here counts as zero, and is not divided by; nor is one that is not finite.
+
+    Raises:
+        ValueError: a weight has another type or device, gaps in memory, fewer than two dimensions or no entries.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Tensor, int]],
+        coefficients: Sequence[float],
+        caps: Sequence[bool] | None = None,
+        *,
+        eps: float = 1e-12,
+    ) -> None:
+        if not weights:
+            raise ValueError("A plan needs at least one weight, got none.")
+        for weight, _ in weights:
+            if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "meta"):
+                raise ValueError(f"weights must be float32 on the CPU, got {weight.dtype} on {weight.device}.")
+            if weight.ndim < 2 or not is_dense(weight):
+                raise ValueError(
+                    "weights must have at least two dimensions and no gaps in memory, got "
+                    f"shape {tuple(weight.shape)} with strides {weight.stride()}."
+                )
+        self._shapes = [(weight.shape, weight.stride()) for weight, _ in weights]
+        self._addresses = integers([weight.data_ptr() for weight, _ in weights])
+        self._sizes = integers([weight.numel() for weight, _ in weights])
+        self._num_entries = sum(weight.numel() for weight, _ in weights)
+        caps = [False] * len(weights) if caps is None else caps
+        self._rules = torch.tensor(
+            [
+                [coefficient, max(coefficient, eps) if cap else eps, 1.0 if cap else 1 / coefficient]
+                for coefficient, cap in zip(coefficients, caps, strict=True)
+            ],
+            dtype=torch.float64,
+            device="cpu",
+        )
+        layouts = [layout_of(weight.movedim(out_dim, 0).unsqueeze(0)) for weight, out_dim in weights]
+        forms = [form_of(layout) for layout in layouts]
+        self._vector_sizes = [(layout.rows, layout.columns) for layout in layouts]
+        self._are_transposed = [form.is_transposed for form in forms]
+        self._calls = integers(
+            [[0] * _Call.ROWS + [*form[:5], *form.row_places, *form.column_places] for form in forms]
+        )
+
+    def divide(self, sigmas: Tensor, outs: Sequence[Tensor] | None = None) -> Divided:
+        """Each weight divided by its norm.
+
+        Args:
+            sigmas: (weights,), float32: the norms.
+            outs: for each weight a tensor of its shape and strides to write to; None: new ones. Torch does not notice
+                that something is written to them: their versions stay.
+        """
+        sigmas = self._checked(sigmas)
+        outs = [_like(shape) for shape in self._shapes] if outs is None else list(outs)
+        division = self.prepared(outs)
+        weights, targets, sizes, rules, divisors, active = (each.data_ptr() for each in division)
+        library().spectralnorm_divide(
+            weights, targets, sizes, len(outs), rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
+        )
+        return Divided(outs, division.divisors, division.active.view(torch.bool))
+
+    def prepared(self, outs: Sequence[Tensor]) -> Division:
+        """The division into ``outs`` as `TrackingPlan.track` takes it, which fills in divisors and ``active``.
+
+        Args:
+            outs: as for `divide`.
+        """
+        self._check_layouts(outs, range(len(self._shapes)))
+        targets = integers([out.data_ptr() for out in outs])
+        divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.int8, device="cpu")
+        return Division(self._addresses, targets, self._sizes, self._rules, divisors, active)
+
+    def gradients(
+        self,
+        grads: Sequence[Tensor],
+        values: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        sigmas: Tensor,
+        outs: Sequence[Tensor] | None = None,
+        *,
+        places: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """dL/dW, with the vectors held constant (Miyato et al. 2018, eq. 12).
+
+            dL/dW = G / d - active <G, W'> / sigma u v^T
+
+        Args:
+            grads: G, of the weights' shapes and strides.
+            values: W', as `divide` returned them.
+            us: whole left vectors, float32, (out,).
+            vs: whole right vectors in torch's order, float32, (everything else,).
+            sigmas: (weights,), float32: the norms that all weights were divided by.
+            outs: as for `divide`; may be ``grads``.
+            places: of which weights the others are; None: of all.
+
+        Raises:
+            ValueError: something has another shape, type or layout than the weight it belongs to.
+        """
+        sigmas = self._checked(sigmas)
+        is_whole = places is None
+        places = range(len(self._shapes)) if places is None else places
+        results = [_like(self._shapes[place]) for place in places] if outs is None else list(outs)
+        for tensors in (grads, values, results):
+            self._check_layouts(tensors, places)
+        addresses = []
+        for place, grad, value, u, v, out in zip(places, grads, values, us, vs, results, strict=True):
+            sizes, are_transposed = self._vector_sizes[place], self._are_transposed[place]
+            for vector, size in zip((u, v), sizes, strict=True):
+                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
+                    raise ValueError(
+                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
+                    )
+            ends = (v.data_ptr(), u.data_ptr()) if are_transposed else (u.data_ptr(), v.data_ptr())
+            addresses.append((grad.data_ptr(), value.data_ptr(), out.data_ptr(), *ends))
+        calls, rules = self._calls, self._rules
+        if is_whole or tuple(places) == tuple(range(len(self._shapes))):
+            calls = calls.clone()
+        else:
+            chosen = integers(list(places))
+            calls, rules, sigmas = calls[chosen], rules[chosen], sigmas[chosen]
+        calls[:, : _Call.ROWS] = integers(addresses)
+        has_failed = library().spectralnorm_gradients(
+            calls.data_ptr(),
+            len(results),
+            self._num_entries,
+            rules.data_ptr(),
+            sigmas.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if has_failed:
+            raise MemoryError("No memory for the gradients of the weights.")
+        return results
+
+    def _checked(self, sigmas: Tensor) -> Tensor:
+        shape = (len(self._shapes),)
+        if sigmas.shape != shape or sigmas.dtype != torch.float32:
+            raise ValueError(f"Expected sigmas of shape {shape} in float32, got {tuple(sigmas.shape)} {sigmas.dtype}.")
+        return sigmas.contiguous()
+
+    def _check_layouts(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
+        for tensor, place in zip(tensors, places, strict=True):
+            shape, stride = self._shapes[place]
+            if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.stride() != stride:
+                raise ValueError(
+                    f"Expected a float32 tensor of shape {tuple(shape)} and strides {stride} as the weight, got "
+                    f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
+                )
+
+
+def _like(shape: tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+    return torch.empty_strided(*shape, dtype=torch.float32, device="cpu")

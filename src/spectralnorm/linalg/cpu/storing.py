@@ -1,0 +1,56 @@
+"""Vectors of many weights copied to where they are kept, in one call, each only if its norm is one.
+
+store = VectorStore()
+store.copy(vectors, owners, sigmas, buffers, eps=1e-12)
+
+A weight that is zero or not finite has no singular vectors: what was kept of it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg.cpu.library import library
+from spectralnorm.linalg.cpu.tables import integers
+
+__all__ = ["VectorStore"]
+
+
+class VectorStore:
+    """Has nothing to remember; a class, because that of `spectralnorm.linalg.cuda` has."""
+
+    def copy(
+        self, vectors: Sequence[Tensor], owners: Sequence[int], sigmas: Tensor, targets: Sequence[Tensor], *, eps: float
+    ) -> None:
+        """Write each vector into its target if ``eps < sigmas[owner] < inf``.
+
+        Args:
+            vectors: contiguous, float32.
+            owners: for each which norm is asked.
+            sigmas: float32, 1-D.
+            targets: for each where it goes: contiguous, as many entries, float32.
+            eps: a norm up to here counts as zero.
+
+        Raises:
+            ValueError: a target has another size, another type or gaps.
+        """
+        for vector, target in zip(vectors, targets, strict=True):
+            fits = target.numel() == vector.numel() and target.is_contiguous() and vector.is_contiguous()
+            if not fits or vector.dtype != torch.float32 or target.dtype != torch.float32:
+                raise ValueError(
+                    "Expected contiguous float32 vectors and targets of their sizes, got "
+                    f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
+                )
+        numbers = [
+            [vector.data_ptr() for vector in vectors],
+            [target.data_ptr() for target in targets],
+            [target.numel() for target in targets],
+            list(owners),
+        ]
+        table = integers(numbers)
+        library().spectralnorm_store(
+            *(row.data_ptr() for row in table), len(owners), sigmas.contiguous().data_ptr(), eps
+        )
