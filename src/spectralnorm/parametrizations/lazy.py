@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from spectralnorm.parametrizations.options import Options
+from spectralnorm.parametrizations.options import Options, check_options
 from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -39,7 +39,7 @@ class PendingNorm:
 
     def set_options(self, changes: Options[float]) -> None:
         """Change options; those that are not given stay."""
-        SpectralNorm.check_options(**changes)
+        check_options(**changes)
         self.options = {**self.options, **changes}
 
     def wait(self, module: nn.Module) -> None:

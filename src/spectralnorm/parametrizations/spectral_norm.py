@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Unpack
 
@@ -16,9 +14,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg import (
     MatrixView,
     TrackedTriplet,
-    chirp,
     compute_dtype,
-    power_iteration,
     refine,
     seeded_direction,
     view_of,
@@ -28,29 +24,23 @@ from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
-from spectralnorm.parametrizations import engine, norm_alone
+from spectralnorm.parametrizations import engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
-from spectralnorm.parametrizations.options import Options
+from spectralnorm.parametrizations.options import Options, check_options
 from spectralnorm.parametrizations.quotient import divided, divisor_of
-from spectralnorm.parametrizations.shards import is_distributed, local_part, scaled_part, whole
-from spectralnorm.parametrizations.strict import Target, autocast_dtype, careful_divisor
+from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
+from spectralnorm.parametrizations.strict import Target, autocast_dtype
+from spectralnorm.parametrizations.unkept import COLD_ITERATIONS
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
-NORMS = ("matrix", "operator", "bidirectional")
-MODES = ("normalize", "cap", "learnable")
-UPDATES = ("step", "forward", "manual")
-
 # Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
 _REFINED_RTOL = 1e-5
-# Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
-# starts the other blocks afresh. As many iterations as torch gives to a new layer.
-_COLD_ITERATIONS = 15
 # The layers that only multiply with their weight, in an operation that autocast rounds for.
 _CAST_FORWARDS = {
     kind.forward
@@ -119,7 +109,7 @@ class SpectralNorm(nn.Module):
         update: str = "step",
     ) -> None:
         super().__init__()
-        self.check_options(
+        check_options(
             n_power_iterations=n_power_iterations,
             eps=eps,
             norm=norm,
@@ -179,10 +169,10 @@ class SpectralNorm(nn.Module):
             return
         with torch.no_grad():
             if self._keeps and type(weight) is nn.Parameter:
-                self._write(*self._current(weight).quotient.pairs)
+                self.write_vectors(*self._current(weight).quotient.pairs)
                 self._kept.is_in_buffers = True  # type: ignore[union-attr]
             else:
-                self._write(*self.cold_vectors(whole(weight)))
+                self.write_vectors(*self.cold_vectors(whole(weight)))
 
     @property
     def view(self) -> MatrixView:
@@ -198,32 +188,9 @@ class SpectralNorm(nn.Module):
     def coefficient(self, value: float) -> None:
         self.set_options(coefficient=value)
 
-    @staticmethod
-    def check_options(**options: Unpack[Options[float]]) -> None:
-        """Raise a `UserError` if one of the ``options`` has a value that is not offered."""
-        if (iterations := options.get("n_power_iterations", 1)) < 1:
-            raise UserError(f"n_power_iterations must be at least 1, got {iterations}.")
-        if not (eps := options.get("eps", 1)) > 0:
-            raise UserError(f"eps must be a positive number, got {eps}.")
-        coefficient = options.get("coefficient", 1.0)
-        if not (isinstance(coefficient, (int, float)) and 0 < coefficient < math.inf):
-            raise UserError(f"coefficient must be a positive number, got {coefficient!r}.")
-        for option, choices in (("norm", NORMS), ("mode", MODES), ("update", UPDATES)):
-            if option in options:
-                _require_choice(option, options[option], choices)
-        checked_input_size(options.get("input_size"))
-        if not isinstance(strict := options.get("strict", False), bool):
-            raise UserError(f"strict must be True or False, got {strict!r}.")
-        for option, value in (("norm", "bidirectional"), ("mode", "learnable")):
-            if strict and options.get(option) == value:
-                raise UserError(
-                    f'strict=True is not offered together with {option}="{value}", for which there is no guaranteed '
-                    "bound; leave one of them out."
-                )
-
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
-        self.check_options(**changes)
+        check_options(**changes)
         for option in ("norm", "strict", "input_size"):
             if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
                 raise UserError(
@@ -300,7 +267,7 @@ class SpectralNorm(nn.Module):
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.sigma_of(self, weight, parameter)
-        return self._rayleigh(whole(weight), self.pairs())
+        return unkept.rayleigh(self.views, whole(weight), self.pairs())
 
     @torch.no_grad()
     def sigma_upper(self, weight: Tensor) -> Tensor:
@@ -462,11 +429,14 @@ class SpectralNorm(nn.Module):
         if weight.is_meta and (self.strict or self.follows_map):
             return weight * 1  # there are no values to bound
         if self.strict and not self._can_keep(weight):
-            return self._unkept_strict(weight)
+            return unkept.use_strict(self, weight)
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
-            return self._unkept_map(weight) if self.follows_map else self._unkept(weight)
+            if self.follows_map:
+                return unkept.use_map(self, weight)
+            parameter = self._changing_parameter(weight)
+            return unkept.use(self, weight) if parameter is None else norm_alone.use(self, weight, parameter)
         kept = self._kept
         if kept is None or not kept.is_current(weight):
             kept = self._current(weight)
@@ -615,67 +585,7 @@ class SpectralNorm(nn.Module):
         buffers: Any = self._buffers  # without nn.Module's search: it is asked at every step
         return [local_part(buffers[name]) for pair, _ in zip(_BUFFERS, self.views, strict=False) for name in pair]
 
-    # Not keeping: free of branches on values, in torch's ordinary operations
-
-    def _unkept(self, weight: Tensor) -> Tensor:
-        parameter = self._changing_parameter(weight)
-        if parameter is not None:
-            return norm_alone.use(self, weight, parameter)
-        self.require_all_of(weight)
-        full = whole(weight) if is_distributed(weight) else weight
-        pairs = self._pairs_for_use(full)
-        sigma = self._rayleigh(full, pairs)
-        if is_distributed(weight):
-            return scaled_part(weight, sigma, pairs, self.views, self.quotient)
-        return self.quotient(weight, sigma)
-
-    def _unkept_map(self, weight: Tensor) -> Tensor:
-        """As `_unkept`, for ``norm="operator"``."""
-        if weight.numel() == 0:
-            return weight
-        norm_alone.refuse_sharded(weight, 'norm="operator"')
-        if not is_eager(weight):
-            raise UserError(
-                'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
-                "its weight by remove_spectral_norm first, or use strict=True."
-            )
-        found = self.map_of(weight)
-        sigma = (found.direction * weight.to(found.direction.dtype)).sum()
-        return self.quotient(weight, sigma)
-
-    def _pairs_for_use(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
-        pairs = self.pairs()
-        if self.training and (self.update == "forward" or (self.update == "step" and torch.is_grad_enabled())):
-            with torch.no_grad():
-                pairs = self._iterated(weight.detach(), pairs, self.n_power_iterations)
-                if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
-                    self._write(*pairs)
-            return pairs
-        # The graph must not see a later write to the buffers.
-        return [(u.clone(), v.clone()) for u, v in pairs]
-
-    def _unkept_strict(self, weight: Tensor) -> Tensor:
-        """As `_unkept`. The bound is that of the weight that came, whoever put it there."""
-        if weight.numel() == 0:
-            return weight
-        norm_alone.refuse_sharded(weight, "strict=True")
-        if self._is_vector:
-            sigma = torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))
-        else:
-            self.require_all_of(weight)
-            sigma = self._rayleigh(weight, self._pairs_for_use(weight))
-        target = self.target(autocast_dtype(weight) or weight.dtype)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            detached = weight.detach()
-            divisor, active = careful_divisor(detached, self.upper_bound(detached), target)
-            divisor = divisor.to(sigma.dtype)
-            ratio = torch.where(active & (sigma != 0), divisor / sigma, 0)
-        # Its value is the divisor, its gradient sigma's times the ratio.
-        sigma = torch.where(active, sigma, 0)
-        divisor = divisor + (sigma - sigma.detach()) * ratio
-        value = divided(weight, divisor)
-        return value if target.dtype == weight.dtype else value.to(target.dtype).to(weight.dtype)
+    # Vectors
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
@@ -693,43 +603,8 @@ class SpectralNorm(nn.Module):
             )
             for names, view in zip(_BUFFERS, self.views, strict=False)
         ]
-        pairs = self._iterated(weight, starts, _COLD_ITERATIONS)  # type: ignore[arg-type]
+        pairs = unkept.iterated(self, weight, starts, COLD_ITERATIONS)  # type: ignore[arg-type]
         return [(u.to(weight.dtype), v.to(weight.dtype)) for u, v in pairs]
-
-    def _iterated(
-        self, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], num_iterations: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """New whole vectors of each view after ``num_iterations``."""
-        return [
-            self._iterated_view(view, weight, u, v, num_iterations)
-            for view, (u, v) in zip(self.views, pairs, strict=True)
-        ]
-
-    def _iterated_view(
-        self, view: MatrixView, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int
-    ) -> tuple[Tensor, Tensor]:
-        matrix = view.matrix(weight)
-        matrix = matrix.to(compute_dtype(matrix.dtype))
-        if view.groups == 1:
-            return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=self.eps)[:2]
-        _, rows, columns = matrix.shape
-        # The block that the vectors are of goes on from them.
-        left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
-        left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
-        right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
-        found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=self.eps)
-        return view.vectors_of_largest(*found)[:2]
-
-    def _rayleigh(self, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """u^H W v, differentiable in the weight; the mean over the views."""
-        found = []
-        for view, (u, v) in zip(self.views, pairs, strict=True):
-            matrix = view.whole_matrix(weight)
-            matrix = matrix.to(compute_dtype(matrix.dtype))
-            u, v = u.to(matrix), v.to(matrix)
-            image = torch.mv(matrix, v)
-            found.append(torch.vdot(u, image).real if matrix.is_complex() else torch.dot(u, image))
-        return found[0] if len(found) == 1 else torch.stack(found).mean()
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
@@ -740,7 +615,7 @@ class SpectralNorm(nn.Module):
         if parameter is not None:
             return norm_alone.advance(self, weight, parameter)
         if not self._can_keep(weight) or weight.is_complex():
-            return self._write(*self._iterated(whole(weight), self.pairs(), self.n_power_iterations))
+            return self.write_vectors(*unkept.iterated(self, whole(weight), self.pairs(), self.n_power_iterations))
         kept = self._current(weight)
         with plain_arithmetic(weight):
             engine.refresh_together([engine.Member(self, weight, kept)])
@@ -767,7 +642,8 @@ class SpectralNorm(nn.Module):
         return divided(weight, divisor)
 
     @torch.no_grad()
-    def _write(self, *pairs: tuple[Tensor, Tensor]) -> None:
+    def write_vectors(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Write u and v of each view into the buffers."""
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
         for buffers, vectors in zip(self.pairs(), pairs, strict=True):
             for buffer, vector in zip(buffers, vectors, strict=True):
@@ -822,8 +698,3 @@ def _weight_of(module: nn.Module, name: str) -> Tensor:
             f"{name!r} of {type(module).__name__} is a single number; only vectors and matrices have a norm."
         )
     return weight
-
-
-def _require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

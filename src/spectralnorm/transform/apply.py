@@ -13,7 +13,7 @@ from spectralnorm.linalg import view_of
 from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
 from spectralnorm.parametrizations.image_size import geometry_of
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
-from spectralnorm.parametrizations.options import Options, refuse_unknown
+from spectralnorm.parametrizations.options import Options, check_options, refuse_unknown
 from spectralnorm.parametrizations.registration import register, unregister
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
@@ -85,7 +85,7 @@ def add_spectral_norm(
         if isinstance(existing, SpectralNorm):
             existing.check_change(**changes)
         else:
-            SpectralNorm.check_options(**changes)
+            check_options(**changes)
 
     for candidate in chosen:
         # One normalization per parameter: layers that share a weight share the value that is kept of it.

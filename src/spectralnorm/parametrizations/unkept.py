@@ -1,0 +1,132 @@
+"""A weight normalized at every use, where nothing can be kept: free of branches on values, in torch's own operations.
+
+So it is where something traces, compiles or transforms what is done, where the update rule is not ``"step"``, and for a
+tensor that somebody has put in a parameter's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spectralnorm.errors import UserError
+from spectralnorm.linalg import MatrixView, chirp, compute_dtype, power_iteration
+from spectralnorm.parametrizations import norm_alone
+from spectralnorm.parametrizations.arithmetic import is_eager
+from spectralnorm.parametrizations.quotient import divided
+from spectralnorm.parametrizations.shards import is_distributed, scaled_part, whole
+from spectralnorm.parametrizations.strict import autocast_dtype, careful_divisor
+
+if TYPE_CHECKING:
+    from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+
+__all__ = ["COLD_ITERATIONS", "iterated", "rayleigh", "use", "use_map", "use_strict"]
+
+# Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
+# starts the other blocks afresh. As many iterations as torch gives to a new layer.
+COLD_ITERATIONS = 15
+
+
+def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
+    """The normalized ``weight``, differentiable in it."""
+    normalization.require_all_of(weight)
+    full = whole(weight) if is_distributed(weight) else weight
+    pairs = _pairs_for_use(normalization, full)
+    sigma = rayleigh(normalization.views, full, pairs)
+    if is_distributed(weight):
+        return scaled_part(weight, sigma, pairs, normalization.views, normalization.quotient)
+    return normalization.quotient(weight, sigma)
+
+
+def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
+    """As `use`, for ``norm="operator"``."""
+    if weight.numel() == 0:
+        return weight
+    norm_alone.refuse_sharded(weight, 'norm="operator"')
+    if not is_eager(weight):
+        raise UserError(
+            'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
+            "its weight by remove_spectral_norm first, or use strict=True."
+        )
+    found = normalization.map_of(weight)
+    sigma = (found.direction * weight.to(found.direction.dtype)).sum()
+    return normalization.quotient(weight, sigma)
+
+
+def use_strict(normalization: SpectralNorm, weight: Tensor) -> Tensor:
+    """As `use`, for ``strict=True``. The bound is that of the weight that came, whoever put it there."""
+    if weight.numel() == 0:
+        return weight
+    norm_alone.refuse_sharded(weight, "strict=True")
+    if normalization._is_vector:
+        sigma = torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))
+    else:
+        normalization.require_all_of(weight)
+        sigma = rayleigh(normalization.views, weight, _pairs_for_use(normalization, weight))
+    target = normalization.target(autocast_dtype(weight) or weight.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        detached = weight.detach()
+        divisor, active = careful_divisor(detached, normalization.upper_bound(detached), target)
+        divisor = divisor.to(sigma.dtype)
+        ratio = torch.where(active & (sigma != 0), divisor / sigma, 0)
+    # Its value is the divisor, its gradient sigma's times the ratio.
+    sigma = torch.where(active, sigma, 0)
+    divisor = divisor + (sigma - sigma.detach()) * ratio
+    value = divided(weight, divisor)
+    return value if target.dtype == weight.dtype else value.to(target.dtype).to(weight.dtype)
+
+
+def iterated(
+    normalization: SpectralNorm, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], num_iterations: int
+) -> list[tuple[Tensor, Tensor]]:
+    """New whole vectors of each view after ``num_iterations``."""
+    return [
+        _iterated_view(normalization.eps, view, weight, u, v, num_iterations)
+        for view, (u, v) in zip(normalization.views, pairs, strict=True)
+    ]
+
+
+def _pairs_for_use(normalization: SpectralNorm, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
+    pairs = normalization.pairs()
+    if normalization.training and (
+        normalization.update == "forward" or (normalization.update == "step" and torch.is_grad_enabled())
+    ):
+        with torch.no_grad():
+            pairs = iterated(normalization, weight.detach(), pairs, normalization.n_power_iterations)
+            if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
+                normalization.write_vectors(*pairs)
+        return pairs
+    # The graph must not see a later write to the buffers.
+    return [(u.clone(), v.clone()) for u, v in pairs]
+
+
+def _iterated_view(
+    eps: float, view: MatrixView, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int
+) -> tuple[Tensor, Tensor]:
+    matrix = view.matrix(weight)
+    matrix = matrix.to(compute_dtype(matrix.dtype))
+    if view.groups == 1:
+        return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=eps)[:2]
+    _, rows, columns = matrix.shape
+    # The block that the vectors are of goes on from them.
+    left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
+    left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
+    right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
+    found = power_iteration(matrix, left, right, num_iterations + COLD_ITERATIONS, eps=eps)
+    return view.vectors_of_largest(*found)[:2]
+
+
+def rayleigh(views: Sequence[MatrixView], weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """u^H W v, differentiable in the weight; the mean over the views."""
+    found = []
+    for view, (u, v) in zip(views, pairs, strict=True):
+        matrix = view.whole_matrix(weight)
+        matrix = matrix.to(compute_dtype(matrix.dtype))
+        u, v = u.to(matrix), v.to(matrix)
+        image = torch.mv(matrix, v)
+        found.append(torch.vdot(u, image).real if matrix.is_complex() else torch.dot(u, image))
+    return found[0] if len(found) == 1 else torch.stack(found).mean()
