@@ -52,7 +52,9 @@ def rigorous_convolution_bound(
     if problems[0].sizes in (problems[-1].sizes, _torus_alone(double, geometry, input_size)):
         problems = problems[:1]
     with full_precision(weight.device):
-        bounds = [_bound(problem) for problem in problems]
+        bounds: list[float] = []
+        for problem in problems:
+            bounds.append(_bound(problem, enough=min(bounds, default=math.inf)))
         patches = as_patches(double, geometry, input_size)
         if patches is not None:
             norm = max(map(rigorous_matrix_bound, patches.matrices))
@@ -69,9 +71,9 @@ def _torus_alone(
     return on_torus(weight[:1, :1], replace(geometry, groups=1), input_size, max_excess=1e-12).sizes
 
 
-def _bound(problem: OnTorus) -> float:
+def _bound(problem: OnTorus, *, enough: float) -> float:
     if math.prod(problem.sizes) == 1:  # a matrix for each group
         matrices = problem.kernel.flatten(2)
         norm = max(map(rigorous_matrix_bound, matrices)) + problem.moved
         return math.nextafter(norm * problem.factor * (1 + 2.0**-50), math.inf) if norm > 0 else 0.0
-    return float(largest_symbol_above(problem, margin=1e-9, is_certificate=True))
+    return float(largest_symbol_above(problem, margin=1e-9, enough=enough))

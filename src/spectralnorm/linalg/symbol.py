@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg.cholesky import measured_cholesky
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.patches import as_patches
@@ -27,9 +28,13 @@ __all__ = ["convolution_upper_bound", "followed_convolution_bound", "largest_sym
 _FIRST_ITERATIONS, _MORE_ITERATIONS = 6, 30
 _WARM_ITERATIONS, _MORE_WARM_ITERATIONS = 2, 4
 _NUM_LEADING, _NUM_WARM_LEADING = 6, 3
+_NUM_EXAMINED = 3  # of those that a factorization failed for, whose eigenvalues are computed
 _MAX_TRIES = 60
 # What is first tried above an estimate of the squared norm, relative.
 _MARGIN = 4e-3
+# Of Gram matrices held at once; fewer where each is looked at little more than once, so that a cache holds them.
+_CHUNK_BYTES, _WARM_CHUNK_BYTES = 2**26, 2**22
+_CERTIFICATE_CHUNK_BYTES = 2**24
 
 
 @torch.no_grad()
@@ -97,23 +102,25 @@ def followed_convolution_bound(
         return bound, vectors
 
 
-def largest_symbol_above(torus: OnTorus, *, margin: float, is_certificate: bool) -> Tensor:
-    """What the norm of the convolution that was brought to ``torus`` does not exceed.
+def largest_symbol_above(torus: OnTorus, *, margin: float, enough: float = math.inf) -> Tensor:
+    """What the norm of the convolution that was brought to ``torus`` does not exceed, for a certificate.
+
+    It takes time: the norm is estimated by eigenvalues of the frequencies in question, not by power iteration alone,
+    and what the factorizations leave is measured instead of trusting that they are LAPACK's.
 
     Args:
         torus: whose kernel is real.
         margin: what is first tried above an estimate of the squared norm, relative.
-        is_certificate: take time: estimate by eigenvalues of the frequencies in question, not by power iteration alone,
-            and measure what the factorizations leave instead of trusting that they are LAPACK's.
+        enough: where it turns out that the bound will not be below this number, a loose one is given at once.
 
     Returns:
         Scalar, float64.
     """
-    return _largest(torus, margin=margin, is_certificate=is_certificate, vectors=None)[0]
+    return _largest(torus, margin=margin, is_certificate=True, vectors=None, enough=enough)[0]
 
 
 def _largest(
-    torus: OnTorus, *, margin: float, is_certificate: bool, vectors: Tensor | None
+    torus: OnTorus, *, margin: float, is_certificate: bool, vectors: Tensor | None, enough: float = math.inf
 ) -> tuple[Tensor, Tensor | None]:
     largest = _largest_entry(torus.kernel)
     if not bool(largest.isfinite()):
@@ -127,13 +134,18 @@ def _largest(
     shape = (len(frequencies) * groups, rows)
     if vectors is not None and not _are_usable(vectors, shape, dtype.to_complex(), kernel.device):
         vectors = None
-    grams = grams_of(kernel, torus.kernel.shape[3:], frequencies, torus.sizes, is_warm=vectors is not None)
+    chunk_bytes = _CHUNK_BYTES if vectors is None else _WARM_CHUNK_BYTES
+    if is_certificate:
+        chunk_bytes = _CERTIFICATE_CHUNK_BYTES
+    grams = grams_of(kernel, torus.kernel.shape[3:], frequencies, torus.sizes, chunk_bytes=chunk_bytes)
     plain = grams.tap_sum**2  # ||What|| <= sum over taps of ||K_a||
     # Libraries of other devices may invert blocks, which the a-priori bound of a factorization does not cover.
     measured = is_certificate or kernel.device.type != "cpu"
-    search = _Search(margin, plain, eigenvalues=is_certificate, measured=measured)
+    enough = max(0.0, _scaled_down(enough / torus.factor - torus.moved, exponent))
+    limit = min(plain, enough * enough)
+    search = _Search(margin, limit, is_certificate=is_certificate, measured=measured)
     square, rest = search.run(grams, vectors)
-    if not square < plain:
+    if not square < limit:
         return _scaled_back(grams.tap_sum, exponent, torus, largest), None
     if measured:
         square = square * (1 + 2.1 * gamma(1, dtype)) + rest
@@ -172,6 +184,13 @@ def _are_usable(vectors: Tensor, shape: tuple[int, int], dtype: torch.dtype, dev
     return is_like and bool(torch.view_as_real(vectors).isfinite().all())
 
 
+def _scaled_down(norm: float, exponent: int) -> float:
+    try:
+        return math.ldexp(norm, -exponent)
+    except OverflowError:
+        return math.inf
+
+
 def _scaled_back(norm: float, exponent: int, torus: OnTorus, like: Tensor) -> Tensor:
     try:
         norm = math.nextafter(math.ldexp(norm * (1 + 2.0**-50), exponent), math.inf)
@@ -183,9 +202,9 @@ def _scaled_back(norm: float, exponent: int, torus: OnTorus, like: Tensor) -> Te
 class _Search:
     """For a number above every eigenvalue of Gram matrices, but for the rounding of Cholesky factorizations."""
 
-    def __init__(self, margin: float, plain: float, *, eigenvalues: bool, measured: bool) -> None:
-        self._margin, self._plain = margin, plain
-        self._eigenvalues, self._measured = eigenvalues, measured
+    def __init__(self, margin: float, limit: float, *, is_certificate: bool, measured: bool) -> None:
+        self._margin, self._limit = margin, limit
+        self._is_certificate, self._measured = is_certificate, measured
         self._vectors: list[Tensor] = []
 
     def vectors(self) -> Tensor | None:
@@ -193,7 +212,7 @@ class _Search:
         return torch.cat(self._vectors) if self._vectors else None
 
     def run(self, chunks: CorrelatedGrams | DirectGrams, vectors: Tensor | None) -> tuple[float, float]:
-        """The number, ``plain`` if none is found; and what the factorizations leave, if that is to be measured.
+        """The number, ``limit`` if none is found below it; and what the factorizations leave, if that is measured.
 
         What has been factorized for one number need not be for a larger one, so each matrix is looked at until it
         passes, and never again.
@@ -202,7 +221,7 @@ class _Search:
         for grams in chunks:
             step = self._margin
             start = None
-            if not self._eigenvalues:
+            if not self._is_certificate:
                 given = None if vectors is None else vectors[done : done + len(grams)]
                 done += len(grams)
                 value, start = _followed(grams, given)
@@ -210,15 +229,11 @@ class _Search:
                 square = max(square, value * (1 + self._margin))
             for _ in range(_MAX_TRIES):
                 if square > 0:
-                    if not square < self._plain:
+                    if not square < self._limit:
                         return self._given_up()
-                    shifted = -grams
-                    shifted.diagonal(dim1=-2, dim2=-1).add_(square)
-                    factors, info = torch.linalg.cholesky_ex(shifted)
-                    failed = info != 0
-                    if self._measured and not bool(failed.all()):
-                        rest = max(rest, _rest_above(shifted[~failed], factors[~failed]))
-                    if not bool(failed.any()):
+                    passed, left = self._factorized(grams, square)
+                    rest, failed = max(rest, left), ~passed
+                    if bool(passed.all()):
                         break
                     grams = grams[failed]
                     start = None if start is None else start[failed]
@@ -230,15 +245,27 @@ class _Search:
                 return self._given_up()
         return square, rest
 
+    def _factorized(self, grams: Tensor, square: float) -> tuple[Tensor, float]:
+        """Which of ``square`` I - G have a Cholesky factor, (batch,); what those leave, if that is to be measured."""
+        shifted = -grams
+        shifted.diagonal(dim1=-2, dim2=-1).add_(square)
+        if self._is_certificate:
+            passed, _, rests = measured_cholesky(shifted)
+            return passed, max(rests.tolist(), default=0.0)
+        factors, info = torch.linalg.cholesky_ex(shifted)
+        passed = info == 0
+        is_measured = self._measured and bool(passed.any())
+        return passed, _rest_above(shifted[passed], factors[passed]) if is_measured else 0.0
+
     def _estimate(self, grams: Tensor, start: Tensor | None) -> float:
-        if self._eigenvalues:
+        if self._is_certificate:
             values, _ = _rayleigh(grams, _FIRST_ITERATIONS, None)
-            return float(torch.linalg.eigvalsh(grams[_leading(values, _NUM_LEADING)]).amax())
+            return float(torch.linalg.eigvalsh(grams[_leading(values, _NUM_EXAMINED)]).amax())
         return _followed(grams, start)[0]
 
     def _given_up(self) -> tuple[float, float]:
         self._vectors = []
-        return self._plain, 0.0
+        return self._limit, 0.0
 
 
 def _rest_above(matrices: Tensor, factors: Tensor) -> float:

@@ -25,12 +25,10 @@ __all__ = ["CorrelatedGrams", "DirectGrams", "grams_of"]
 
 _BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
 _TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
-_CHUNK_BYTES = 2**26  # of Gram matrices held at once
-_WARM_CHUNK_BYTES = 2**22  # where each is looked at little more than once: what a cache holds
 
 
 def grams_of(
-    kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, is_warm: bool
+    kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
 ) -> CorrelatedGrams | DirectGrams:
     """Whichever is less work.
 
@@ -39,12 +37,12 @@ def grams_of(
         taps: along each axis.
         frequencies: whole numbers j of the frequencies 2 pi j / sizes, (num_frequencies, axes).
         sizes: of the torus.
-        is_warm: whether few iterations follow, so that the matrices of a chunk should stay in a cache.
+        chunk_bytes: of Gram matrices that are held at once.
     """
     num_taps = math.prod(taps)
     if 2 * len(frequencies) < (num_taps**2 + num_taps) / 2:
-        return DirectGrams(kernel, taps, frequencies, sizes, is_warm=is_warm)
-    return CorrelatedGrams(kernel, taps, frequencies, sizes, is_warm=is_warm)
+        return DirectGrams(kernel, taps, frequencies, sizes, chunk_bytes=chunk_bytes)
+    return CorrelatedGrams(kernel, taps, frequencies, sizes, chunk_bytes=chunk_bytes)
 
 
 class _Grams:
@@ -54,13 +52,13 @@ class _Grams:
         tap_sum: an upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
     """
 
-    def __init__(self, kernel: Tensor, *, is_warm: bool) -> None:
+    def __init__(self, kernel: Tensor, *, chunk_bytes: int) -> None:
         self._dtype, (self._num_taps, self._groups, self._rows, self._columns) = kernel.dtype, kernel.shape
         self.tap_sum = _tap_sum(kernel)
         # What underflows when the kernel is scaled is below 2^-149 for each entry.
         self._underflow = kernel.numel() * 2.0**-100 * (1 + self.tap_sum)
         matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self._dtype).bits // 8
-        self._length = max(1, (_WARM_CHUNK_BYTES if is_warm else _CHUNK_BYTES) // matrix_bytes)
+        self._length = max(1, chunk_bytes // matrix_bytes)
 
 
 def _tap_sum(kernel: Tensor) -> float:
@@ -89,9 +87,9 @@ class DirectGrams(_Grams):
     """Through the symbol at each frequency."""
 
     def __init__(
-        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, is_warm: bool
+        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
     ) -> None:
-        super().__init__(kernel, is_warm=is_warm)
+        super().__init__(kernel, chunk_bytes=chunk_bytes)
         self._table = _angles(frequencies, sizes, _places(taps))
         self._kernel = kernel.flatten(1)
         self._largest_trace = 0.0
@@ -136,9 +134,9 @@ class CorrelatedGrams(_Grams):
     """Through the correlations R_d."""
 
     def __init__(
-        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, is_warm: bool
+        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
     ) -> None:
-        super().__init__(kernel, is_warm=is_warm)
+        super().__init__(kernel, chunk_bytes=chunk_bytes)
         shifts, correlations = _autocorrelation(kernel, _places(taps))
         turned = correlations.mT
         self._even, self._odd = (correlations + turned).flatten(1), (correlations - turned).flatten(1)
