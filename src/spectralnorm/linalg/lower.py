@@ -15,6 +15,7 @@ from torch import Tensor
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.directions import seeded_direction
+from spectralnorm.linalg.precision import full_precision
 from spectralnorm.linalg.refine import refine
 from spectralnorm.linalg.rounding import (
     binary_scale,
@@ -86,11 +87,15 @@ def convolution_lower_bound(weight: Tensor, geometry: ConvolutionGeometry, input
     weight, exponent = scaled[0].reshape(weight.shape), scaled[1]
     shape = (1, geometry.channels(weight)[0], *input_size)
 
-    def normal_map(vector: Tensor) -> Tensor:
-        outputs = geometry.apply(vector.reshape(shape), weight)
-        return geometry.adjoint(outputs, weight, input_size).flatten()
+    # What is missed of a vector is missed squared of the quotient, so float32 will do.
+    coarse = weight.to(torch.complex64 if weight.is_complex() else torch.float32)
 
-    v = _leading_eigenvector(normal_map, seeded_direction("lower bound", math.prod(shape), weight))
+    def normal_map(vector: Tensor) -> Tensor:
+        outputs = geometry.apply(vector.reshape(shape), coarse)
+        return geometry.adjoint(outputs, coarse, input_size).flatten()
+
+    with full_precision(weight.device):
+        v = _leading_eigenvector(normal_map, seeded_direction("lower bound", math.prod(shape), coarse)).to(weight)
     # Not on a GPU, where a library may choose an algorithm (Winograd's, FFT) whose rounding is another.
     v, weight = v.cpu(), weight.cpu()
     images = v.reshape(shape)
