@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 import spectralnorm as sn
 from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.lipschitz import maps
 from spectralnorm.lipschitz.composition import compose_convolutions
+from spectralnorm.lipschitz.maps import ConvolutionMap, ScaleMap
 
 CPU = torch.device("cpu")
 
@@ -150,3 +152,29 @@ def test_rounding_of_the_composed_kernel_is_within_its_error():
         )
         square += (Fraction(found.weight[o, i, y, x].item()) - entry) ** 2
     assert 0 < square <= Fraction(found.error) ** 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_convolution_scaled_by_one_number_is_bounded_by_the_norm_that_is_known(monkeypatch, before, transposed):
+    torch.manual_seed(0)
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(3, 3, 3, padding=1).double()
+    geometry = ConvolutionGeometry.of(layer)
+    convolution = ConvolutionMap(layer.weight.detach(), geometry, (6, 6), (6, 6))
+    bounds = convolution.bound()
+    asked = []
+    bound = maps.convolution_bound
+    monkeypatch.setattr(maps, "convolution_bound", lambda *args: asked.append(1) or bound(*args))
+
+    def composed(scale):
+        scaling = ScaleMap(torch.tensor(scale, dtype=torch.float64))
+        return convolution.after(scaling) if before else scaling.after(convolution)
+
+    assert composed([-0.7, 0.7, 0.7]).bound() == pytest.approx(0.7 * bounds, rel=1e-12)
+    assert asked == []
+    different = composed([0.1, 0.7, 0.2])
+    assert different.bound() < 0.69 * bounds
+    assert asked == [1]
+    alike = composed([0.7, 0.7, 0.7])
+    matrix = explicit_matrix(lambda images: alike.geometry.apply(images, alike.weight), (3, 6, 6), CPU)
+    assert float(torch.linalg.matrix_norm(matrix, 2)) <= alike.bound()

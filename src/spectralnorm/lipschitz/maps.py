@@ -37,6 +37,12 @@ class ScaleMap:
     scale: Tensor
     relative: float = 0.0
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all channels are multiplied by the same number, but for its sign."""
+        size = self.scale.abs()
+        return size.numel() > 0 and bool((size == size.flatten()[0]).all())
+
     def bound(self) -> float:
         """Of its norm."""
         return mul_up(float(self.scale.abs().max()) if self.scale.numel() else 0.0, 1 + 2 * self.relative)
@@ -64,7 +70,10 @@ class ScaleMap:
                 scaled = (grouped * shape).flatten(0, 1)
             else:
                 scaled = first.weight * shape
-            return first.scaled(scaled, relative, self.bound())
+            together = first.scaled(scaled, relative, self.bound())
+            if self.is_uniform:
+                return replace(together, known_bound=mul_up(self.bound(), first.bound()))
+            return together
         return None
 
 
@@ -187,7 +196,10 @@ class ConvolutionMap:
             grouped = self.weight.unflatten(0, (groups, -1))
             scale = first.scale.reshape(groups, 1, self.weight.shape[1], *[1] * self.geometry.num_axes)
             scaled = (grouped * scale).flatten(0, 1)
-        return self.scaled(scaled, first.relative + gamma(1), first.bound())
+        together = self.scaled(scaled, first.relative + gamma(1), first.bound())
+        if first.is_uniform:
+            return replace(together, known_bound=mul_up(self.bound(), first.bound()))
+        return together
 
     def _after_convolution(self, first: ConvolutionMap) -> ConvolutionMap | None:
         if self.geometry.num_axes != first.geometry.num_axes:
