@@ -1,5 +1,6 @@
 """The lower bound is one: what rounding may have added is taken off, and the search finds what there is."""
 
+import importlib
 from fractions import Fraction
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm.lipschitz import lower
 from spectralnorm.lipschitz.evaluation import evaluate
+from spectralnorm.lipschitz.graph import last_reads
 from spectralnorm.lipschitz.lower import quotient_below
 from spectralnorm.lipschitz.propagate import propagate
 from spectralnorm.lipschitz.tracing import trace
@@ -117,6 +120,78 @@ def test_search_finds_steeper_places_than_as_many_points_at_random(seed: int):
     found = sn.certify(model, (4,))
 
     assert slopes.norm(dim=1).max() * (1 - 1e-9) <= found.lower_bound <= found.upper_bound
+
+
+def test_places_with_the_same_sample_are_evaluated_like_others():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(3, 2, 2, stride=2)).double()
+    with torch.no_grad():
+        graph = trace(model, (2, 5, 5), mode="eval", num_classes=None, is_whole=lambda module: False)
+        _, found = propagate(graph, mode="eval", sizes="given")
+        steps = {bounded.node: bounded.step for bounded in found}
+        sample = torch.randn(2, 5, 5, dtype=torch.float64)
+        alike = sample.expand(graph.batch_size, *sample.shape)
+        others = torch.cat([alike[:1], torch.zeros_like(alike[1:])])
+        one, other = evaluate(graph, steps, alike), evaluate(graph, steps, others)
+
+    expected = model(alike).flatten(1)
+    assert float((one.outputs - expected).detach().norm(dim=1).max()) <= one.error < 1e-12
+    torch.testing.assert_close(one.outputs[0], other.outputs[0], rtol=0, atol=one.error + other.error)
+    assert one.error == pytest.approx(other.error, rel=1e-6)
+
+
+def test_large_networks_are_searched_by_few_pairs_and_found_as_steep(monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 6 * 6, 2))
+    usual = sn.certify(model, (4, 14, 14))
+    module = importlib.import_module("spectralnorm.lipschitz.certify")  # the package has the function by that name
+    monkeypatch.setattr(module, "_LARGE", 100)
+    monkeypatch.setattr(module, "_SMALL", 0)
+    batches = []
+    perform = lower.perform
+    monkeypatch.setattr(
+        lower, "perform", lambda node, known, *rest: batches.append(node.shape[0]) or perform(node, known, *rest)
+    )
+    few = sn.certify(model, (4, 14, 14))
+
+    assert set(batches) == {2}
+    assert few.upper_bound == usual.upper_bound
+    assert 0.9 * usual.lower_bound <= few.lower_bound <= few.upper_bound
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_search_begins_with_as_many_pairs_as_rounds_have_and_keeps_the_best(rounds):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    graph = trace(model, (3,), mode="eval", num_classes=None, is_whole=lambda module: False)
+    first, second = lower._search(graph, 20, rounds=rounds)
+    drawn = lower._drawn(graph, torch.float64, rounds * graph.batch_size)
+    change = (model(drawn.second) - model(drawn.first)).norm(dim=1) / drawn.offset.norm(dim=1)
+
+    assert len(change) == rounds * graph.batch_size
+    found = (model(second) - model(first)).norm() / (second - first).norm()
+    assert float(change.max()) <= float(found)
+
+
+def test_values_are_kept_until_they_were_read_for_the_last_time():
+    class Twice(nn.Module):
+        def forward(self, inputs):
+            first = inputs.relu()
+            second = first + 1
+            return second * 2 + first, second
+
+    graph = trace(Twice(), (3,), mode="eval", num_classes=None, is_whole=lambda module: False)
+    last = last_reads(graph)
+
+    position = {node: place for place, node in enumerate(graph.nodes)}
+    released = {read: position[node] for node, reads in last.items() for read in reads}
+    readers = {node: [position[each] for each in graph.nodes if node in each.inputs] for node in graph.nodes}
+    kept = {node for node in graph.nodes if node not in released}
+    assert kept == {*graph.outputs}
+    assert all(place == max(readers[node]) for node, place in released.items())
 
 
 def test_layers_that_never_stretch_have_a_rule_and_a_lower_bound():

@@ -24,8 +24,9 @@ from spectralnorm.lipschitz.tracing import trace
 
 __all__ = ["certify"]
 
-# Of networks with few values on the way, many pairs of inputs are searched at once.
+# Of networks with few values on the way, many pairs of inputs are searched at once; of those with many, few.
 _SMALL, _MANY = 2**15, (97, 101, 103, 107, 109)
+_LARGE, _FEW, _ROUNDS = 2**23, (2, 4), 3
 
 
 def certify(
@@ -77,12 +78,18 @@ def certify(
     shown = [bounded for bounded in found if not bounded.step.is_hidden and bounded.node not in part_of_next]
     layers = tuple(_line(bounded, graph) for bounded in shown)
     steps = {bounded.node: bounded.step for bounded in found}
-    searched = graph
+    searched, rounds = graph, 1
     whole = [node.shape[1:] for node in graph.nodes if node.shape and not isinstance(node.shape[0], tuple)]
-    if ascent_steps and sum(map(math.prod, whole)) <= _SMALL:
-        with contextlib.suppress(UserError), torch.no_grad():
+    num_values = sum(map(math.prod, whole))
+    with contextlib.suppress(UserError), torch.no_grad():
+        if ascent_steps and num_values <= _SMALL:
             searched = trace(model, input_shape, **options, batch_sizes=_MANY)
-    lower = network_lower_bound(graph, steps, upper_bound=upper, ascent_steps=ascent_steps, searched=searched)
+        elif ascent_steps and num_values > _LARGE:
+            searched = trace(model, input_shape, **options, batch_sizes=_FEW, may_be_ambiguous=True)
+            rounds = _ROUNDS
+    lower = network_lower_bound(
+        graph, steps, upper_bound=upper, ascent_steps=ascent_steps, searched=searched, rounds=rounds
+    )
     return Certificate(
         upper_bound=upper,
         lower_bound=lower,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.linalg.rounding import gamma
-from spectralnorm.lipschitz.graph import Graph, Node, map_structure
+from spectralnorm.lipschitz.graph import Graph, Node, last_reads, map_structure
 from spectralnorm.lipschitz.registry import Call, Step, Value, rule_of
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_of_sum_up
 
@@ -71,12 +71,16 @@ def evaluate(graph: Graph, steps: Mapping[Node, Step], inputs: Tensor) -> Evalua
     """
     known: dict[Node, Any] = {graph.nodes[0]: inputs}
     errors = {graph.nodes[0]: 0.0}
+    last = last_reads(graph)
     for node in graph.nodes[1:]:
-        known[node] = result = perform(node, known)
+        known[node] = result = _performed(node, known)
         if node.op == "item":
             errors[node] = errors[node.inputs[0]]
-            continue
-        errors[node] = add_up(_carried(node, steps[node], errors, graph), rounding_of(node, known, result, graph))
+        else:
+            errors[node] = add_up(_carried(node, steps[node], errors, graph), rounding_of(node, known, result, graph))
+        del result
+        for read in last[node]:
+            del known[read]
     outputs = list(dict.fromkeys(graph.outputs))
     joined = torch.cat([known[node].reshape(graph.batch_size, -1) for node in outputs], dim=1)
     return Evaluated(joined, root_of_sum_up(errors[node] for node in outputs))
@@ -107,7 +111,7 @@ def rounding_of(node: Node, known: Mapping[Node, Any], result: Any, graph: Graph
     into = sum(inputs)
     count = max(math.prod(each.shape[1:]) for each in node.inputs)
     if node.op in _SUMS:
-        size = _size(perform(_of_moduli(node), {each: _modulus(known[each]) for each in node.inputs}), graph)
+        size = _size(_performed(_of_moduli(node), {each: _modulus(known[each]) for each in node.inputs}), graph)
         relative = gamma(_num_terms(node, count) + 8)
     elif node.op in ("add", "sub", "rsub", "lerp"):
         numbers = [abs(value) for value in (*node.args[2:], *node.kwargs.values()) if isinstance(value, int | float)]
@@ -183,6 +187,15 @@ def _negated_means(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     args = tuple(changed(names[at], value) if at < len(names) else value for at, value in enumerate(node.args))
     return args, {name: changed(name, value) for name, value in node.kwargs.items()}
+
+
+def _performed(node: Node, known: Mapping[Node, Any]) -> Any:
+    """As `perform`; a convolution once for all, where the places of the batch hold the same sample."""
+    if node.op.startswith("conv") and len(node.inputs) == 1 and node.inputs[0].shape[0] == node.shape[0]:
+        inputs = known[node.inputs[0]]
+        if len(inputs) > 1 and bool((inputs[1:] == inputs[0]).all()):
+            return perform(node, {node.inputs[0]: inputs[:1]}).expand(node.shape)
+    return perform(node, known)
 
 
 def perform(node: Node, known: Mapping[Node, Any], dtype: torch.dtype = torch.float64) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "map_structure", "needed", "with_maxima"]
+__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "last_reads", "map_structure", "needed", "with_maxima"]
 
 # What a tensor without values answers.
 METADATA = frozenset(
@@ -116,6 +116,15 @@ def needed(nodes: Sequence[Node], outputs: Sequence[Node]) -> tuple[Node, ...]:
         if node in kept:
             kept.update(node.inputs)
     return tuple(node for node in nodes if node in kept)
+
+
+def last_reads(graph: Graph) -> dict[Node, list[Node]]:
+    """What no operation after this one reads, and no output is: it need not be kept."""
+    kept, found = set(graph.outputs), dict[Node, list[Node]]()
+    for node in reversed(graph.nodes):
+        found[node] = [each for each in dict.fromkeys(node.inputs) if each not in kept]
+        kept.update(found[node])
+    return found
 
 
 def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectralnorm.linalg.rounding import gamma
 from spectralnorm.lipschitz.evaluation import evaluate, perform, rounding_of
-from spectralnorm.lipschitz.graph import Graph, Node
+from spectralnorm.lipschitz.graph import Graph, Node, last_reads
 from spectralnorm.lipschitz.registry import Step
 
 __all__ = ["network_lower_bound", "operation_lower_bound", "quotient_below"]
@@ -30,6 +30,7 @@ def network_lower_bound(
     upper_bound: float,
     ascent_steps: int,
     searched: Graph | None = None,
+    rounds: int = 1,
 ) -> float:
     """The largest ||f(x) - f(y)|| / ||x - y|| that a search finds, rounding taken off.
 
@@ -43,11 +44,12 @@ def network_lower_bound(
         upper_bound: which the result does not exceed.
         ascent_steps: of the search; 0: none.
         searched: the same model, recorded with another batch size, in whose places the search goes on; None: ``graph``.
+        rounds: how many batches of pairs it begins with, one after the other.
     """
     if not graph.outputs or ascent_steps == 0 or upper_bound == 0:
         return 0.0
     with torch.enable_grad():
-        pair = _search(graph if searched is None else searched, ascent_steps)
+        pair = _search(graph if searched is None else searched, ascent_steps, rounds=rounds)
     with torch.no_grad():
         # In all places of the batch, because labels may differ between them.
         first, second = (each.expand(graph.batch_size, *each.shape) for each in pair)
@@ -81,39 +83,88 @@ def quotient_below(graph: Graph, steps: Mapping[Node, Step], first: Tensor, seco
 def _run(graph: Graph, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch, entries) of all outputs."""
     known: dict[Node, Any] = {graph.nodes[0]: inputs}
+    last = last_reads(graph)
     for node in graph.nodes[1:]:
         known[node] = perform(node, known, dtype)
+        for read in last[node]:
+            del known[read]
     return torch.cat([known[node].reshape(graph.batch_size, -1) for node in dict.fromkeys(graph.outputs)], dim=1)
 
 
-def _search(graph: Graph, steps: int) -> tuple[Tensor, Tensor]:
-    """Two inputs (*input_shape) whose outputs differ much: the best of a batch of pairs."""
+class _Pairs(NamedTuple):
+    """Of inputs, as many as a batch has, on their way.
+
+    Attributes:
+        base: (batch, *input_shape), the x.
+        offset: of the same shape, y - x.
+        motion: of the same shape, where the x were moving.
+        best: (batch,), the largest quotient that each pair had.
+        first: of the shape of ``base``, the x of that.
+        second: of the same shape, the y of that.
+    """
+
+    base: Tensor
+    offset: Tensor
+    motion: Tensor
+    best: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def _search(graph: Graph, steps: int, *, rounds: int = 1) -> tuple[Tensor, Tensor]:
+    """Two inputs (*input_shape) whose outputs differ much: the best of ``rounds`` batches of pairs.
+
+    After the first steps, the best of all rounds, one batch, go on.
+    """
     dtype = torch.float64 if graph.dtype == torch.float64 else torch.float32
+    drawn = _drawn(graph, dtype, rounds * graph.batch_size)
+    turn = 0 if rounds == 1 else math.ceil(_POWER_SHARE * steps)
+    found = [_Pairs(*each) for each in zip(*(every.split(graph.batch_size) for every in drawn), strict=True)]
+    if turn:
+        found = [_climbed(graph, pairs, range(turn), steps) for pairs in found]
+    together = _Pairs(*(torch.cat(every) for every in zip(*found, strict=True)))
+    chosen = together.best.topk(graph.batch_size).indices if turn else slice(None)
+    pairs = _climbed(graph, _Pairs(*(every[chosen] for every in together)), range(turn, steps + 1), steps)
+    place = int(pairs.best.argmax())
+    return pairs.first[place], pairs.second[place]
+
+
+def _drawn(graph: Graph, dtype: torch.dtype, count: int) -> _Pairs:
     generator = torch.Generator().manual_seed(_SEED)
-    shape = (graph.batch_size, *graph.nodes[0].shape[1:])
+    shape = (count, *graph.nodes[0].shape[1:])
     base = torch.randn(shape, generator=generator, dtype=torch.float64)
     # Some activations are steepest near zero, and some networks away from it.
-    order = torch.randperm(graph.batch_size, generator=generator)
-    scales = torch.logspace(-1.5, 0.5, graph.batch_size, dtype=torch.float64)[order]
+    order = torch.randperm(count, generator=generator)
+    scales = torch.logspace(-1.5, 0.5, count, dtype=torch.float64)[order]
     base = (base * _like(scales, base)).to(graph.device, dtype)
     offset = torch.randn(shape, generator=generator, dtype=torch.float64).to(graph.device, dtype)
     offset = _with_length(offset, _FAR * _lengths(base))
-    best = torch.full((graph.batch_size,), -1.0, dtype=dtype, device=graph.device)
-    kept = base, base + offset
-    motion = torch.zeros_like(base)
-    for step in range(steps + 1):
-        base, offset = base.detach().requires_grad_(), offset.detach().requires_grad_()
+    best = torch.full((count,), -1.0, dtype=dtype, device=graph.device)
+    return _Pairs(base, offset, torch.zeros_like(base), best, base, base + offset)
+
+
+def _climbed(graph: Graph, pairs: _Pairs, moves: range, steps: int) -> _Pairs:
+    """After some of all ``steps``; the one after the last only looks."""
+    base, offset, motion, best, *kept = pairs
+    dtype = base.dtype
+    for step in moves:
+        is_moving = step >= _POWER_SHARE * steps
+        base, offset = base.detach().requires_grad_(is_moving), offset.detach().requires_grad_()
         first, second = _run(graph, base, dtype), _run(graph, base + offset, dtype)
         difference = (second - first).norm(dim=1)
         quotient = torch.nan_to_num(difference.detach() / _lengths(offset.detach()).clamp_min(_TINY), nan=-1.0)
         better = _like(quotient > best, base)
         best = torch.maximum(best, quotient)
-        kept = torch.where(better, base.detach(), kept[0]), torch.where(better, (base + offset).detach(), kept[1])
+        kept = [
+            torch.where(better, base.detach(), kept[0]),
+            torch.where(better, (base + offset).detach(), kept[1]),
+        ]
         if step == steps or not second.requires_grad:  # no derivative: what was drawn has to do
             break
         loss = difference.clamp_min(_TINY).log()
-        grown, moved = torch.autograd.grad(loss[loss.isfinite()].sum(), (offset, base), allow_unused=True)
-        if grown is None or moved is None:
+        sought = (offset, base) if is_moving else (offset,)
+        grown, *moved = torch.autograd.grad(loss[loss.isfinite()].sum(), sought, allow_unused=True)
+        if grown is None:
             break
         with torch.no_grad():
             # The gradient by the offset is J' of the difference, up to a factor.
@@ -121,12 +172,11 @@ def _search(graph: Graph, steps: int) -> tuple[Tensor, Tensor]:
             # From afar a pair sees the steep places between, near by it measures them.
             distance = _FAR * (_NEAR / _FAR) ** min(1.0, 1.5 * step / steps)
             offset = torch.where(usable, _with_length(grown, distance * _lengths(base)), offset)
-            if step >= _POWER_SHARE * steps:
-                motion = 0.7 * motion + _with_length(torch.nan_to_num(moved), torch.ones_like(best))
+            for gradient in moved:
+                motion = 0.7 * motion + _with_length(torch.nan_to_num(gradient), torch.ones_like(best))
                 left = 1 - step / (steps + 1)
                 base = base + _with_length(motion, _RATE * left * _lengths(base)) * (_like(_lengths(motion), base) > 0)
-    place = int(best.argmax())
-    return kept[0][place], kept[1][place]
+    return _Pairs(base.detach(), offset.detach(), motion, best, *kept)
 
 
 def _like(numbers: Tensor, batch: Tensor) -> Tensor:

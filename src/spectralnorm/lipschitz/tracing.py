@@ -261,6 +261,7 @@ def trace(
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
     batch_sizes: Sequence[int] = _BATCH_SIZES,
+    may_be_ambiguous: bool = False,
 ) -> Graph:
     """Run a copy of ``model`` without values and record what it does.
 
@@ -271,25 +272,25 @@ def trace(
         num_classes: labels ``0 ... num_classes - 1`` are its second argument; None: it takes the input alone.
         is_whole: whether a module is one node, because there is a rule for its class.
         batch_sizes: to try, each for every class.
+        may_be_ambiguous: whether other dimensions may look like the batch: then nothing can be proved of the graph.
 
     Raises:
         UserError: something cannot be recorded; the message says where and why.
     """
     refused: Exception | None = None
-    ambiguous = ""
+    ambiguous: str | None = None
     for base in batch_sizes:
         batch_size = base * (num_classes or 1)
         try:
-            graph = _trace_once(model, input_shape, batch_size, mode, num_classes, is_whole)
+            graph, ambiguous = _trace_once(model, input_shape, batch_size, mode, num_classes, is_whole)
         except UserError:
             raise
         except Exception as error:
             # Some layers want whole groups of samples: another batch size may do.
             refused = refused or error
             continue
-        if isinstance(graph, Graph):
+        if ambiguous is None or may_be_ambiguous:
             return graph
-        ambiguous = graph
     if refused is None:
         raise UserError(
             f"certify refuses {ambiguous}: the batch moves to another dimension than the first; keep it there."
@@ -307,8 +308,8 @@ def _trace_once(
     mode: str,
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
-) -> Graph | str:
-    """Where it is, if a size cannot be told from the batch's."""
+) -> tuple[Graph, str | None]:
+    """And the place, if there is one, where a size cannot be told from the batch's."""
     model = _copied(model, mode)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -324,10 +325,9 @@ def _trace_once(
     outputs: list[Node] = []
     map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
     tracer.active = False
-    if tracer.ambiguous is not None:
-        return tracer.ambiguous
     _refuse_escaped(result)
-    return with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device, dtype))
+    graph = with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device, dtype))
+    return graph, tracer.ambiguous
 
 
 def _copied(model: nn.Module, mode: str) -> nn.Module:
