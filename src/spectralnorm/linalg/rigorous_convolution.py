@@ -53,6 +53,7 @@ def rigorous_convolution_bound(
         problems = problems[:1]
     with full_precision(weight.device):
         bounds: list[float] = []
+        # The finer grid first: usually its bound is the smaller one, and the other grid soon shows that it is.
         for problem in problems:
             bounds.append(_bound(problem, enough=min(bounds, default=math.inf)))
         patches = as_patches(double, geometry, input_size)

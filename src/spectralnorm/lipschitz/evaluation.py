@@ -191,10 +191,10 @@ def _negated_means(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _performed(node: Node, known: Mapping[Node, Any]) -> Any:
     """As `perform`; a convolution once for all, where the places of the batch hold the same sample."""
-    if node.op.startswith("conv") and len(node.inputs) == 1 and node.inputs[0].shape[0] == node.shape[0]:
-        inputs = known[node.inputs[0]]
+    if node.op.startswith("conv") and node.args and node.inputs == [node.args[0]]:
+        inputs = known[node.args[0]]
         if len(inputs) > 1 and bool((inputs[1:] == inputs[0]).all()):
-            return perform(node, {node.inputs[0]: inputs[:1]}).expand(node.shape)
+            return perform(node, {node.args[0]: inputs[:1]}).expand(node.shape)
     return perform(node, known)
 
 
