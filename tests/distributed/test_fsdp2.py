@@ -121,9 +121,7 @@ def whole_weights_alive(size=64):
     gc.collect()
     tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.shape == (size, size)]
     return sum(
-        each.untyped_storage().nbytes() > 0
-        for each in tensors
-        if type(each).__name__ != "DTensor" and not each.is_meta
+        each.untyped_storage().nbytes() > 0 for each in tensors if type(each).__name__ != "DTensor" and not each.is_meta
     )
 
 
