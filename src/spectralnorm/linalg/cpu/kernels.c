@@ -51,6 +51,12 @@
 #define EPSILON 1.1920929e-7
 #define TINY 1.17549435e-38
 #define ALWAYS static inline __attribute__((always_inline))
+#define PRAGMA(words) _Pragma(#words)
+#if defined(__clang__)
+#define UNROLL(times) PRAGMA(clang loop unroll(full))
+#else
+#define UNROLL(times) PRAGMA(GCC unroll times)
+#endif
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef float vec_in_memory __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -93,7 +99,7 @@ ALWAYS void store_part(float *to, vec value, int64_t count) { memcpy(to, &value,
 ALWAYS float sum_of(vec value) {
     float sums[WIDTH];
     memcpy(sums, &value, sizeof sums);
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int half = WIDTH / 2; half; half /= 2)
         for (int i = 0; i < half; i++) sums[i] += sums[i + half];
     return sums[0];
@@ -191,27 +197,27 @@ typedef struct {
 ALWAYS void slab_over_columns(const float *a, int64_t row_stride, int64_t rows, const float *start, float *sums,
                               int64_t stride, int64_t part, const int count, const int units) {
     vec total[TRACKED][2];
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int k = 0; k < count; k++)
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int unit = 0; unit < units; unit++)
             total[k][unit] = part ? load_part(sums + k * stride, part) : load(sums + k * stride + unit * WIDTH);
     for (int64_t row = 0; row < rows; row++) {
         vec entries[2];
         if (!part && count > 1) /* the next slab: so many streams are more than a processor follows by itself */
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int unit = 0; unit < units; unit++) ahead(a + (row + SLAB) * row_stride + unit * WIDTH);
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int unit = 0; unit < units; unit++)
             entries[unit] = part ? load_part(a + row * row_stride, part) : load(a + row * row_stride + unit * WIDTH);
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int k = 0; k < count; k++)
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int unit = 0; unit < units; unit++) total[k][unit] += start[row * count + k] * entries[unit];
     }
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int k = 0; k < count; k++)
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int unit = 0; unit < units; unit++) {
             if (part)
                 store_part(sums + k * stride, total[k][unit], part);
@@ -253,33 +259,33 @@ ALWAYS void rows_over_columns(const matrix *a, int64_t row, int64_t first_outer,
         int64_t column = begin;
         for (; column + WIDTH <= end; column += WIDTH) {
             vec entries[4];
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int r = 0; r < rows; r++) {
                 entries[r] = load(from + r * a->row_stride + column);
                 if (count > 1) ahead(from + (r + rows) * a->row_stride + column);
             }
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int k = 0; k < count; k++) {
                 vec of_frame = load(of + k * start_stride + column);
-#pragma GCC unroll 4
+                UNROLL(4)
                 for (int r = 0; r < rows; r++) total[r][k] += of_frame * entries[r];
             }
         }
         if (column < end) {
             vec entries[4];
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int r = 0; r < rows; r++) entries[r] = load_part(from + r * a->row_stride + column, end - column);
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int k = 0; k < count; k++) {
                 vec of_frame = load_part(of + k * start_stride + column, end - column);
-#pragma GCC unroll 4
+                UNROLL(4)
                 for (int r = 0; r < rows; r++) total[r][k] += of_frame * entries[r];
             }
         }
     }
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int k = 0; k < count; k++)
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int r = 0; r < rows; r++) {
             float *sum = sums + k * stride + row + r;
             *sum = is_first ? sum_of(total[r][k]) : *sum + sum_of(total[r][k]);
@@ -335,7 +341,7 @@ static double inner_product(const float *left, const float *right, int64_t size)
         int64_t end = least(block + BLOCK, size), i = block;
         vec sums[4] = {{0}};
         for (; i + 4 * WIDTH <= end; i += 4 * WIDTH)
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int unit = 0; unit < 4; unit++) sums[unit] += load(left + i + unit * WIDTH) * load(right + i + unit * WIDTH);
         for (; i + WIDTH <= end; i += WIDTH) sums[0] += load(left + i) * load(right + i);
         if (i < end) sums[0] += load_part(left + i, end - i) * load_part(right + i, end - i);
@@ -365,7 +371,7 @@ static void gram_of_columns(const float *values, int64_t size, small gram) {
         vec8 sums[TRACKED] = {{0}};
         for (int64_t i = block; i < least(block + BLOCK, size); i++) {
             vec8 row = *(const vec8_in_memory *)(values + i * TRACKED);
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int k = 0; k < TRACKED; k++) sums[k] += row[k] * row;
         }
         for (int k = 0; k < TRACKED; k++)
@@ -504,7 +510,7 @@ static void turned_rows(float turn[TRACKED][TRACKED], int rows, const float *ima
             image[k] = part == WIDTH ? load(images + k * size + i) : load_part(images + k * size + i, part);
         for (int row = 0; row < rows; row++) {
             vec sum = turn[row][0] * image[0];
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int k = 1; k < TRACKED; k++) sum += turn[row][k] * image[k];
             if (part == WIDTH)
                 store(out + row * size + i, sum);
