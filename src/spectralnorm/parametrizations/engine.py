@@ -9,6 +9,7 @@ renewed alone and anew (`spectralnorm.linalg.refine`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,6 +61,9 @@ __all__ = [
 # below it the calls cost more than the work. Larger ones stay where they are and have nodes of their own, so that each
 # one's gradient is there as early as it can be (DistributedDataParallel sends it while the backward goes on).
 _SMALL = 2**16
+# As many entries of a weight that shares a node if kernels on the CPU divide it and nobody waits for its gradient: a
+# call costs as much as a hundred thousand entries, and the gradients that wait for the last one are still in a cache.
+_MODERATE = 2**21
 
 
 class Member(NamedTuple):
@@ -406,11 +410,10 @@ def _stacked(
 def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
     joined = [(kept, weight)]
-    is_for_all = isinstance(kept.followed, ByKernels) and kept.followed.is_for_one_node and not _sends_gradients()
-    shares_node = _shares_all if is_for_all else _shares_small
-    if shares_node(weight):
+    most = _most_in_shared_node(kept)
+    if weight.numel() <= most:
         for clock, mate in kept.moment.clock.stepped_together():
-            if mate is None or mate is normalization or not shares_node(clock.weight):
+            if mate is None or mate is normalization or clock.weight.numel() > most:
                 continue
             mate_kept = mate.kept_to_connect(clock.weight)
             if mate_kept is not None and mate_kept.verdict is kept.verdict:
@@ -421,12 +424,11 @@ def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     return outputs[0]
 
 
-def _shares_small(weight: Tensor) -> bool:
-    return weight.numel() <= _SMALL
-
-
-def _shares_all(weight: Tensor) -> bool:
-    return True
+def _most_in_shared_node(kept: Kept) -> float:
+    """Entries of a weight up to which its node is one with those of others."""
+    if not isinstance(kept.followed, ByKernels) or _sends_gradients():
+        return _SMALL
+    return math.inf if kept.followed.is_for_one_node else _MODERATE
 
 
 def _sends_gradients() -> bool:
