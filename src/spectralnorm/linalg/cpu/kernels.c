@@ -1,13 +1,13 @@
 /* Singular values of many matrices followed for a step, the division by them and its gradient, on the cores of a CPU.
  *
- * What it computes is told in spectralnorm/linalg/tracking.py; what every argument means, in the Python files beside this
- * one, which make the tables that are read here. Only float32 goes in and out; sums over a whole matrix are carried on in
- * double. All sums have an order that depends on the sizes alone: not on the number of threads, nor on what else is in
- * the call.
+ * What it computes is told in spectralnorm/linalg/tracking.py; what every argument means, in the Python files beside
+ * this one, which make the tables that are read here. Only float32 goes in and out; sums over a whole matrix are carried
+ * on in double. All sums have an order that depends on the sizes alone: not on the number of threads, nor on what else
+ * is in the call.
  *
  * Large matrices are shared by all threads, one after the other, so that the second product and whatever follows find
- * them in the cache; small ones are given to a thread each. The threads are those of torch's own OpenMP, which are awake
- * and would be in the way of others; where that is another library than GCC's, threads are started for each call.
+ * them in the cache; small ones are given to a thread each. The threads are those of torch's own OpenMP, which are
+ * awake and would be in the way of others; where that is another library than GCC's, threads are started for each call.
  *
  * Vectors are those of GCC and Clang, which every processor has in some width.
  */
@@ -193,7 +193,8 @@ typedef struct {
     int64_t rows, outers, inner, outer_stride, row_stride;
 } matrix;
 
-/* One slab of rows, added to the sums of WIDTH * units columns: sums[k][column] += sum of start[row][k] a[row][column]. */
+/* One slab of rows, added to the sums of WIDTH * units columns:
+ * sums[k][column] += sum of start[row][k] a[row][column]. */
 ALWAYS void slab_over_columns(const float *a, int64_t row_stride, int64_t rows, const float *start, float *sums,
                               int64_t stride, int64_t part, const int count, const int units) {
     vec total[TRACKED][2];
@@ -243,7 +244,8 @@ ALWAYS void sums_over_rows(const matrix *a, int64_t first_outer, int64_t last_ou
                 for (; column + WIDTH <= width; column += WIDTH)
                     slab_over_columns(from + column, a->row_stride, rows, of, out + column, stride, 0, count, 1);
                 if (column < width)
-                    slab_over_columns(from + column, a->row_stride, rows, of, out + column, stride, width - column, count, 1);
+                    slab_over_columns(from + column, a->row_stride, rows, of, out + column, stride, width - column,
+                                      count, 1);
             }
         }
 }
@@ -326,11 +328,13 @@ ALWAYS void product(const matrix *a, int from_rows, const float *start, float *s
     }
 }
 
-static void product_of_frame(const matrix *a, int from_rows, const float *start, float *sums, const team *all, int number) {
+static void product_of_frame(const matrix *a, int from_rows, const float *start, float *sums, const team *all,
+                             int number) {
     product(a, from_rows, start, sums, all, number, TRACKED, ROWS_AT_ONCE);
 }
 
-static void product_of_vector(const matrix *a, int from_rows, const float *start, float *sums, const team *all, int number) {
+static void product_of_vector(const matrix *a, int from_rows, const float *start, float *sums, const team *all,
+                              int number) {
     product(a, from_rows, start, sums, all, number, 1, 4);
 }
 
@@ -342,7 +346,8 @@ static double inner_product(const float *left, const float *right, int64_t size)
         vec sums[4] = {{0}};
         for (; i + 4 * WIDTH <= end; i += 4 * WIDTH)
             UNROLL(4)
-            for (int unit = 0; unit < 4; unit++) sums[unit] += load(left + i + unit * WIDTH) * load(right + i + unit * WIDTH);
+            for (int unit = 0; unit < 4; unit++)
+                sums[unit] += load(left + i + unit * WIDTH) * load(right + i + unit * WIDTH);
         for (; i + WIDTH <= end; i += WIDTH) sums[0] += load(left + i) * load(right + i);
         if (i < end) sums[0] += load_part(left + i, end - i) * load_part(right + i, end - i);
         total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -587,7 +592,8 @@ static float scale_for(const float *values, int64_t size) {
     for (int64_t i = 0; i < size; i++) largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
     if (!(largest > 0 && largest < INFINITY)) return 1;
     frexpf(largest, &exponent);
-    return exponent > 40 || exponent < -20 ? ldexpf(1, exponent > 0 ? -exponent : -exponent < 120 ? -exponent : 120) : 1;
+    if (-20 <= exponent && exponent <= 40) return 1;
+    return ldexpf(1, exponent > -120 ? -exponent : 120);
 }
 
 /* Following -------------------------------------------------------------------------------------------------------- */
@@ -622,7 +628,8 @@ static void placed(const float *values, int64_t size, const int64_t *places, dou
 static void follow(const following *all_maps, int64_t number, int64_t age, const team *all, team *barrier, int thread,
                    float *scratch) {
     const int64_t *map = all_maps->maps + number * MAP_WIDTH;
-    matrix a = {(const float *)(intptr_t)map[ADDRESS], map[ROWS], map[OUTERS], map[INNER], map[OUTER_STRIDE], map[ROW_STRIDE]};
+    const float *base = (const float *)(intptr_t)map[ADDRESS];
+    matrix a = {base, map[ROWS], map[OUTERS], map[INNER], map[OUTER_STRIDE], map[ROW_STRIDE]};
     int from_rows = (int)map[FROM_ROWS], is_complete = (int)map[IS_COMPLETE];
     int64_t columns = a.outers * a.inner, m = from_rows ? a.rows : columns, n = from_rows ? columns : a.rows;
     const float *frame = all_maps->frames + map[FRAME];
@@ -669,7 +676,8 @@ static void follow(const following *all_maps, int64_t number, int64_t age, const
         all_maps->sigmas[number] = (float)sigma;
         double divisor = sigma > all_maps->eps || sigma != sigma ? sigma : all_maps->eps;
         const int64_t *row_places = map + ROW_PLACE_INNER, *column_places = map + COLUMN_PLACE_INNER;
-        placed(lead, n, from_rows ? column_places : row_places, 1, all_maps->vectors + map[from_rows ? COLUMN_VECTOR : ROW_VECTOR]);
+        placed(lead, n, from_rows ? column_places : row_places, 1,
+               all_maps->vectors + map[from_rows ? COLUMN_VECTOR : ROW_VECTOR]);
         placed(end, m, from_rows ? row_places : column_places, 1 / divisor,
                all_maps->vectors + map[from_rows ? ROW_VECTOR : COLUMN_VECTOR]);
     }
@@ -686,7 +694,8 @@ static float largest_of(const float *sigmas, int64_t count) {
 }
 
 /* All blocks of a weight, and the division by its norm while it is in the cache. */
-static void renew(const following *all_maps, int64_t which, const team *all, team *barrier, int thread, float *scratch) {
+static void renew(const following *all_maps, int64_t which, const team *all, team *barrier, int thread,
+                  float *scratch) {
     int64_t first = all_maps->first_maps[which], last = all_maps->first_maps[which + 1];
     for (int64_t number = first; number < last; number++)
         follow(all_maps, number, all_maps->ages ? all_maps->ages[which] : 0, all, barrier, thread, scratch);
@@ -839,8 +848,8 @@ static void differentiate_all(void *arguments, team *all, int thread) {
     }
 }
 
-/* dL/dW of some of the weights that were divided, which have ``all_entries`` together. Returns 0, or 1 where there is no
- * memory. */
+/* dL/dW of some of the weights that were divided, which have ``all_entries`` together. Returns 0, or 1 where there is
+ * no memory. */
 int spectralnorm_gradients(const int64_t *calls, int64_t num_calls, int64_t all_entries, const double *rules,
                            const float *sigmas, int threads) {
     int64_t entries = 0, size = 0, parts = 0;
