@@ -1,9 +1,9 @@
 /* Singular values of many matrices followed for a step, the division by them and its gradient, on the cores of a CPU.
  *
  * What it computes is told in spectralnorm/linalg/tracking.py; what every argument means, in the Python files beside
- * this one, which make the tables that are read here. Only float32 goes in and out; sums over a whole matrix are carried
- * on in double. All sums have an order that depends on the sizes alone: not on the number of threads, nor on what else
- * is in the call.
+ * this one, which make the tables that are read here. Only float32 goes in and out; sums over a whole matrix are
+ * carried on in double. All sums have an order that depends on the sizes alone: not on the number of threads, nor on
+ * what else is in the call.
  *
  * Large matrices are shared by all threads, one after the other, so that the second product and whatever follows find
  * them in the cache; small ones are given to a thread each. The threads are those of torch's own OpenMP, which are
@@ -751,7 +751,7 @@ int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t n
 /* Its gradient ----------------------------------------------------------------------------------------------------- */
 
 enum call_field {
-    GRAD, VALUE, TARGET, OF_ROWS, OF_COLUMNS, /* addresses; the vectors along rows and columns of the matrix in memory */
+    GRAD, VALUE, TARGET, OF_ROWS, OF_COLUMNS, /* addresses; the vectors along rows and columns in memory */
     CALL_ROWS, CALL_OUTERS, CALL_INNER, CALL_OUTER_STRIDE, CALL_ROW_STRIDE,
     CALL_ROW_PLACE_INNER, CALL_ROW_PLACE_OUTER_STRIDE, CALL_ROW_PLACE_STRIDE,
     CALL_COLUMN_PLACE_INNER, CALL_COLUMN_PLACE_OUTER_STRIDE, CALL_COLUMN_PLACE_STRIDE,
@@ -784,8 +784,10 @@ ALWAYS void row_of_gradient(const float *grad, float factor, float of_row, const
         for (; i + WIDTH <= size; i += WIDTH)
             stream(out + i, load(grad + i) * factor + of_row * load(of_columns + i));
     for (; i + WIDTH <= size; i += WIDTH) store(out + i, load(grad + i) * factor + of_row * load(of_columns + i));
-    if (i < size)
-        store_part(out + i, load_part(grad + i, size - i) * factor + of_row * load_part(of_columns + i, size - i), size - i);
+    if (i < size) {
+        vec last = load_part(grad + i, size - i) * factor + of_row * load_part(of_columns + i, size - i);
+        store_part(out + i, last, size - i);
+    }
 }
 
 static void differentiate(const differentiating *these, int64_t number, const team *all, team *barrier, int thread,
@@ -803,15 +805,18 @@ static void differentiate(const differentiating *these, int64_t number, const te
     if (thread == 0) {
         if (active) {
             gathered((const float *)(intptr_t)call[OF_ROWS], rows, call + CALL_ROW_PLACE_INNER, of_rows);
-            gathered((const float *)(intptr_t)call[OF_COLUMNS], outers * inner, call + CALL_COLUMN_PLACE_INNER, of_columns);
+            gathered((const float *)(intptr_t)call[OF_COLUMNS], outers * inner, call + CALL_COLUMN_PLACE_INNER,
+                     of_columns);
         } else /* a weight that has no norm has no vectors either, and zero times what is not finite is no zero */
             memset(scratch, 0, sizeof(float) * (rows + outers * inner));
     }
     int64_t pieces = (size + PIECE - 1) / PIECE;
     if (active) {
         share(pieces, 1, all, thread, &begin, &end);
-        for (int64_t piece = begin; piece < end; piece++)
-            parts[piece] = inner_product(grad + piece * PIECE, value + piece * PIECE, least(PIECE, size - piece * PIECE));
+        for (int64_t piece = begin; piece < end; piece++) {
+            int64_t start = piece * PIECE;
+            parts[piece] = inner_product(grad + start, value + start, least(PIECE, size - start));
+        }
     }
     meet(barrier);
     double along = 0;
@@ -865,8 +870,8 @@ int spectralnorm_gradients(const int64_t *calls, int64_t num_calls, int64_t all_
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
     float *scratch = malloc((sizeof(float) * size + sizeof(double) * parts) * (threads + 1));
     if (!scratch) return 1;
-    differentiating these = {calls, num_calls, rules, sigmas, scratch, (double *)(scratch + size * (threads + 1)), size, parts,
-                             all_entries >= STREAMED};
+    double *of_pieces = (double *)(scratch + size * (threads + 1));
+    differentiating these = {calls, num_calls, rules, sigmas, scratch, of_pieces, size, parts, all_entries >= STREAMED};
     together(differentiate_all, &these, entries, threads);
     free(scratch);
     return 0;
