@@ -10,10 +10,7 @@ import tyro
 
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
-from spectralnorm.gan.discriminators import discriminator_of_file, discriminator_of_run, of_steepest_class
 from spectralnorm.gan.recipes import make_config
-from spectralnorm.lipschitz import certify
-from spectralnorm.lipschitz.text import text_above
 from spectralnorm.records import replace_text
 from spectralnorm.report import build_report
 
@@ -48,6 +45,11 @@ class CertifyOptions:
 def run(words: list[str]) -> int:
     """Certify, print the table, write the files."""
     options = parse(CertifyOptions, words, prog="spectralnorm certify")
+    # Here, and not above: a help page needs no torch.
+    from spectralnorm.gan.discriminators import discriminator_of_file, discriminator_of_run, of_steepest_class
+    from spectralnorm.lipschitz import certify
+    from spectralnorm.lipschitz.text import text_above
+
     if options.max is not None and not 0 < options.max < math.inf:
         raise UserError(f"max must be a positive number, got {options.max}.")
     settings = {

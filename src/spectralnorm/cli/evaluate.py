@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.measure import Measurement
@@ -17,16 +16,13 @@ from rich.table import Table
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
-from spectralnorm.gan.data import load_images
-from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure
-from spectralnorm.gan.image_folders import all_images, size_of_first
-from spectralnorm.gan.inputs import prepare_data, resolve_device
-from spectralnorm.gan.run_folder import CONFIG_FILE, RECORDS_FILE, locked
-from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, load
-from spectralnorm.metrics import MEASURES, FeatureExtractor, evaluate, load_extractor
+from spectralnorm.gan.run_folder import RECORDS_FILE, locked
 from spectralnorm.records import Evaluation, Metric, RecordFile, metric_fields, replace_text
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from spectralnorm.gan.sampling import TrainedGenerator
+
+__all__ = ["EvaluateOptions", "run"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +67,20 @@ def run(words: list[str]) -> int:
     choose("device", options.device, ("auto", "cpu", "cuda"))
     if options.num is not None and options.num < 100:
         raise UserError(f"num must be at least 100 for a metric to mean anything, got {options.num}.")
-    names = _metric_names(options)
+    # Here, and not above: a help page needs no torch.
+    from spectralnorm.cli.measuring import is_run, measure_images, measure_run, metric_names
+    from spectralnorm.gan.inputs import resolve_device
+
+    names = metric_names(options)
     if options.data is not None and options.against is not None:
         raise UserError("--data and --against are two things to compare with; give one of them.")
     device = resolve_device(options.device)
     console = Console(soft_wrap=True, highlight=False)
     with _ProgressBar(console) as progress:
-        if _is_run(options.target):
-            metrics, generator = _measure_run(options, names, device, progress)
+        if is_run(options.target):
+            metrics, generator = measure_run(options, names, device=device, progress=progress.show)
         else:
-            metrics, generator = _measure_images(options, names, device, progress), None
+            metrics, generator = measure_images(options, names, device=device, progress=progress.show), None
     table = _table(metrics, options)
     # As wide as it is: a name that was cut short names nothing.
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
@@ -94,90 +94,6 @@ def run(words: list[str]) -> int:
     if generator is not None and options.target.is_dir() and options.data is None:
         _record(options.target, generator, metrics)
     return 0
-
-
-def _metric_names(options: EvaluateOptions) -> tuple[str, ...]:
-    """What was asked for."""
-    names = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
-    for name in names:
-        choose("metric", name, ("default", "all", *MEASURES, PATH_LENGTH))
-    return (*names, "wasserstein") if options.wasserstein else names
-
-
-def _is_run(target: Path) -> bool:
-    if not target.exists():
-        raise UserError(f"{target} does not exist; give a run folder, a {GENERATOR_FILE}, or images.")
-    if target.is_dir():
-        return (target / CONFIG_FILE).exists() or (target / GENERATOR_FILE).exists()
-    return target.suffix == ".safetensors"
-
-
-def _measure_run(
-    options: EvaluateOptions, names: tuple[str, ...], device: torch.device, progress: _ProgressBar
-) -> tuple[tuple[Metric, ...], TrainedGenerator]:
-    if options.against is not None:
-        raise UserError("--against is for two folders of images; a run is compared with its own data, or --data.")
-    if options.image_size is not None:
-        raise UserError("--image-size is for folders of images; a run has its own size.")
-    generator = load(options.target, device=str(device))
-    images = prepare_data(generator.config, options.data)
-    metrics = measure(
-        generator,
-        images,
-        extractors=_extractors(options, device) or extractors_for(images, device=device),
-        num=5000 if options.num is None else options.num,
-        seed=options.seed,
-        metrics=names,
-        with_intervals=options.intervals,
-        progress=progress.show,
-    )
-    return metrics, generator
-
-
-def _measure_images(
-    options: EvaluateOptions, names: tuple[str, ...], device: torch.device, progress: _ProgressBar
-) -> tuple[Metric, ...]:
-    if options.data is None and options.against is None:
-        raise UserError(
-            f"{options.target} is not a run folder; to measure the images in it, say what to compare them with: --data "
-            "(its held-out part) or --against (all of it)."
-        )
-    if PATH_LENGTH in names:
-        raise UserError(f"The metric '{PATH_LENGTH}' needs a generator; give a run instead of images.")
-    size, channels = size_of_first(options.target) if options.image_size is None else (options.image_size, 3)
-    progress.show("reading images", 0, 2)
-    fake = all_images(options.target, image_size=size, channels=channels)[: options.num]
-    progress.show("reading images", 1, 2)
-    if options.against is not None:
-        real, training = all_images(options.against, image_size=size, channels=channels), None
-        split = f"all of {options.against.resolve().name}"
-        class_names: tuple[str, ...] = ()
-        extractors = _extractors(options, device) or [load_extractor("squeezenet", device=device)]
-    else:
-        images = load_images(options.data, image_size=size, channels=channels)
-        real, training, class_names, split = images.held_out, images.images, images.class_names, "held-out"
-        extractors = _extractors(options, device) or extractors_for(images, device=device)
-    progress.show("reading images", 2, 2)
-    return evaluate(
-        fake,
-        real,
-        extractors=extractors,
-        metrics=names,
-        training=training,
-        split=split,
-        seed=options.seed or 0,
-        class_names=class_names,
-        with_intervals=options.intervals,
-        progress=progress.show,
-    )
-
-
-def _extractors(options: EvaluateOptions, device: torch.device) -> list[FeatureExtractor]:
-    """Those that were named; none for ``auto``."""
-    names = [] if options.extractor == "auto" else [name.strip() for name in options.extractor.split(",")]
-    if options.weights is not None and len(names) != 1:
-        raise UserError("--weights is the file of one extractor; name it alone, as in --extractor dinov2.")
-    return [load_extractor(name, device=device, weights=options.weights) for name in names]
 
 
 class _ProgressBar:

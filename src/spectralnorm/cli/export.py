@@ -11,10 +11,6 @@ import tyro
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
-from spectralnorm.gan.export import export_onnx, export_program
-from spectralnorm.gan.hub_folder import write_hub_folder
-from spectralnorm.gan.model_card import model_card
-from spectralnorm.gan.sampling import load
 from spectralnorm.records import replace_text
 
 __all__ = ["run"]
@@ -51,11 +47,20 @@ def run(words: list[str]) -> int:
     return 0
 
 
+# What a format needs is imported where it is written: a help page needs no torch.
+
+
 def _write_onnx(options: ExportOptions, out: Path) -> None:
+    from spectralnorm.gan.export import export_onnx
+    from spectralnorm.gan.sampling import load
+
     _say(export_onnx(load(options.run), out), "onnxruntime")
 
 
 def _write_program(options: ExportOptions, out: Path) -> None:
+    from spectralnorm.gan.export import export_program
+    from spectralnorm.gan.sampling import load
+
     _say(export_program(load(options.run), out), "the program")
 
 
@@ -64,6 +69,9 @@ def _say(difference: float, runner: str) -> None:
 
 
 def _write_folder(options: ExportOptions, out: Path) -> None:
+    from spectralnorm.gan.hub_folder import write_hub_folder
+    from spectralnorm.gan.sampling import load
+
     _require_run(options)
     write_hub_folder(options.run, load(options.run), out, license=options.license)
     if options.license is None:
@@ -71,6 +79,8 @@ def _write_folder(options: ExportOptions, out: Path) -> None:
 
 
 def _write_card(options: ExportOptions, out: Path) -> None:
+    from spectralnorm.gan.model_card import model_card
+
     _require_run(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, model_card(options.run, license=options.license))

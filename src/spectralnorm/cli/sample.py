@@ -6,20 +6,19 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from torch import Tensor
 
 from spectralnorm.cli.arguments import parse
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
-from spectralnorm.gan.inputs import prepare_data, resolve_device
-from spectralnorm.gan.pictures import image_grid, save_png
-from spectralnorm.gan.run_pictures import NUM_POINTS
-from spectralnorm.gan.sampling import TrainedGenerator, load
-from spectralnorm.gan.scatter import scatter
-from spectralnorm.gan.video import check_video, save_video
+
+# All else where it is used: a help page needs no torch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spectralnorm.gan.sampling import TrainedGenerator
 
 __all__ = ["run"]
 
@@ -64,6 +63,9 @@ def run(words: list[str]) -> int:
     """Write the images and say where they are."""
     options = parse(SampleOptions, words, prog="spectralnorm sample")
     seeds = _check(options)
+    from spectralnorm.gan.inputs import resolve_device
+    from spectralnorm.gan.sampling import load
+
     generator = load(options.run, device=str(resolve_device(options.device)))
     try:
         if options.video is not None:
@@ -92,6 +94,8 @@ def _check(options: SampleOptions) -> list[int] | None:
             raise UserError("--video is the whole output; leave out --interpolate, --out and --format.")
         if options.frames < 2:
             raise UserError(f"frames must be at least 2, got {options.frames}.")
+        from spectralnorm.gan.video import check_video
+
         check_video(options.video, fps=options.fps)
     if options.seeds is None:
         return None
@@ -117,6 +121,11 @@ def _read_seeds(text: str) -> list[int]:
 
 
 def _write_images(generator: TrainedGenerator, options: SampleOptions, seeds: list[int] | None) -> None:
+    from spectralnorm.gan.inputs import prepare_data
+    from spectralnorm.gan.pictures import image_grid, save_png
+    from spectralnorm.gan.run_pictures import NUM_POINTS
+    from spectralnorm.gan.scatter import scatter
+
     if generator.makes_points:
         if options.interpolate or options.format == "png":
             raise UserError("This run makes points, which become one picture; leave out --interpolate and --format.")
@@ -162,6 +171,9 @@ def _images(generator: TrainedGenerator, options: SampleOptions, seeds: list[int
 
 
 def _write_video(generator: TrainedGenerator, options: SampleOptions, file: Path) -> None:
+    from spectralnorm.gan.pictures import image_grid
+    from spectralnorm.gan.video import save_video
+
     num = 9 if options.num is None else options.num
     columns = options.columns or math.ceil(math.sqrt(num))
     walks = generator.walk(
