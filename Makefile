@@ -5,6 +5,8 @@ VENV ?= .venv
 # More options for pytest, for example: make test ARGS="--device cuda -k sigma"
 ARGS ?=
 WORKERS ?= 2
+# By files and in the order of tests/conftest.py: what the tests of a file share is made once, and long files come first.
+DISTRIBUTION := --dist loadfile --no-loadscope-reorder
 # Of training time; none: as long as the default recipe says
 MINUTES ?=
 OUT ?= runs/demo
@@ -28,7 +30,7 @@ demo: $(VENV)/gan.stamp  ## Train on the built-in images for a few minutes and w
 	@echo "Open the report: $(abspath $(OUT))/report.html"
 
 test: lint  ## Lint, types, import contracts, tests and doctests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DISTRIBUTION) $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

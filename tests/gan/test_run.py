@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spectralnorm.cli import main
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.config import Config
@@ -244,10 +245,16 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_a_good_checkpoint(tiny_d
     assert not list((tiny_disk / "run" / "checkpoints").glob(".*.tmp"))
 
 
-def _command(folder: Path, *options: str) -> list[str]:
+def _words(folder: Path, *options: str) -> list[str]:
     tiny = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words = ["train", "--out", str(folder), "--device", "cpu", *tiny, *options]
-    return [sys.executable, "-c", f"from spectralnorm.cli import main; raise SystemExit(main({words!r}))"]
+    return ["train", "--out", str(folder), "--device", "cpu", *tiny, *options]
+
+
+def _start(words: list[str], **settings) -> subprocess.Popen:
+    """The command line in a process of its own, with as many threads as here."""
+    code = f"from spectralnorm.cli import main; raise SystemExit(main({words!r}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, **settings)
 
 
 def _wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
@@ -259,14 +266,12 @@ def _wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path):
-    options = ["--steps", "90", "--checkpoint-minutes", "0.0001", "--num-sample-grids", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(_command(tmp_path / "whole", *options), check=True, capture_output=True, env=environment)
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--steps", "90", "--num-sample-grids", "1"]
+    assert main(_words(tmp_path / "whole", *options)) == 0
 
-    process = subprocess.Popen(
-        _command(tmp_path / "killed", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    killed = _words(tmp_path / "killed", *options, "--checkpoint-minutes", "0.0001")
+    process = _start(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _wait_for_checkpoint(tmp_path / "killed", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -276,10 +281,9 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path):
     for path in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors"):
         assert load_file(path)
 
-    again = subprocess.run(
-        _command(tmp_path / "killed", *options), check=True, capture_output=True, text=True, env=environment
-    )
-    assert "Going on from the checkpoint of step" in again.stdout
+    capsys.readouterr()
+    assert main(_words(tmp_path / "killed", *options)) == 0
+    assert "Going on from the checkpoint of step" in capsys.readouterr().out
     whole = _generator(tmp_path / "whole")
     for name, tensor in _generator(tmp_path / "killed").items():
         assert torch.equal(tensor, whole[name]), name
@@ -291,9 +295,9 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
-    process = subprocess.Popen(
-        _command(tmp_path / "run", "--steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # Three seconds: soon, and not so often that the last one could be there without the interruption.
+    words = _words(tmp_path / "run", "--steps", "100000", "--checkpoint-minutes", "0.05")
+    process = _start(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
