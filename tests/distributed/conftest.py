@@ -1,28 +1,23 @@
-"""Two processes that run the bodies of tests together; run as a script this file is one of them."""
+"""Two processes that run the bodies of tests together."""
 
-import importlib.util
-import os
 import pickle
 import selectors
-import subprocess
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
-# Where `rank_checks` is, for test modules here and in the ranks.
+# Where `processes` and `rank_checks` are, for test modules here and in the ranks.
 sys.path.insert(0, str(Path(__file__).parent))
 
-NUM_RANKS = 2
-# What a test may take, and how long one rank waits for the other in a collective before it says so.
+from processes import NUM_RANKS, Rank
+
+# What a test may take.
 TASK_TIMEOUT_SECONDS = 120
-COLLECTIVE_TIMEOUT_SECONDS = 30
 NO_ANSWER = "no answer in time"
 ENDED = "the process has ended"
 
@@ -31,7 +26,7 @@ class Pair:
     """Two ranks of a gloo process group, started when they are first needed and after a failure."""
 
     def __init__(self) -> None:
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._ranks: list[Rank] = []
 
     def run(self, function: Callable[..., None], **arguments: Any) -> None:
         """Run ``function(**arguments)`` on both ranks, where `torch.distributed` is initialized.
@@ -55,46 +50,33 @@ class Pair:
             raise AssertionError("\n".join(f"On rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
 
     def _attempt(self, task: bytes) -> dict[int, str]:
-        if not self._workers:
-            self._start()
-        for worker in self._workers:
-            _send(worker.stdin, task)
+        if not self._ranks:
+            meeting_point = tempfile.mktemp(prefix="ranks-")
+            self._ranks = [Rank(rank, meeting_point) for rank in range(NUM_RANKS)]
+        for rank in self._ranks:
+            rank.send(task)
         failures = self._failures()
-        self._last_workers = self._workers
-        # Starting takes long; ranks that have both come to an end outside of a collective can go on.
+        self._last_ranks = self._ranks
+        # Starting takes a while; ranks that have both come to an end outside of a collective can go on.
         if any(text in (NO_ANSWER, ENDED) or "gloo" in text for text in failures.values()):
             self.stop()
         return failures
 
     def _signals(self, failures: dict[int, str]) -> list[int]:
         """Which signals ended ranks that ended without an answer."""
-        ended = [self._last_workers[rank] for rank, text in failures.items() if text == ENDED]
-        return [-worker.returncode for worker in ended if worker.returncode is not None and worker.returncode < 0]
+        codes = [self._last_ranks[rank].process.exitcode for rank, text in failures.items() if text == ENDED]
+        return [-code for code in codes if code is not None and code < 0]
 
     def stop(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-            worker.communicate()
-        self._workers = []
-
-    def _start(self) -> None:
-        meeting_point = tempfile.mktemp(prefix="ranks-")
-        self._workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), meeting_point],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(NUM_RANKS)
-        ]
+        for rank in self._ranks:
+            rank.stop()
+        self._ranks = []
 
     def _failures(self) -> dict[int, str]:
         failures: dict[int, str] = {}
         with selectors.DefaultSelector() as waiting:
-            for rank, worker in enumerate(self._workers):
-                assert worker.stdout is not None
-                waiting.register(worker.stdout, selectors.EVENT_READ, rank)
+            for number, rank in enumerate(self._ranks):
+                waiting.register(rank.line, selectors.EVENT_READ, number)
             while waiting.get_map():
                 # After a failure the other rank may wait for ever: it gets the time to fail for the same reason.
                 ready = waiting.select(2 if failures else TASK_TIMEOUT_SECONDS)
@@ -103,22 +85,13 @@ class Pair:
                     return failures | unheard
                 for key, _ in ready:
                     waiting.unregister(key.fileobj)
-                    failure = _receive(self._workers[key.data].stdout)
+                    try:
+                        failure = self._ranks[key.data].answer()
+                    except (EOFError, ConnectionError):
+                        failure = ENDED
                     if failure is not None:
                         failures[key.data] = failure
         return failures
-
-
-def _send(pipe: IO[bytes] | None, message: bytes) -> None:
-    assert pipe is not None
-    pipe.write(len(message).to_bytes(8, "big") + message)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes] | None) -> Any:
-    assert pipe is not None
-    size = pipe.read(8)
-    return pickle.loads(pipe.read(int.from_bytes(size, "big"))) if size else ENDED
 
 
 @pytest.fixture(scope="session")
@@ -127,40 +100,3 @@ def pair() -> Iterator[Pair]:
     ranks = Pair()
     yield ranks
     ranks.stop()
-
-
-def _serve(rank: int, meeting_point: str) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    # What a test prints must not be taken for an answer.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting_point}",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
-    )
-    modules: dict[str, Any] = {}
-    while (task := _receive(sys.stdin.buffer)) and not isinstance(task, str):
-        path, name, arguments = task
-        failure = None
-        try:
-            if path not in modules:
-                specification = importlib.util.spec_from_file_location(Path(path).stem, path)
-                assert specification is not None
-                assert specification.loader is not None
-                modules[path] = importlib.util.module_from_spec(specification)
-                specification.loader.exec_module(modules[path])
-            torch.manual_seed(0)
-            getattr(modules[path], name)(**arguments)
-        except BaseException:
-            failure = traceback.format_exc()
-        _send(answers, pickle.dumps(failure))
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2])

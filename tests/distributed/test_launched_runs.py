@@ -1,38 +1,14 @@
 """`train`, started as a launcher starts it: one folder, records of the first process, and one end for all."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import train_and_exit
+from processes import started
 
 from spectralnorm.records import Ending, Scalars, Session, read_records
-
-SCRIPT = """
-import os, signal, sys
-import torch
-from spectralnorm.errors import UserError
-from spectralnorm.gan import make_config, train
-
-folder, steps, die_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-images = torch.randint(256, (40, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-sizes = {"generator_width": 2, "discriminator_width": 2, "latent_dim": 8, "batch_size": 8}
-config = make_config("fashion", steps=steps, device="cpu", log_every=2, num_sample_grids=2, **sizes)
-
-def die(trainer):
-    if trainer.step == die_at and trainer.processes.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-try:
-    run = train(config, out=folder, data=images, observers=[die])
-    print("ended", run.step, run.reason)
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-"""
 
 
 def _free_port() -> int:
@@ -41,22 +17,22 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _launch(folder: Path, *, size: int, steps: int, die_at: int = 0) -> list[tuple[int, str, str]]:
+def _launch(folder: Path, *, size: int, steps: int, die_at: int = 0) -> list[tuple[int | None, str, str]]:
     """Exit status, output and errors of each process."""
     port = str(_free_port())
-    started = []
+    processes, files = [], []
     for rank in range(size):
         launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": port}
-        environment = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SCRIPT, str(folder), str(steps), str(die_at)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    ends = []
-    for process in started:
-        output, errors = process.communicate(timeout=240)
-        ends.append((process.returncode, output, errors))
-    return ends
+        environment = {**launch, "MASTER_ADDR": "127.0.0.1"}
+        files.append([folder.parent / f"{rank}.{kind}" for kind in ("out", "err")])
+        written = [str(file) for file in files[-1]]
+        processes.append(started(train_and_exit, environment, written, str(folder), steps, die_at))
+    for process in processes:
+        process.join(timeout=240)
+    return [
+        (process.exitcode, output.read_text(), errors.read_text())
+        for process, (output, errors) in zip(processes, files, strict=True)
+    ]
 
 
 @pytest.mark.slow
