@@ -33,6 +33,30 @@ def test_the_size_of_a_jpeg_is_that_of_the_file_though_it_is_decoded_smaller():
     assert decode(encoded(Image.new("RGB", (640, 480)), "JPEG")).size == "640x480"
 
 
+@pytest.mark.parametrize(("side", "decoded"), [(256, 64), (128, 64), (100, 100), (600, 75)])
+def test_a_jpeg_is_decoded_no_larger_than_its_scales_allow(side, decoded, monkeypatch):
+    seen = []
+    spy = lambda image, **options: seen.append(image.size) or fit(image, **options)  # noqa: E731
+    monkeypatch.setattr("spectralnorm.gan.data.decode.fit", spy)
+    decode(encoded(Image.new("RGB", (side, side)), "JPEG"), image_size=32)
+    # A half, a quarter or an eighth, but at least twice the 32 that are wanted.
+    assert seen == [(decoded, decoded)]
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_decoded_smaller_shows_what_one_decoded_whole_does(subsampling):
+    row, column = np.mgrid[0:256, 0:256] / 256
+    # Waves of eight final pixels, in each colour at another place.
+    waves = [60 * np.cos(8 * np.pi * row + c) + 60 * np.cos(8 * np.pi * column + 2 * c) for c in range(3)]
+    picture = Image.fromarray(np.stack(waves, -1).__add__(127.5).astype(np.uint8))
+    stream = encoded(picture, "JPEG", quality=95, subsampling=subsampling)
+    smaller = decode(stream, image_size=32).pixels.astype(int)
+    stream.seek(0)
+    whole = fit(Image.open(stream), image_size=32, channels=3)
+    # Three steps on each way round to whole numbers: the transform, the change to RGB and the filter.
+    assert np.abs(smaller - whole).max() <= 3
+
+
 def test_the_centred_square_is_cut_out():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = noise(8, 8, 3)

@@ -49,8 +49,8 @@ def decode_file(file: str | Path | IO[bytes], *, image_size: int, channels: int)
         with Image.open(file, formats=_readable_formats()) as image:
             # Multi-picture JPEGs of phones and animations: the first picture is the one that viewers show.
             size, mode = f"{image.width}x{image.height}", image.mode
-            # A JPEG decoder can shrink while it decodes, several times faster. Twice the final size leaves the
-            # quality to the Lanczos filter below.
+            # A JPEG decoder can shrink while it decodes, which spares it all but the unpacking of bits. Twice the final
+            # size leaves the quality to the Lanczos filter below.
             image.draft(None, (2 * image_size, 2 * image_size))
             upright = ImageOps.exif_transpose(image)
             return Decoded(fit(upright, image_size=image_size, channels=channels), size, mode)
