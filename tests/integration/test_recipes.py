@@ -29,7 +29,7 @@ def _small(recipe: str) -> Config:
         changes["latent_dim"] = 8
     if config.architecture == "stylegan2":
         changes["latent_dim"] = 16
-        changes["image_size"] = min(config.image_size, 64)
+        changes["image_size"] = 32
     if recipe == "sngan-resnet-128":
         changes["image_size"] = 64
     if config.architecture == "sagan":
