@@ -190,6 +190,7 @@ class _Division:
             self.sigmas,
             outs,
             places=places,
+            are_checked=True,
         )
         if outs is None:
             return results
@@ -266,7 +267,7 @@ class ByKernels:
             frames = [member.kept.triplets[0].frame for member in members]
         outs, options = plans.outs(memory), (frames, ages, first.n_power_iterations)
         if plans.kernels.are_of_host:
-            division = plans.quotients.prepared(outs)
+            division = plans.quotients.prepared(outs, are_checked=True)
             followed = cls(plans, tracking, tracking.track(*options, eps=first.eps, division=division), addresses)
             return followed, (outs, division.divisors, division.active.view(torch.bool))
         followed = cls(plans, tracking, tracking.track(*options, eps=first.eps), addresses)
@@ -300,13 +301,14 @@ class ByKernels:
     @staticmethod
     def can_write(buffers: Sequence[Tensor]) -> bool:
         """Whether `write` can write there."""
-        return all(buffer.dtype in _DTYPES[buffer.device.type] and buffer.is_contiguous() for buffer in buffers)
+        dtypes = _DTYPES[buffers[0].device.type]
+        return all(buffer.dtype in dtypes and buffer.is_contiguous() for buffer in buffers)
 
     def write(self, places: Sequence[int], buffers: Sequence[Tensor], eps: float) -> None:
         """Write u and v of the weights at ``places``, those that have a norm, into ``buffers``: u, v, u, v, ..."""
         vectors = [vector for place in places for vector in (self.us[place], self.vs[place])]
         owners = [place for place in places for _ in range(2)]
-        self._plans.store.copy(vectors, owners, self.sigmas, buffers, eps=eps)
+        self._plans.store.copy(vectors, owners, self.sigmas, buffers, eps=eps, are_checked=True)
 
 
 def _weights_of(members: Sequence[Member]) -> _Weights:

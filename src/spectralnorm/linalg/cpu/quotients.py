@@ -133,13 +133,15 @@ class QuotientPlan:
         )
         return Divided(outs, division.divisors, division.active.view(torch.bool))
 
-    def prepared(self, outs: Sequence[Tensor]) -> Division:
+    def prepared(self, outs: Sequence[Tensor], *, are_checked: bool = False) -> Division:
         """The division into ``outs`` as `TrackingPlan.track` takes it, which fills in divisors and ``active``.
 
         Args:
             outs: as for `divide`.
+            are_checked: whether the caller knows that they fit.
         """
-        self._check_layouts(outs, range(len(self._shapes)))
+        if not are_checked:
+            self._check_layouts(outs, range(len(self._shapes)))
         targets = integers([out.data_ptr() for out in outs])
         divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.int8, device="cpu")
         return Division(self._addresses, targets, self._sizes, self._rules, divisors, active)
@@ -154,6 +156,7 @@ class QuotientPlan:
         outs: Sequence[Tensor] | None = None,
         *,
         places: Sequence[int] | None = None,
+        are_checked: bool = False,
     ) -> list[Tensor]:
         """dL/dW, with the vectors held constant (Miyato et al. 2018, eq. 12).
 
@@ -167,28 +170,25 @@ class QuotientPlan:
             sigmas: (weights,), float32: the norms that all weights were divided by.
             outs: as for `divide`; may be ``grads``.
             places: of which weights the others are; None: of all.
+            are_checked: whether the caller knows that all tensors fit: looking at each takes as long as the work on a
+                small one.
 
         Raises:
             ValueError: something has another shape, type or layout than the weight it belongs to.
         """
         sigmas = self._checked(sigmas)
-        is_whole = places is None
         places = range(len(self._shapes)) if places is None else places
         results = [_like(self._shapes[place]) for place in places] if outs is None else list(outs)
-        for tensors in (grads, values, results):
-            self._check_layouts(tensors, places)
+        if not are_checked:
+            for tensors in (grads, values, results):
+                self._check_layouts(tensors, places)
+            self._check_vectors(us, vs, places)
         addresses = []
         for place, grad, value, u, v, out in zip(places, grads, values, us, vs, results, strict=True):
-            sizes, are_transposed = self._vector_sizes[place], self._are_transposed[place]
-            for vector, size in zip((u, v), sizes, strict=True):
-                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
-                    raise ValueError(
-                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
-                    )
-            ends = (v.data_ptr(), u.data_ptr()) if are_transposed else (u.data_ptr(), v.data_ptr())
+            ends = (v.data_ptr(), u.data_ptr()) if self._are_transposed[place] else (u.data_ptr(), v.data_ptr())
             addresses.append((grad.data_ptr(), value.data_ptr(), out.data_ptr(), *ends))
         calls, rules = self._calls, self._rules
-        if is_whole or tuple(places) == tuple(range(len(self._shapes))):
+        if list(places) == list(range(len(self._shapes))):
             calls = calls.clone()
         else:
             chosen = integers(list(places))
@@ -220,6 +220,14 @@ class QuotientPlan:
                     f"Expected a float32 tensor of shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
+
+    def _check_vectors(self, us: Sequence[Tensor], vs: Sequence[Tensor], places: Sequence[int]) -> None:
+        for place, *vectors in zip(places, us, vs, strict=True):
+            for vector, size in zip(vectors, self._vector_sizes[place], strict=True):
+                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
+                    raise ValueError(
+                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
+                    )
 
 
 def _like(shape: tuple[torch.Size, tuple[int, ...]]) -> Tensor:

@@ -23,7 +23,14 @@ class VectorStore:
     """Has nothing to remember; a class, because that of `spectralnorm.linalg.cuda` has."""
 
     def copy(
-        self, vectors: Sequence[Tensor], owners: Sequence[int], sigmas: Tensor, targets: Sequence[Tensor], *, eps: float
+        self,
+        vectors: Sequence[Tensor],
+        owners: Sequence[int],
+        sigmas: Tensor,
+        targets: Sequence[Tensor],
+        *,
+        eps: float,
+        are_checked: bool = False,
     ) -> None:
         """Write each vector into its target if ``eps < sigmas[owner] < inf``.
 
@@ -33,17 +40,13 @@ class VectorStore:
             sigmas: float32, 1-D.
             targets: for each where it goes: contiguous, as many entries, float32.
             eps: a norm up to here counts as zero.
+            are_checked: whether the caller knows that vectors and targets fit.
 
         Raises:
             ValueError: a target has another size, another type or gaps.
         """
-        for vector, target in zip(vectors, targets, strict=True):
-            fits = target.numel() == vector.numel() and target.is_contiguous() and vector.is_contiguous()
-            if not fits or vector.dtype != torch.float32 or target.dtype != torch.float32:
-                raise ValueError(
-                    "Expected contiguous float32 vectors and targets of their sizes, got "
-                    f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
-                )
+        if not are_checked:
+            _check(vectors, targets)
         numbers = [
             [vector.data_ptr() for vector in vectors],
             [target.data_ptr() for target in targets],
@@ -54,3 +57,13 @@ class VectorStore:
         library().spectralnorm_store(
             *(row.data_ptr() for row in table), len(owners), sigmas.contiguous().data_ptr(), eps
         )
+
+
+def _check(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for vector, target in zip(vectors, targets, strict=True):
+        fits = target.numel() == vector.numel() and target.is_contiguous() and vector.is_contiguous()
+        if not fits or vector.dtype != torch.float32 or target.dtype != torch.float32:
+            raise ValueError(
+                "Expected contiguous float32 vectors and targets of their sizes, got "
+                f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
+            )

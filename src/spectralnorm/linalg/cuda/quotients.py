@@ -157,6 +157,7 @@ class QuotientPlan:
         outs: Sequence[Tensor] | None = None,
         *,
         places: Sequence[int] | None = None,
+        are_checked: bool = False,
     ) -> list[Tensor]:
         """dL/dW, with the vectors held constant (Miyato et al. 2018, eq. 12).
 
@@ -171,6 +172,7 @@ class QuotientPlan:
             outs: as for `divide`; may be ``grads``.
             places: of which weights the others are; None: of all. For some of them it waits for the device the first
                 time.
+            are_checked: whether the caller knows that all tensors fit.
 
         Raises:
             ValueError: something has another shape, type or layout than the weight it belongs to.
@@ -179,16 +181,13 @@ class QuotientPlan:
         is_whole = places is None or tuple(places) == tuple(range(len(self._layouts)))
         some = range(len(self._layouts)) if is_whole else places
         assert some is not None
-        for tensors in (grads, values):
-            self._check_layouts(tensors, some)
+        if not are_checked:
+            for tensors in (grads, values):
+                self._check_layouts(tensors, some)
+            self._check_vectors(us, vs, some)
         calls = [0] * (Call.WIDTH * len(self._layouts))
         for place, grad, value, u, v in zip(some, grads, values, us, vs, strict=True):
             layout = self._layouts[place]
-            for vector, size in ((u, layout.rows), (v, layout.columns)):
-                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
-                    raise ValueError(
-                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
-                    )
             addresses = grad.data_ptr(), value.data_ptr()
             row = Call.WIDTH * place
             calls[row + Call.GRAD], calls[row + Call.VALUE] = addresses
@@ -234,6 +233,15 @@ class QuotientPlan:
                     f"Expected a tensor of {dtype}, shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
+
+    def _check_vectors(self, us: Sequence[Tensor], vs: Sequence[Tensor], places: Sequence[int]) -> None:
+        for place, u, v in zip(places, us, vs, strict=True):
+            layout = self._layouts[place]
+            for vector, size in ((u, layout.rows), (v, layout.columns)):
+                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
+                    raise ValueError(
+                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
+                    )
 
     def _targets_of(self, outs: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor, Tensor]:
         """The tensors to write to, an address and the distances in bytes from it."""
