@@ -1,6 +1,7 @@
 """Kernels in place of torch's operations: in C on the CPU; Triton's on the GPU, or in its interpreter."""
 
 import copy
+import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -520,8 +521,11 @@ def test_a_folder_that_cannot_be_written_to_is_no_hindrance(
         pytest.skip("there is no C compiler")
     forget_library()
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     assert cpu.is_trusted()
+    assert not list((tmp_path / "temporary").iterdir())  # it is loaded, and nothing is left behind
 
 
 @pytest.mark.skipif(not cpu.is_trusted(), reason="there is no C compiler")

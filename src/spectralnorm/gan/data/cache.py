@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from spectralnorm import user_cache
+
 __all__ = [
     "MEMORY_MAP_BYTES",
     "CacheKey",
@@ -70,12 +72,8 @@ class Stored:
 
 
 def cache_folder() -> Path:
-    """``$SPECTRALNORM_CACHE``, else ``spectralnorm`` in the user's cache folder."""
-    own = os.environ.get("SPECTRALNORM_CACHE")
-    if own:
-        return Path(own) / "datasets"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "spectralnorm" / "datasets"
+    """Where prepared data sets are kept."""
+    return user_cache.cache_folder("datasets")
 
 
 def cache_key(path: Path, files: Sequence[tuple[str, int, int]], *, image_size: int, channels: int) -> CacheKey:

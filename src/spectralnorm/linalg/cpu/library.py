@@ -16,6 +16,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from spectralnorm.user_cache import cache_folder
+
 __all__ = ["SWITCH", "compiled_into", "is_trusted", "library"]
 
 SWITCH = "SPECTRALNORM_C"
@@ -75,7 +77,11 @@ def library() -> ctypes.CDLL:
         OSError: there is no compiler, it fails, or what it made cannot be loaded.
     """
     path = _place()
-    loaded = ctypes.CDLL(str(path if path.is_file() else compiled_into(path, _compiler() or "cc")))
+    if not path.is_file():
+        path = compiled_into(path, _compiler() or "cc")
+    loaded = ctypes.CDLL(str(path))
+    if path.parent != _place().parent:  # loaded, it needs no file
+        shutil.rmtree(path.parent, ignore_errors=True)
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, f"spectralnorm_{name}")
         function.argtypes = arguments
@@ -141,8 +147,12 @@ def _compiler() -> str | None:
 
 @cache
 def _place() -> Path:
-    """Where the library for this source and this kind of processor is, or would be."""
-    return _cache_folder() / f"kernels-{_identity()}.so"
+    """Where the library for this source and this kind of processor is, or would be.
+
+    Raises:
+        OSError: there is no such place.
+    """
+    return cache_folder("kernels") / f"kernels-{_identity()}.so"
 
 
 def _identity() -> str:
@@ -161,12 +171,3 @@ def _processor() -> str:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _cache_folder() -> Path:
-    """``$SPECTRALNORM_CACHE``, else ``spectralnorm`` in the user's cache folder."""
-    own = os.environ.get("SPECTRALNORM_CACHE")
-    if own:
-        return Path(own) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spectralnorm" / "kernels"
