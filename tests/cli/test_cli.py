@@ -1,6 +1,8 @@
+import builtins
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -313,3 +315,23 @@ def test_a_certificate_is_written_beside_the_run_and_into_its_report(
 def test_a_slip_in_certify_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["certify", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "certify"])
+def test_a_missing_package_is_named_with_what_installs_it(
+    command: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    imported = builtins.__import__
+
+    def without_safetensors(name: str, *arguments, **options):
+        if name == "safetensors" or name.startswith(("safetensors.", "spectralnorm.gan.sampling")):
+            raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+        return imported(name, *arguments, **options)
+
+    for module in [name for name in sys.modules if name.startswith("spectralnorm.cli.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(builtins, "__import__", without_safetensors)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "spectralnorm.gan.discriminators", raising=False)
+    assert main([command, str(run)]) == 2
+    assert "needs the package 'safetensors'; install it with: pip install" in capsys.readouterr().err

@@ -71,10 +71,10 @@ def _dispatch(words: list[str]) -> int:
         raise UserError(f"Unknown command '{words[0]}'; choose one of {', '.join(_COMMANDS)}.")
     try:
         command: Callable[[list[str]], int] = import_module(f"spectralnorm.cli.{words[0]}").run
+        return command(words[1:])  # which imports what it needs beyond its help
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "spectralnorm":
             raise
         raise UserError(
             f"The command line needs the package '{error.name}'; install it with: pip install \"spectralnorm[gan]\"."
         ) from error
-    return command(words[1:])
