@@ -19,7 +19,7 @@ from spectralnorm.transform import load_tracking_state, tracking_state
 
 pytest.importorskip("triton")
 from spectralnorm.linalg import cpu, cuda, kernel_trial
-from spectralnorm.linalg.cpu import library
+from spectralnorm.linalg.cpu import compiled
 from spectralnorm.linalg.cuda import launch as launching
 from spectralnorm.linalg.cuda import quotients, storing
 from spectralnorm.linalg.cuda import tracking as kernels_of_tracking
@@ -63,16 +63,16 @@ def with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return kind
 
 
-def forget_library() -> None:
-    for remembered in (library.is_trusted, library.library, library._place):
+def forget_kernels() -> None:
+    for remembered in (compiled.is_trusted, compiled.kernels, compiled._place):
         remembered.cache_clear()
 
 
 @pytest.fixture
-def fresh_library() -> Iterator[None]:
-    forget_library()
+def fresh_kernels() -> Iterator[None]:
+    forget_kernels()
     yield
-    forget_library()
+    forget_kernels()
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -115,7 +115,9 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: each for name, each in model.named_modules() if isinstance(getattr(each, "weight", None), Tensor)}
 
 
-def assert_equal_runs(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], tolerance: float) -> None:
+def assert_equal_runs(
+    mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], tolerance: float, of_vectors: float
+) -> None:
     assert mine
     for step, (of_mine, of_theirs) in enumerate(zip(mine, theirs, strict=True)):
         assert of_mine.keys() == of_theirs.keys()
@@ -124,9 +126,8 @@ def assert_equal_runs(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tens
                 each = each * (1 if float((each * of_theirs[name]).sum()) > 0 else -1)
             scale = float(of_theirs[name].abs().max())
             difference = float((each - of_theirs[name]).abs().max())
-            if name.startswith("buffer"):  # vectors are known to the rounding divided by the gap to the next one
-                difference /= 10
-            assert difference <= tolerance * max(scale, 1e-3), f"{name} at step {step}: {difference} of {scale}"
+            allowed = of_vectors if name.startswith("buffer") else tolerance
+            assert difference <= allowed * max(scale, 1e-3), f"{name} at step {step}: {difference} of {scale}"
 
 
 @pytest.mark.parametrize("mode", ["normalize", "cap"])
@@ -144,7 +145,9 @@ def test_training_gives_the_numbers_of_the_plain_engine(
     without_kernels(monkeypatch, with_kernels)
     theirs = trained(plain, steps, device)
     assert not any(are_kept_by_kernels(plain))
-    assert_equal_runs(mine, theirs, 2e-4)
+    # The plain engine's small algebra is in single precision, the compiled one's in double: a vector is known to the
+    # rounding divided by the gap to the next value. Triton's does as the engine.
+    assert_equal_runs(mine, theirs, 2e-4, of_vectors=2e-3 if with_kernels == COMPILED else 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -462,7 +465,7 @@ def test_kernels_that_fail_are_left_out_with_one_warning(monkeypatch: pytest.Mon
 
 
 def test_without_a_compiler_torch_does_the_work_without_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
     monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -478,7 +481,7 @@ def test_without_a_compiler_torch_does_the_work_without_a_word(
 
 @pytest.mark.parametrize("script", ["exit 3", "echo 'no such target' >&2; exit 1", "touch $7"])
 def test_a_compiler_that_fails_is_told_once(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text(
@@ -496,30 +499,30 @@ def test_a_compiler_that_fails_is_told_once(
 
 
 def test_the_library_is_compiled_once_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
     monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path))
     if not cpu.is_trusted():
         pytest.skip("there is no C compiler")
     (made,) = (tmp_path / "kernels").iterdir()
     before = made.stat().st_mtime_ns
-    forget_library()
+    forget_kernels()
     monkeypatch.setenv("CC", "/bin/false")  # nobody asks it
     assert cpu.is_trusted()
     assert made.stat().st_mtime_ns == before
 
 
-def test_the_switch_turns_the_compiled_kernels_off(monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
+def test_the_switch_turns_the_compiled_kernels_off(monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
     monkeypatch.setenv("SPECTRALNORM_C", "0")
     assert not cpu.is_trusted()
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_hindrance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
     if not cpu.is_trusted():
         pytest.skip("there is no C compiler")
-    forget_library()
+    forget_kernels()
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path / "file"))
@@ -529,7 +532,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_hindrance(
 
 
 @pytest.mark.skipif(not cpu.is_trusted(), reason="there is no C compiler")
-def test_other_defaults_of_torch_change_nothing(fresh_library: None) -> None:
+def test_other_defaults_of_torch_change_nothing(fresh_kernels: None) -> None:
     models = [nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 300), nn.Linear(300, 3)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     device = torch.device("cpu")
@@ -537,7 +540,7 @@ def test_other_defaults_of_torch_change_nothing(fresh_library: None) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):  # as the default
-            forget_library()
+            forget_kernels()
             assert cpu.is_trusted()
         model = sn.add_spectral_norm(models[1])
         unusual = trained(model, 3, device)

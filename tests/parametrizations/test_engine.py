@@ -10,17 +10,9 @@ from torch import nn
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
-from spectralnorm.linalg import cpu
-from spectralnorm.parametrizations import by_kernels, engine
+from spectralnorm.parametrizations import engine
 
-
-@pytest.fixture(autouse=True, params=["kernels", "plain"])
-def engine_or_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """With the kernels of the machine, if there are any, and in torch's own operations."""
-    if request.param == "plain":
-        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
-    elif device.type == "cpu" and not cpu.is_trusted():
-        pytest.skip("there is no C compiler")
+pytestmark = pytest.mark.usefixtures("engine_or_kernels")
 
 
 def raw(layer: nn.Module) -> nn.Parameter:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, cpu, track_together
-from spectralnorm.linalg.cpu import library
+from spectralnorm.linalg.cpu import compiled
 from spectralnorm.linalg.layout import layout_of
 
 pytestmark = pytest.mark.skipif(not cpu.is_trusted(), reason="there is no C compiler")
@@ -63,7 +63,12 @@ def test_following_gives_what_torch_gives(name: str, is_left: bool, num_threads:
         (wanted,) = track_together([in_memory_order(matrix)], [frame], [None], num_iterations)
         torch.testing.assert_close(found.sigma, wanted.sigma, rtol=2e-5, atol=0)
         flat = matrix.reshape(*matrix.shape[:2], -1)
-        assert torch.allclose((found.u[:, None] @ flat)[:, 0], found.v * found.sigma[:, None], atol=0.1 * flat.norm())
+        # One vector is the image of the other, to the last digits. A frame that spans its side stays on it.
+        turns = 0 if frame.rows.shape[2] <= 8 else num_iterations - 1
+        was_left = is_left != (turns % 2 == 1)
+        image, other = (flat @ found.v[..., None], found.u) if was_left else (flat.mT @ found.u[..., None], found.v)
+        scale = float(found.sigma.max())
+        torch.testing.assert_close(image[..., 0], other * found.sigma[:, None], rtol=0, atol=1e-5 * scale)
         shown = torch.einsum("bi,bij,bj->b", found.u, flat, found.v)
         torch.testing.assert_close(shown, found.sigma, rtol=1e-5, atol=0)
         cosines = (found.u * wanted.u).sum(-1).abs()
@@ -105,12 +110,12 @@ def test_without_the_threads_of_openmp_the_bits_are_the_same(threads) -> None:
     matrix = MATRICES["shared by threads"]
     plan, start = cpu.TrackingPlan([matrix]), [frame_for(matrix, True)]
     before = plan.track(start)
-    kernels = library.library()
+    kernels = compiled.kernels()
     try:
         kernels.spectralnorm_use_threads_of(None, None, None)
         after = plan.track(start)
     finally:
-        library._share_threads(kernels)
+        compiled._share_threads(kernels)
     assert torch.equal(before.vectors, after.vectors)
     assert torch.equal(before.rows, after.rows)
 

@@ -11,7 +11,7 @@ torch's own operations do the work, with the same numbers but for rounding. The 
 - `spectralnorm.linalg.cpu.storing`: `VectorStore`, what was found copied into the buffers.
 """
 
-from spectralnorm.linalg.cpu.library import is_trusted
+from spectralnorm.linalg.cpu.compiled import is_trusted
 from spectralnorm.linalg.cpu.quotients import QuotientPlan
 from spectralnorm.linalg.cpu.storing import VectorStore
 from spectralnorm.linalg.cpu.tables import form_of

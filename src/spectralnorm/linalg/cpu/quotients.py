@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cpu.library import library
+from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.tables import floats, form_of, integers
 from spectralnorm.linalg.layout import is_dense, layout_of
 
@@ -128,7 +128,7 @@ class QuotientPlan:
         outs = [_like(shape) for shape in self._shapes] if outs is None else list(outs)
         division = self.prepared(outs)
         weights, targets, sizes, rules, divisors, active = (each.data_ptr() for each in division)
-        library().spectralnorm_divide(
+        kernels().spectralnorm_divide(
             weights, targets, sizes, len(outs), rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
         )
         return Divided(outs, division.divisors, division.active.view(torch.bool))
@@ -194,7 +194,7 @@ class QuotientPlan:
             chosen = integers(list(places))
             calls, rules, sigmas = calls[chosen], rules[chosen], sigmas[chosen]
         calls[:, : _Call.ROWS] = integers(addresses)
-        has_failed = library().spectralnorm_gradients(
+        has_failed = kernels().spectralnorm_gradients(
             calls.data_ptr(),
             len(results),
             self._num_entries,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cpu.library import library
+from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.tables import integers
 
 __all__ = ["VectorStore"]
@@ -54,7 +54,7 @@ class VectorStore:
             list(owners),
         ]
         table = integers(numbers)
-        library().spectralnorm_store(
+        kernels().spectralnorm_store(
             *(row.data_ptr() for row in table), len(owners), sigmas.contiguous().data_ptr(), eps
         )
 

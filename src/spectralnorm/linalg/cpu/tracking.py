@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cpu.library import library
+from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.quotients import Division
 from spectralnorm.linalg.cpu.tables import floats, form_of, integers
 from spectralnorm.linalg.layout import layout_of
@@ -198,7 +198,7 @@ class TrackingPlan:
         table, next_sides, num_next = self._table_of(sides)
         rows, vectors = floats(num_next), floats(self._num_entries)
         sigmas, largest = floats(self._num_matrices), floats(len(self.shapes))
-        has_failed = library().spectralnorm_renew(
+        has_failed = kernels().spectralnorm_renew(
             table.data_ptr(),
             self._first_matrices.data_ptr(),
             len(self.shapes),

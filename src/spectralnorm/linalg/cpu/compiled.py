@@ -18,7 +18,7 @@ from pathlib import Path
 
 from spectralnorm.user_cache import cache_folder
 
-__all__ = ["SWITCH", "compiled_into", "is_trusted", "library"]
+__all__ = ["SWITCH", "compiled_into", "is_trusted", "kernels"]
 
 SWITCH = "SPECTRALNORM_C"
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -70,7 +70,7 @@ def _can_be_had() -> bool:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
@@ -90,7 +90,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _share_threads(kernels: ctypes.CDLL) -> None:
+def _share_threads(loaded: ctypes.CDLL) -> None:
     """Let the kernels run on torch's own threads, if those are of GCC's OpenMP.
 
     Between two operations they wait awake for the next one, and other threads would have to take turns with them.
@@ -98,9 +98,9 @@ def _share_threads(kernels: ctypes.CDLL) -> None:
     everything = ctypes.CDLL(None)
     names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
     if all(hasattr(everything, name) for name in names):
-        kernels.spectralnorm_use_threads_of.argtypes = [_POINTER] * 3
-        kernels.spectralnorm_use_threads_of.restype = None
-        kernels.spectralnorm_use_threads_of(*(ctypes.cast(getattr(everything, name), _POINTER) for name in names))
+        loaded.spectralnorm_use_threads_of.argtypes = [_POINTER] * 3
+        loaded.spectralnorm_use_threads_of.restype = None
+        loaded.spectralnorm_use_threads_of(*(ctypes.cast(getattr(everything, name), _POINTER) for name in names))
 
 
 def compiled_into(path: Path, compiler: str) -> Path:
