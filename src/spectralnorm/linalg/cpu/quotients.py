@@ -19,7 +19,8 @@ from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.tables import floats, form_of, integers
-from spectralnorm.linalg.layout import is_dense, layout_of
+from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
+from spectralnorm.linalg.layout import layout_of
 
 __all__ = ["Divided", "Division", "QuotientPlan"]
 
@@ -90,21 +91,14 @@ class QuotientPlan:
         for weight, _ in weights:
             if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "meta"):
                 raise ValueError(f"weights must be float32 on the CPU, got {weight.dtype} on {weight.device}.")
-            if weight.ndim < 2 or not is_dense(weight):
-                raise ValueError(
-                    "weights must have at least two dimensions and no gaps in memory, got "
-                    f"shape {tuple(weight.shape)} with strides {weight.stride()}."
-                )
+            require_dense(weight)
         self._shapes = [(weight.shape, weight.stride()) for weight, _ in weights]
         self._addresses = integers([weight.data_ptr() for weight, _ in weights])
         self._sizes = integers([weight.numel() for weight, _ in weights])
         self._num_entries = sum(weight.numel() for weight, _ in weights)
         caps = [False] * len(weights) if caps is None else caps
         self._rules = torch.tensor(
-            [
-                [coefficient, max(coefficient, eps) if cap else eps, 1.0 if cap else 1 / coefficient]
-                for coefficient, cap in zip(coefficients, caps, strict=True)
-            ],
+            [rule_of(coefficient, cap, eps) for coefficient, cap in zip(coefficients, caps, strict=True)],
             dtype=torch.float64,
             device="cpu",
         )
@@ -182,7 +176,7 @@ class QuotientPlan:
         if not are_checked:
             for tensors in (grads, values, results):
                 self._check_layouts(tensors, places)
-            self._check_vectors(us, vs, places)
+            require_vectors(us, vs, (self._vector_sizes[place] for place in places))
         addresses = []
         for place, grad, value, u, v, out in zip(places, grads, values, us, vs, results, strict=True):
             ends = (v.data_ptr(), u.data_ptr()) if self._are_transposed[place] else (u.data_ptr(), v.data_ptr())
@@ -220,14 +214,6 @@ class QuotientPlan:
                     f"Expected a float32 tensor of shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
-
-    def _check_vectors(self, us: Sequence[Tensor], vs: Sequence[Tensor], places: Sequence[int]) -> None:
-        for place, *vectors in zip(places, us, vs, strict=True):
-            for vector, size in zip(vectors, self._vector_sizes[place], strict=True):
-                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
-                    raise ValueError(
-                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
-                    )
 
 
 def _like(shape: tuple[torch.Size, tuple[int, ...]]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.tables import integers
+from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore"]
 
@@ -46,7 +47,8 @@ class VectorStore:
             ValueError: a target has another size, another type or gaps.
         """
         if not are_checked:
-            _check(vectors, targets)
+            for vector, target in zip(vectors, targets, strict=True):
+                require_target(vector, target, (torch.float32,))
         numbers = [
             [vector.data_ptr() for vector in vectors],
             [target.data_ptr() for target in targets],
@@ -57,13 +59,3 @@ class VectorStore:
         kernels().spectralnorm_store(
             *(row.data_ptr() for row in table), len(owners), sigmas.contiguous().data_ptr(), eps
         )
-
-
-def _check(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for vector, target in zip(vectors, targets, strict=True):
-        fits = target.numel() == vector.numel() and target.is_contiguous() and vector.is_contiguous()
-        if not fits or vector.dtype != torch.float32 or target.dtype != torch.float32:
-            raise ValueError(
-                "Expected contiguous float32 vectors and targets of their sizes, got "
-                f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
-            )

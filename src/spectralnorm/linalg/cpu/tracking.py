@@ -22,6 +22,7 @@ from torch import Tensor
 from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.quotients import Division
 from spectralnorm.linalg.cpu.tables import floats, form_of, integers
+from spectralnorm.linalg.kernel_arguments import packed_frames
 from spectralnorm.linalg.layout import layout_of
 from spectralnorm.linalg.matrix_view import MatrixView
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
@@ -161,7 +162,7 @@ class TrackingPlan:
         if isinstance(frames, Tracked):
             sides, rows = frames.sides, frames.rows
         else:
-            sides, rows = tuple(frame.is_left for frame in frames), self._packed(frames)
+            sides, rows = tuple(frame.is_left for frame in frames), packed_frames(frames, self.shapes)
         shifts = None
         if ages is not None:
             if self._directions is None:
@@ -216,18 +217,6 @@ class TrackingPlan:
         if has_failed:
             raise MemoryError("No memory for following the singular vectors of the weights.")
         return Tracked(self.shapes, next_sides, rows, vectors, sigmas, largest)
-
-    def _packed(self, frames: Sequence[Frame]) -> Tensor:
-        """The rows of all frames one after the other."""
-        if len(frames) != len(self.shapes):
-            raise ValueError(f"Expected a frame for each of {len(self.shapes)} tensors, got {len(frames)}.")
-        for (rows, is_left), (batch, num_rows, num_columns) in zip(frames, self.shapes, strict=True):
-            shape = (batch, NUM_TRACKED, num_rows if is_left else num_columns)
-            if rows.shape != shape or rows.dtype != torch.float32:
-                raise ValueError(
-                    f"Expected frame rows of shape {shape} in float32, got {tuple(rows.shape)} {rows.dtype}."
-                )
-        return torch.cat([frame.rows.flatten() for frame in frames])
 
     def _table_of(self, sides: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...], int]:
         """The table for frames on given sides; the sides of the next frames, and their entries in all."""

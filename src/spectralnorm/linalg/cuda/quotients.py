@@ -36,7 +36,8 @@ from spectralnorm.linalg.cuda.quotient_kernels import (
 )
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
-from spectralnorm.linalg.layout import Layout, is_dense, layout_of
+from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
+from spectralnorm.linalg.layout import Layout, layout_of
 
 __all__ = ["Divided", "QuotientPlan"]
 
@@ -89,19 +90,14 @@ class QuotientPlan:
                 raise ValueError(f"weights must be of {', '.join(map(str, TRITON_DTYPES))}, got {weight.dtype}.")
             if weight.device != self.device:
                 raise ValueError(f"All weights must be on {self.device}, got one on {weight.device}.")
-            if weight.ndim < 2 or not is_dense(weight):
-                raise ValueError(
-                    "weights must have at least two dimensions and no gaps in memory, got "
-                    f"shape {tuple(weight.shape)} with strides {weight.stride()}."
-                )
+            require_dense(weight)
         self._identity = _identity_of(weights)
         self._layouts = [layout_of(weight.movedim(out_dim, 0).unsqueeze(0)) for weight, out_dim in weights]
         caps = [False] * len(weights) if caps is None else caps
         rules = torch.zeros(len(weights), Rule.WIDTH, dtype=torch.float64)
         for rule, coefficient, cap in zip(rules, coefficients, caps, strict=True):
-            rule[Rule.COEFFICIENT] = coefficient
-            rule[Rule.THRESHOLD] = max(coefficient, eps) if cap else eps
-            rule[Rule.CONSTANT] = 1.0 if cap else 1 / coefficient
+            wanted = rule_of(coefficient, cap, eps)
+            rule[Rule.COEFFICIENT], rule[Rule.THRESHOLD], rule[Rule.CONSTANT] = wanted
         self._rules = rules.float().to(self.device)
         self._weights, self._pieces, self._blocks, self._num_parts, self._num_bytes = _tables(
             [weight for weight, _ in weights], self._layouts
@@ -184,7 +180,8 @@ class QuotientPlan:
         if not are_checked:
             for tensors in (grads, values):
                 self._check_layouts(tensors, some)
-            self._check_vectors(us, vs, some)
+            layouts = (self._layouts[place] for place in some)
+            require_vectors(us, vs, ((layout.rows, layout.columns) for layout in layouts))
         calls = [0] * (Call.WIDTH * len(self._layouts))
         for place, grad, value, u, v in zip(some, grads, values, us, vs, strict=True):
             layout = self._layouts[place]
@@ -233,15 +230,6 @@ class QuotientPlan:
                     f"Expected a tensor of {dtype}, shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
-
-    def _check_vectors(self, us: Sequence[Tensor], vs: Sequence[Tensor], places: Sequence[int]) -> None:
-        for place, u, v in zip(places, us, vs, strict=True):
-            layout = self._layouts[place]
-            for vector, size in ((u, layout.rows), (v, layout.columns)):
-                if vector.shape != (size,) or vector.dtype != torch.float32 or not vector.is_contiguous():
-                    raise ValueError(
-                        f"Expected a contiguous float32 vector of {size}, got {tuple(vector.shape)} of {vector.dtype}."
-                    )
 
     def _targets_of(self, outs: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor, Tensor]:
         """The tensors to write to, an address and the distances in bytes from it."""

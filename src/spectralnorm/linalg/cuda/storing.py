@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses
 from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
+from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore", "store_kernel"]
 
@@ -114,12 +115,7 @@ def _tables(
     spans: dict[torch.dtype, list[list[int]]] = {}
     distances = relative_addresses(vectors)
     for vector, distance, owner, target in zip(vectors, distances, owners, targets, strict=True):
-        fits = target.numel() == vector.numel() and target.is_contiguous() and target.dtype in TRITON_DTYPES
-        if not fits or vector.dtype != torch.float32 or not vector.is_contiguous():
-            raise ValueError(
-                "Expected contiguous float32 vectors and targets of their sizes, got "
-                f"{tuple(vector.shape)} {vector.dtype} for {tuple(target.shape)} {target.dtype}."
-            )
+        require_target(vector, target, TRITON_DTYPES)
         row = [0] * _Row.WIDTH
         row[_Row.SOURCE], row[_Row.TARGET] = distance // 4, target.data_ptr()
         row[_Row.SIZE], row[_Row.OWNER] = vector.numel(), owner

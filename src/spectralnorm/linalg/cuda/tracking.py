@@ -51,6 +51,7 @@ from spectralnorm.linalg.cuda.tracking_kernels import (
     vectors_kernel,
     wholes_kernel,
 )
+from spectralnorm.linalg.kernel_arguments import packed_frames
 from spectralnorm.linalg.layout import Layout, layout_of
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
@@ -175,7 +176,11 @@ class TrackingPlan:
         is_going_on = isinstance(frames, Tracked)
         sides = frames.next_sides if is_going_on else tuple(frame.is_left for frame in frames)
         shifts, step = self._rolled(ages)
-        rows = frames.rows if is_going_on else self._packed(frames)
+        rows = (
+            frames.rows
+            if is_going_on
+            else packed_frames(frames, [(each.batch, each.rows, each.columns) for each in self._layouts])
+        )
         with on_device_of(rows):
             tables = self._tables_of(sides)
             memory = self._iterated(tables, rows, shifts, step, eps)
@@ -235,18 +240,6 @@ class TrackingPlan:
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
-
-    def _packed(self, frames: Sequence[Frame]) -> Tensor:
-        """The rows of all frames one after the other."""
-        if len(frames) != len(self._layouts):
-            raise ValueError(f"Expected a frame for each of {len(self._layouts)} tensors, got {len(frames)}.")
-        for (rows, is_left), layout in zip(frames, self._layouts, strict=True):
-            shape = (layout.batch, NUM_TRACKED, layout.rows if is_left else layout.columns)
-            if rows.shape != shape or rows.dtype != torch.float32:
-                raise ValueError(
-                    f"Expected frame rows of shape {shape} in float32, got {tuple(rows.shape)} {rows.dtype}."
-                )
-        return torch.cat([frame.rows.flatten() for frame in frames])
 
     def _rolled(self, ages: Sequence[int] | None) -> tuple[Tensor | None, int]:
         """Ages as those of the matrices relative to the first, which stay the same, and that of the first."""
