@@ -20,8 +20,8 @@ from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.patches import as_patches
 from spectralnorm.linalg.precision import full_precision
 from spectralnorm.linalg.rounding import gamma, next_up, norm_above, product_gamma
-from spectralnorm.linalg.symbol_grams import CorrelatedGrams, DirectGrams, grams_of
-from spectralnorm.linalg.torus import OnTorus, half_of_frequencies, on_torus
+from spectralnorm.linalg.symbol_grams import SymbolGrams, SymbolTables
+from spectralnorm.linalg.torus import OnTorus, on_torus
 
 __all__ = ["convolution_upper_bound", "followed_convolution_bound", "largest_symbol_above"]
 
@@ -130,14 +130,14 @@ def _largest(
     exponent = math.frexp(float(largest))[1]
     kernel = _scaled_taps(torus.kernel, exponent)
     dtype, (_, groups, rows, _) = kernel.dtype, kernel.shape
-    frequencies = half_of_frequencies(torus.sizes, kernel.device)
-    shape = (len(frequencies) * groups, rows)
+    tables = SymbolTables(torus.kernel.shape[3:], torus.sizes, kernel.device)
+    shape = (tables.num_frequencies * groups, rows)
     if vectors is not None and not _are_usable(vectors, shape, dtype.to_complex(), kernel.device):
         vectors = None
     chunk_bytes = _CHUNK_BYTES if vectors is None else _WARM_CHUNK_BYTES
     if is_certificate:
         chunk_bytes = _CERTIFICATE_CHUNK_BYTES
-    grams = grams_of(kernel, torus.kernel.shape[3:], frequencies, torus.sizes, chunk_bytes=chunk_bytes)
+    grams = SymbolGrams(kernel, tables, chunk_bytes=chunk_bytes)
     plain = grams.tap_sum**2  # ||What|| <= sum over taps of ||K_a||
     # Libraries of other devices may invert blocks, which the a-priori bound of a factorization does not cover.
     measured = is_certificate or kernel.device.type != "cpu"
@@ -211,7 +211,7 @@ class _Search:
         """Of all matrices after `run`, (batch, rows); None if none were followed."""
         return torch.cat(self._vectors) if self._vectors else None
 
-    def run(self, chunks: CorrelatedGrams | DirectGrams, vectors: Tensor | None) -> tuple[float, float]:
+    def run(self, chunks: SymbolGrams, vectors: Tensor | None) -> tuple[float, float]:
         """The number, ``limit`` if none is found below it; and what the factorizations leave, if that is measured.
 
         What has been factorized for one number need not be for a larger one, so each matrix is looked at until it

@@ -1,13 +1,13 @@
 """The Gram matrices of a convolution's symbol at the frequencies of a torus, with what rounding may have changed.
 
-Two ways to them. The Gram matrices are sums over the shifts d of the kernel against itself,
-
-    What(w) What(w)^H = sum_d R_d e^{i d w},    R_d = sum_a K_{a + d} K_a^T,
-
-so with many frequencies the R_d are formed once for all. With few of them it is less work to form the symbol itself,
-A + i B, and then two real products for each frequency instead of three: with P = (A + B)(A - B)^T,
+The symbol A + i B of a frequency is a sum over the taps, and its Gram matrix takes two real products: with
+P = (A + B)(A - B)^T,
 
     (A + i B)(A + i B)^H = (P + P^T) / 2 + 2 B B^T + i (P - P^T) / 2.
+
+In each axis this is a trigonometric polynomial of a degree below k, the number of taps, so its values on a grid of
+2 k - 1 frequencies are all there is to know of it. Where the torus has more, it is computed on that grid, and the
+matrices of the torus are sums of those with real factors (`Interpolation`).
 """
 
 from __future__ import annotations
@@ -15,60 +15,57 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spectralnorm.linalg.rounding import gamma
+from spectralnorm.linalg.torus import half_of_frequencies
 
-__all__ = ["CorrelatedGrams", "DirectGrams", "grams_of"]
+__all__ = ["BLOCK", "Interpolation", "SymbolGrams", "SymbolTables"]
 
-_BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
+BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
 _TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
 
 
-def grams_of(
-    kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
-) -> CorrelatedGrams | DirectGrams:
-    """Whichever is less work.
-
-    Args:
-        kernel: (number of taps, groups, rows, columns), real, of float32 or float64, its largest entry near to one.
-        taps: along each axis.
-        frequencies: whole numbers j of the frequencies 2 pi j / sizes, (num_frequencies, axes).
-        sizes: of the torus.
-        chunk_bytes: of Gram matrices that are held at once.
-    """
-    num_taps = math.prod(taps)
-    if 2 * len(frequencies) < (num_taps**2 + num_taps) / 2:
-        return DirectGrams(kernel, taps, frequencies, sizes, chunk_bytes=chunk_bytes)
-    return CorrelatedGrams(kernel, taps, frequencies, sizes, chunk_bytes=chunk_bytes)
-
-
-class _Grams:
-    """What both ways have in common.
+@dataclass(frozen=True, slots=True)
+class Interpolation:
+    """Values at frequencies, from those at half of a grid that a real kernel has: the other half is their conjugate.
 
     Attributes:
-        tap_sum: an upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
+        even: factors of the real parts, (frequencies, samples), float64.
+        odd: factors of the imaginary parts.
+        size: the largest sum of moduli of the factors of one frequency, over the whole grid.
     """
 
-    def __init__(self, kernel: Tensor, *, chunk_bytes: int) -> None:
-        self._dtype, (self._num_taps, self._groups, self._rows, self._columns) = kernel.dtype, kernel.shape
-        self.tap_sum = _tap_sum(kernel)
-        # What underflows when the kernel is scaled is below 2^-149 for each entry.
-        self._underflow = kernel.numel() * 2.0**-100 * (1 + self.tap_sum)
-        matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self._dtype).bits // 8
-        self._length = max(1, chunk_bytes // matrix_bytes)
+    even: Tensor
+    odd: Tensor
+    size: float
 
 
-def _tap_sum(kernel: Tensor) -> float:
-    taps = kernel.flatten(2)
-    share = 1 + gamma(taps.shape[-1] + 4, kernel.dtype)
-    if share > 1.05:  # as part of small terms alone it need not be sharp
-        taps, share = taps.double(), 1 + gamma(taps.shape[-1] + 4)
-    # The largest entry is near to one, so what underflows elsewhere is covered by the smallest factor.
-    norms = torch.linalg.vector_norm(taps, dim=-1).double() * share + 2.0**-60
-    return float(norms.sum(0).amax()) * (1 + 2.0**-40)
+class SymbolTables:
+    """What depends on the sizes of kernel and torus alone, and so is the same at every step.
+
+    Attributes:
+        cosines: of sample times tap, (samples, taps), float64.
+        sines: likewise.
+        interpolation: from samples to frequencies; None: they are the same.
+        num_frequencies: one of each pair that a real kernel makes alike.
+    """
+
+    def __init__(self, taps: Sequence[int], sizes: Sequence[int], device: torch.device) -> None:
+        frequencies = half_of_frequencies(sizes, device)
+        grid = tuple(2 * size - 1 for size in taps)
+        samples = half_of_frequencies(grid, device)
+        self.num_frequencies = len(frequencies)
+        self.interpolation = None
+        if len(samples) < len(frequencies):
+            self.interpolation = _interpolation(frequencies, sizes, samples, grid)
+        else:
+            samples, grid = frequencies, tuple(sizes)
+        angles = _angles(samples, grid, list(itertools.product(*(range(size) for size in taps))))
+        self.cosines, self.sines = angles.cos(), angles.sin()
 
 
 def _angles(frequencies: Tensor, sizes: Sequence[int], steps: Sequence[tuple[int, ...]]) -> Tensor:
@@ -83,105 +80,143 @@ def _angles(frequencies: Tensor, sizes: Sequence[int], steps: Sequence[tuple[int
     return turns.double() * (2 * math.pi / common)
 
 
-class DirectGrams(_Grams):
-    """Through the symbol at each frequency."""
+def _interpolation(
+    frequencies: Tensor, sizes: Sequence[int], samples: Tensor, grid: Sequence[int]
+) -> Interpolation:
+    """Of a trigonometric polynomial of degree (grid - 1) / 2 in each axis, by Dirichlet's kernel."""
+    mirrored = torch.stack([-samples[:, axis] % size for axis, size in enumerate(grid)], 1)
+    here = _dirichlet(frequencies, sizes, samples, grid)
+    there = _dirichlet(frequencies, sizes, mirrored, grid) * (mirrored != samples).any(1)
+    size = float((here.abs() + there.abs()).sum(1).amax())
+    return Interpolation(here + there, here - there, size)
 
-    def __init__(
-        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
-    ) -> None:
-        super().__init__(kernel, chunk_bytes=chunk_bytes)
-        self._table = _angles(frequencies, sizes, _places(taps))
-        self._kernel = kernel.flatten(1)
-        self._largest_trace = 0.0
+
+def _dirichlet(frequencies: Tensor, sizes: Sequence[int], samples: Tensor, grid: Sequence[int]) -> Tensor:
+    """prod over axes of sum over |d| < (n + 1) / 2 of e^{i d (frequency - sample)} / n, (frequencies, samples)."""
+    product = torch.ones(len(frequencies), len(samples), dtype=torch.float64, device=frequencies.device)
+    for axis, (size, n) in enumerate(zip(sizes, grid, strict=True)):
+        common = math.lcm(size, n)
+        turns = frequencies[:, axis, None] * (common // size) - samples[:, axis] * (common // n)
+        waves = torch.arange(1, (n + 1) // 2, device=frequencies.device)
+        angles = (turns[..., None] * waves % common).double() * (2 * math.pi / common)
+        product *= (1 + 2 * angles.cos().sum(-1)) / n
+    return product
+
+
+class SymbolGrams:
+    """Of one kernel.
+
+    Attributes:
+        tap_sum: an upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
+    """
+
+    def __init__(self, kernel: Tensor, tables: SymbolTables, *, chunk_bytes: int) -> None:
+        """Compute nothing yet.
+
+        Args:
+            kernel: (number of taps, groups, rows, columns), real, of float32 or float64, its largest entry near to one.
+            tables: for its taps.
+            chunk_bytes: of Gram matrices that are held at once, beside those of the grid.
+        """
+        self._kernel, self._tables = kernel.flatten(1), tables
+        self._dtype, (_, self._groups, self._rows, columns) = kernel.dtype, kernel.shape
+        self.tap_sum = tap_sum(kernel)
+        self._rounding = SymbolRounding(self.tap_sum, kernel.numel(), len(kernel), columns, kernel.dtype)
+        matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self._dtype).bits // 8
+        self._length = max(1, chunk_bytes // matrix_bytes)
 
     def __iter__(self) -> Iterator[Tensor]:
         """(frequencies * groups, rows, rows), complex."""
-        for angles in self._table.split(self._length):
-            real = (angles.cos().to(self._dtype) @ self._kernel).view(-1, self._rows, self._columns)
-            imaginary = (angles.sin().to(self._dtype) @ self._kernel).view(-1, self._rows, self._columns)
-            crossed = _product(real + imaginary, real - imaginary)
-            squared = _product(imaginary, imaginary)
-            even = (crossed + crossed.mT).mul_(0.5).add_(squared, alpha=2)
-            grams = torch.complex(even, (crossed - crossed.mT).mul_(0.5))
-            trace = even.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).amax()
-            self._largest_trace = max(self._largest_trace, float(trace))
-            yield grams
+        tables = self._tables
+        parts = zip(tables.cosines.split(self._length), tables.sines.split(self._length), strict=True)
+        if tables.interpolation is None:
+            for cosines, sines in parts:
+                real, imaginary = self._at(cosines, sines)
+                yield torch.complex(real, imaginary)
+            return
+        found = [self._at(cosines, sines) for cosines, sines in parts]
+        real, imaginary = (torch.cat(each).view(len(tables.cosines), -1) for each in zip(*found, strict=True))
+        del found
+        even, odd = tables.interpolation.even.to(self._dtype), tables.interpolation.odd.to(self._dtype)
+        for of_real, of_imaginary in zip(even.split(self._length), odd.split(self._length), strict=True):
+            grams = torch.complex(of_real @ real, of_imaginary @ imaginary)
+            yield grams.view(-1, self._rows, self._rows)
+
+    def _at(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts at some samples, (samples * groups, rows, rows) each."""
+        shape = (len(cosines) * self._groups, self._rows, -1)
+        real = (cosines.to(self._dtype) @ self._kernel).view(shape)
+        imaginary = (sines.to(self._dtype) @ self._kernel).view(shape)
+        crossed = _product(real + imaginary, real - imaginary)
+        squared = _product(imaginary, imaginary)
+        even = (crossed + crossed.mT).mul_(0.5).add_(squared, alpha=2)
+        trace = even.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).amax()
+        self._rounding.saw_trace(float(trace))
+        return even, (crossed - crossed.mT).mul_(0.5)
 
     def norm_above(self, square: float) -> float:
-        """A bound of ||What|| at all frequencies, if the matrices were not above ``square``; after the iteration.
+        """A bound of ||What|| at all frequencies, if the matrices were not above ``square``; after the iteration."""
+        return self._rounding.norm_above(square, self._tables.interpolation)
 
-        The symbol is off by ``sqrt(2) gamma`` of the sum over the taps. With ||A + B||_F ||A - B||_F at most
-        ||What||_F^2, the Gram matrices are off by three times the gamma of a product's ||What||_F^2, and so is the
-        trace, which is that.
+
+def tap_sum(kernel: Tensor) -> float:
+    """An upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
+
+    Args:
+        kernel: as in `SymbolGrams`.
+    """
+    taps = kernel.flatten(2)
+    share = 1 + gamma(taps.shape[-1] + 4, kernel.dtype)
+    if share > 1.05:  # as part of small terms alone it need not be sharp
+        taps, share = taps.double(), 1 + gamma(taps.shape[-1] + 4)
+    # The largest entry is near to one, so what underflows elsewhere is covered by the smallest factor.
+    norms = torch.linalg.vector_norm(taps, dim=-1).double() * share + 2.0**-60
+    return float(norms.sum(0).amax()) * (1 + 2.0**-40)
+
+
+class SymbolRounding:
+    """By how much computed Gram matrices may be below exact ones; docs/library/convolution-bounds.md derives it."""
+
+    def __init__(self, tap_sum: float, numel: int, num_taps: int, columns: int, dtype: torch.dtype) -> None:
+        self._dtype, self._tap_sum = dtype, tap_sum
+        terms = min(columns, BLOCK) + math.ceil(columns / (BLOCK // 2)) + 12
+        self._product_share = 3.04 * gamma(terms, dtype)
+        # The symbol is off by sqrt(2) gamma of the sum over the taps.
+        relative = gamma(num_taps + 2, dtype) + 2 * gamma(1, dtype) + _TABLE_ERROR
+        self._symbol_error = 1.42 * relative * tap_sum
+        # What underflows when the kernel is scaled is below 2^-149 for each entry.
+        self._underflow = numel * 2.0**-100 * (1 + tap_sum)
+        self._largest_trace = 0.0
+
+    def saw_trace(self, trace: float) -> None:
+        """Of a Gram matrix as computed at a sample."""
+        self._largest_trace = max(self._largest_trace, trace)
+
+    def norm_above(self, square: float, interpolation: Interpolation | None) -> float:
+        """A bound of ||What|| at all frequencies, if the matrices as computed were not above ``square``.
+
+        With ||A + B||_F ||A - B||_F at most ||What||_F^2, the Gram matrices of samples are off by three times the
+        gamma of a product's ||What||_F^2, and so is the trace, which is that.
         """
-        terms = min(self._columns, _BLOCK) + math.ceil(self._columns / _BLOCK) + 12
-        share = 3.04 * gamma(terms, self._dtype)
-        square_error = math.inf if share >= 0.5 else share / (1 - share) * self._largest_trace * (1 + 2.0**-20)
-        relative = gamma(self._num_taps + 2, self._dtype) + 2 * gamma(1, self._dtype) + _TABLE_ERROR
-        return math.sqrt(square + square_error + self._underflow) + 1.42 * relative * self.tap_sum
+        share = self._product_share
+        if share >= 0.5:
+            return math.inf
+        trace = self._largest_trace / (1 - share) * (1 + 2.0**-20)  # above ||What||_F^2 of the symbols as computed
+        if interpolation is None:
+            return math.sqrt(square + share * trace + self._underflow) + self._symbol_error
+        moved = self._symbol_error * (2 * math.sqrt(trace) + self._symbol_error)
+        # Rounded factors, the sum of the samples, and what is wrong with a factor beyond its rounding.
+        num_samples, num_places = interpolation.even.shape[1], 2 * interpolation.even.shape[1]
+        combined = 1.42 * gamma(num_samples + 4, self._dtype) * (1 + share) * trace
+        of_factors = num_places * (num_places + 8) * _TABLE_ERROR * (1 + share) * trace
+        error = interpolation.size * (1 + 2.0**-20) * (share * trace + moved + combined + self._underflow) + of_factors
+        return math.sqrt(square + error)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T, summed over blocks of columns."""
     total: Tensor | None = None
-    for a, b in zip(left.split(_BLOCK, -1), right.split(_BLOCK, -1), strict=True):
+    for a, b in zip(left.split(BLOCK, -1), right.split(BLOCK, -1), strict=True):
         total = a @ b.mT if total is None else total.add_(a @ b.mT)
     assert total is not None
     return total
-
-
-class CorrelatedGrams(_Grams):
-    """Through the correlations R_d."""
-
-    def __init__(
-        self, kernel: Tensor, taps: Sequence[int], frequencies: Tensor, sizes: Sequence[int], *, chunk_bytes: int
-    ) -> None:
-        super().__init__(kernel, chunk_bytes=chunk_bytes)
-        shifts, correlations = _autocorrelation(kernel, _places(taps))
-        turned = correlations.mT
-        self._even, self._odd = (correlations + turned).flatten(1), (correlations - turned).flatten(1)
-        self._even[0] /= 2  # the shift zero is its own mirror image
-        self._table = _angles(frequencies, sizes, shifts)
-        # Additions that a product goes through: in its block, in its correlation, in its Gram matrix; and roundings
-        # of the cosine, of the sum with the transpose, of the product of both. In units of (sum over taps of
-        # ||K_a||_F)^2, which bounds the sum over d of || sum over a of |K_{a + d}| |K_a|^T ||_F.
-        block = min(self._columns, _BLOCK)
-        num_blocks = self._num_taps * math.ceil(self._columns / _BLOCK)
-        relative = gamma(block + num_blocks + len(shifts) + 12, kernel.dtype) + _TABLE_ERROR
-        self._error = self.tap_sum**2 * 1.01 * relative + self._underflow
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """(frequencies * groups, rows, rows), complex."""
-        for angles in self._table.split(self._length):
-            real, imaginary = angles.cos().to(self._dtype) @ self._even, angles.sin().to(self._dtype) @ self._odd
-            yield torch.complex(real, imaginary).view(-1, self._rows, self._rows)
-
-    def norm_above(self, square: float) -> float:
-        """As `DirectGrams.norm_above`."""
-        return math.sqrt(square + self._error * 1.01)
-
-
-def _autocorrelation(kernel: Tensor, places: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], Tensor]:
-    """R_d for one of each pair of shifts d and -d, zero first: (shifts, groups, rows, rows).
-
-    Args:
-        kernel: (taps, groups, rows, columns).
-        places: of the taps.
-    """
-    pairs: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-    for first, moved in enumerate(places):
-        for second, still in enumerate(places[: first + 1]):
-            shift = tuple(a - b for a, b in zip(moved, still, strict=True))
-            pairs.setdefault(shift, []).append((kernel[first], kernel[second]))
-    shifts = sorted(pairs)  # places are in lexicographic order, so none is below zero
-    groups, rows = kernel.shape[1:3]
-    found = kernel.new_zeros(len(shifts), groups, rows, rows)
-    for total, shift in zip(found, shifts, strict=True):
-        for moved, still in pairs[shift]:
-            for a, b in zip(moved.split(_BLOCK, -1), still.split(_BLOCK, -1), strict=True):
-                total += a @ b.mT
-    return shifts, found
-
-
-def _places(taps: Sequence[int]) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(size) for size in taps)))
