@@ -21,7 +21,7 @@ from spectralnorm.user_cache import cache_folder
 __all__ = ["SWITCH", "compiled_into", "is_trusted", "kernels"]
 
 SWITCH = "SPECTRALNORM_C"
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
 # -march=native is not known everywhere; where it is not, the kernels are those of the processor's oldest relatives.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 _FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
@@ -119,7 +119,7 @@ def compiled_into(path: Path, compiler: str) -> Path:
     try:
         for flags in _FOR_THIS_PROCESSOR:
             run = subprocess.run(
-                [compiler, *_FLAGS, *flags, str(_SOURCE), "-o", str(made), "-lm"],
+                [compiler, *_FLAGS, *flags, *map(str, _sources(".c")), "-o", str(made), "-lm"],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -155,9 +155,13 @@ def _place() -> Path:
     return cache_folder("kernels") / f"kernels-{_identity()}.so"
 
 
+def _sources(*endings: str) -> list[Path]:
+    return sorted(path for path in _FOLDER.iterdir() if path.suffix in endings)
+
+
 def _identity() -> str:
     """Of the source, of what it is compiled with, and of the kind of processor."""
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources(".c", ".h")))
     digest.update(repr((_FLAGS, _FOR_THIS_PROCESSOR, platform.system(), platform.machine())).encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:24]

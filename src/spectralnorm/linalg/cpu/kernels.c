@@ -6,34 +6,29 @@
  * what else is in the call.
  *
  * Large matrices are shared by all threads, one after the other, so that the second product and whatever follows find
- * them in the cache; small ones are given to a thread each. The threads are those of torch's own OpenMP, which are
- * awake and would be in the way of others; where that is another library than GCC's, threads are started for each call.
- *
- * Vectors are those of GCC and Clang, which every processor has in some width.
+ * them in the cache; small ones are given to a thread each.
  */
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "threads.h"
+#include "vectors.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 #if defined(__AVX512F__)
-#define WIDTH 16
 #define UNITS 2 /* vectors of columns at once: eight rows of two are half of the registers */
 #define ROWS_AT_ONCE 2
 #elif defined(__AVX__)
-#define WIDTH 8
 #define UNITS 1
 #define ROWS_AT_ONCE 1
 #else
-#define WIDTH 4
 #define UNITS 2
 #define ROWS_AT_ONCE 2
 #endif
@@ -46,25 +41,11 @@
 #define PIECE 8192         /* entries of one part of an inner product, and of a share of a division */
 #define LARGE (1 << 15)    /* entries of a matrix that is shared by threads */
 #define STREAMED (1 << 23) /* entries of all weights from which on their quotients are written past the caches */
-#define WORTH_A_THREAD (1 << 17)
-#define MOST_THREADS 64
 #define EPSILON 1.1920929e-7
 #define TINY 1.17549435e-38
-#define ALWAYS static inline __attribute__((always_inline))
-#define PRAGMA(words) _Pragma(#words)
-#if defined(__clang__)
-#define UNROLL(times) PRAGMA(clang loop unroll(full))
-#else
-#define UNROLL(times) PRAGMA(GCC unroll times)
-#endif
 
-typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef float vec_in_memory __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec8_in_memory __attribute__((vector_size(32), aligned(4), may_alias));
-
-ALWAYS vec load(const float *from) { return *(const vec_in_memory *)from; }
-ALWAYS void store(float *to, vec value) { *(vec_in_memory *)to = value; }
 
 /* Fetched into the second cache; an address that is nobody's does no harm. */
 ALWAYS void ahead(const float *from) { __builtin_prefetch(from, 0, 2); }
@@ -95,95 +76,6 @@ ALWAYS vec load_part(const float *from, int64_t count) {
 }
 
 ALWAYS void store_part(float *to, vec value, int64_t count) { memcpy(to, &value, sizeof(float) * count); }
-
-ALWAYS float sum_of(vec value) {
-    float sums[WIDTH];
-    memcpy(sums, &value, sizeof sums);
-    UNROLL(4)
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-    return sums[0];
-}
-
-ALWAYS int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* Threads ---------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    atomic_int size;
-    atomic_int arrived, round;
-    atomic_llong next; /* of the jobs that are given to one thread each */
-} team;
-
-static void meet(team *all) {
-    if (all->size == 1) return;
-    int round = atomic_load_explicit(&all->round, memory_order_acquire);
-    if (atomic_fetch_add(&all->arrived, 1) + 1 == all->size) {
-        atomic_store(&all->arrived, 0);
-        atomic_store_explicit(&all->round, round + 1, memory_order_release);
-        return;
-    }
-    for (int turns = 0; atomic_load_explicit(&all->round, memory_order_acquire) == round; turns++)
-        if (turns > 4096) sched_yield();
-}
-
-typedef void (*job)(void *arguments, team *all, int number);
-
-/* GCC's OpenMP, of which torch has loaded a copy that a compiler knows nothing of. */
-static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*number_of_this)(void), (*number_of_all)(void);
-
-void spectralnorm_use_threads_of(void *parallel_region, void *thread_number, void *num_threads) {
-    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel_region;
-    number_of_this = (int (*)(void))thread_number;
-    number_of_all = (int (*)(void))num_threads;
-}
-
-typedef struct {
-    job work;
-    void *arguments;
-    team *all;
-    atomic_int is_open, next_number;
-} task;
-
-static void work_in_region(void *of) {
-    task *this = of;
-    atomic_store(&this->all->size, number_of_all()); /* the same from each of them */
-    this->work(this->arguments, this->all, number_of_this());
-}
-
-static void *work_in_thread(void *of) {
-    task *this = of;
-    int number = atomic_fetch_add(&this->next_number, 1);
-    while (!atomic_load(&this->is_open)) sched_yield();
-    this->work(this->arguments, this->all, number);
-    return NULL;
-}
-
-/* Run a job on as many threads as may be had and as the entries are worth. */
-static void together(job work, void *arguments, int64_t entries, int threads) {
-    int wanted = (int)least(least(threads, MOST_THREADS), entries / WORTH_A_THREAD);
-    team all = {.size = 1};
-    task this = {.work = work, .arguments = arguments, .all = &all, .next_number = 1};
-    pthread_t started[MOST_THREADS];
-    int others = 0;
-    if (wanted > 1 && parallel) {
-        parallel(work_in_region, &this, (unsigned)wanted, 0);
-        return;
-    }
-    while (1 + others < wanted && !pthread_create(&started[others], NULL, work_in_thread, &this)) others++;
-    atomic_store(&all.size, 1 + others);
-    atomic_store(&this.is_open, 1);
-    work(arguments, &all, 0);
-    for (int number = 0; number < others; number++) pthread_join(started[number], NULL);
-}
-
-/* A share of ``count`` things in units of ``unit``. */
-ALWAYS void share(int64_t count, int64_t unit, const team *all, int number, int64_t *begin, int64_t *end) {
-    int64_t units = (count + unit - 1) / unit;
-    *begin = least(units * number / all->size * unit, count);
-    *end = least(units * (number + 1) / all->size * unit, count);
-}
 
 /* Products --------------------------------------------------------------------------------------------------------- */
 
