@@ -9,17 +9,19 @@ of the last call, when the weight was a little different, may say which one is w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cholesky import measured_cholesky
 from spectralnorm.linalg.convolution import ConvolutionGeometry
+from spectralnorm.linalg.cpu.panels import LIMIT, PackedKernel, PanelGrams, can_be_in_panels
 from spectralnorm.linalg.gram import gram_upper_bound
+from spectralnorm.linalg.hermitian_batch import HermitianBatch, Matrices
 from spectralnorm.linalg.patches import as_patches
 from spectralnorm.linalg.precision import full_precision
-from spectralnorm.linalg.rounding import gamma, next_up, norm_above, product_gamma
+from spectralnorm.linalg.rounding import gamma, next_up
 from spectralnorm.linalg.symbol_grams import SymbolGrams, SymbolTables
 from spectralnorm.linalg.torus import OnTorus, on_torus
 
@@ -122,25 +124,29 @@ def largest_symbol_above(torus: OnTorus, *, margin: float, enough: float = math.
 def _largest(
     torus: OnTorus, *, margin: float, is_certificate: bool, vectors: Tensor | None, enough: float = math.inf
 ) -> tuple[Tensor, Tensor | None]:
-    largest = _largest_entry(torus.kernel)
+    packed = PackedKernel(torus) if not is_certificate and can_be_in_panels(torus) else None
+    largest = _largest_entry(torus.parts) if packed is None else packed.largest
     if not bool(largest.isfinite()):
         return torch.full_like(largest, math.inf), None
     if not bool(largest > 0):
         return torch.full_like(largest, torus.moved * torus.factor * (1 + 2.0**-50)), None
     exponent = math.frexp(float(largest))[1]
-    kernel = _scaled_taps(torus.kernel, exponent)
-    dtype, (_, groups, rows, _) = kernel.dtype, kernel.shape
-    tables = SymbolTables(torus.kernel.shape[3:], torus.sizes, kernel.device)
-    shape = (tables.num_frequencies * groups, rows)
-    if vectors is not None and not _are_usable(vectors, shape, dtype.to_complex(), kernel.device):
+    device, (groups, rows) = torus.parts.device, torus.parts.shape[:2]
+    # The tables of a certificate can be large, and are asked for once.
+    tables = (SymbolTables if is_certificate else _tables)(torus.taps, torus.sizes, device)
+    if packed is not None and abs(exponent) <= LIMIT:
+        grams = PanelGrams(packed, exponent, tables)
+    else:
+        chunk_bytes = _CHUNK_BYTES if vectors is None else _WARM_CHUNK_BYTES
+        if is_certificate:
+            chunk_bytes = _CERTIFICATE_CHUNK_BYTES
+        grams = SymbolGrams(_scaled_taps(torus.kernel, exponent), tables, chunk_bytes=chunk_bytes)
+    dtype, shape = grams.dtype, (tables.num_frequencies * groups, rows)
+    if vectors is not None and not _are_usable(vectors, shape, dtype.to_complex(), device):
         vectors = None
-    chunk_bytes = _CHUNK_BYTES if vectors is None else _WARM_CHUNK_BYTES
-    if is_certificate:
-        chunk_bytes = _CERTIFICATE_CHUNK_BYTES
-    grams = SymbolGrams(kernel, tables, chunk_bytes=chunk_bytes)
     plain = grams.tap_sum**2  # ||What|| <= sum over taps of ||K_a||
     # Libraries of other devices may invert blocks, which the a-priori bound of a factorization does not cover.
-    measured = is_certificate or kernel.device.type != "cpu"
+    measured = is_certificate or device.type != "cpu"
     enough = max(0.0, _scaled_down(enough / torus.factor - torus.moved, exponent))
     limit = min(plain, enough * enough)
     search = _Search(margin, limit, is_certificate=is_certificate, measured=measured)
@@ -150,12 +156,17 @@ def _largest(
     if measured:
         square = square * (1 + 2.1 * gamma(1, dtype)) + rest
     else:
-        unit = gamma(rows + 4, dtype)
+        unit = grams.factor_unit
         # c^2 I - G is rounded once on its diagonal, and its trace is at most rows c^2.
         share = unit / (1 - unit) * rows * 1.01 + 2.1 * gamma(1, dtype)
         square *= 1 + share * 1.01
     norm = grams.norm_above(square * (1 + 2.0**-40)) * (1 + 2.0**-48)
     return _scaled_back(norm, exponent, torus, largest), search.vectors()
+
+
+@lru_cache(maxsize=64)
+def _tables(taps: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> SymbolTables:
+    return SymbolTables(taps, sizes, device)
 
 
 def _largest_entry(kernel: Tensor) -> Tensor:
@@ -211,7 +222,7 @@ class _Search:
         """Of all matrices after `run`, (batch, rows); None if none were followed."""
         return torch.cat(self._vectors) if self._vectors else None
 
-    def run(self, chunks: SymbolGrams, vectors: Tensor | None) -> tuple[float, float]:
+    def run(self, chunks: Iterable[Matrices], vectors: Tensor | None) -> tuple[float, float]:
         """The number, ``limit`` if none is found below it; and what the factorizations leave, if that is measured.
 
         What has been factorized for one number need not be for a larger one, so each matrix is looked at until it
@@ -245,84 +256,36 @@ class _Search:
                 return self._given_up()
         return square, rest
 
-    def _factorized(self, grams: Tensor, square: float) -> tuple[Tensor, float]:
+    def _factorized(self, grams: Matrices, square: float) -> tuple[Tensor, float]:
         """Which of ``square`` I - G have a Cholesky factor, (batch,); what those leave, if that is to be measured."""
-        shifted = -grams
-        shifted.diagonal(dim1=-2, dim2=-1).add_(square)
+        if not self._measured:
+            return grams.have_factor(square), 0.0
+        assert isinstance(grams, HermitianBatch)
         if self._is_certificate:
-            passed, _, rests = measured_cholesky(shifted)
-            return passed, max(rests.tolist(), default=0.0)
-        factors, info = torch.linalg.cholesky_ex(shifted)
-        passed = info == 0
-        is_measured = self._measured and bool(passed.any())
-        return passed, _rest_above(shifted[passed], factors[passed]) if is_measured else 0.0
+            return grams.have_factor_measured_on_the_way(square)
+        return grams.have_measured_factor(square)
 
-    def _estimate(self, grams: Tensor, start: Tensor | None) -> float:
-        if self._is_certificate:
-            values, _ = _rayleigh(grams, _FIRST_ITERATIONS, None)
-            return float(torch.linalg.eigvalsh(grams[_leading(values, _NUM_EXAMINED)]).amax())
-        return _followed(grams, start)[0]
+    def _estimate(self, grams: Matrices, start: Tensor | None) -> float:
+        if not self._is_certificate:
+            return _followed(grams, start)[0]
+        assert isinstance(grams, HermitianBatch)
+        values, _ = grams.rayleigh(_FIRST_ITERATIONS, None)
+        return grams[_leading(values, _NUM_EXAMINED)].largest_eigenvalue()
 
     def _given_up(self) -> tuple[float, float]:
         self._vectors = []
         return self._limit, 0.0
 
 
-def _rest_above(matrices: Tensor, factors: Tensor) -> float:
-    """What ||M - L L^H||_F is not above for any of a batch: then no eigenvalue of M is below minus that.
-
-    Whatever computed L. The product is rounded by `product_gamma` ||L||_F^2 at most, the difference relative to itself.
-    """
-    order = factors.shape[-1]
-    num_blocks = 4 if order >= 64 else 1
-    square = 0.0
-    for block in range(num_blocks):
-        start, end = order * block // num_blocks, order * (block + 1) // num_blocks
-        # The lower half is a third of the multiplications, because L ends at its diagonal; the upper half mirrors it.
-        rest = matrices[:, start:, start:end] - factors[:, start:, :end] @ factors[:, start:end, :end].mH
-        diagonal, below = rest[:, : end - start], rest[:, end - start :]
-        square = square + _length_above(diagonal) ** 2 + 2 * _length_above(below) ** 2
-    # Of what was computed of M, in case its halves do not mirror each other to the last digit.
-    rest = torch.as_tensor(square).sqrt() * (1 + 2.0**-48) + _length_above(matrices - matrices.mH)
-    rest = rest * (1 + 2 * gamma(1, factors.dtype))
-    size = _length_above(factors)
-    return float((rest + product_gamma(order, factors.dtype) * size.square() * (1 + 2.0**-50)).amax())
-
-
-def _length_above(matrices: Tensor) -> Tensor:
-    """An upper bound of the Frobenius norm of each of a batch."""
-    # Of real numbers: torch takes the modulus of complex ones by hypot first, which is slow.
-    return norm_above(torch.view_as_real(matrices).double(), (-3, -2, -1))
-
-
-def _followed(grams: Tensor, start: Tensor | None) -> tuple[float, Tensor]:
+def _followed(grams: Matrices, start: Tensor | None) -> tuple[float, Tensor]:
     """About the largest eigenvalue of all, not above it but for rounding; and vectors for the next time."""
     is_cold = start is None
-    values, vectors = _rayleigh(grams, _FIRST_ITERATIONS if is_cold else _WARM_ITERATIONS, start)
+    values, vectors = grams.rayleigh(_FIRST_ITERATIONS if is_cold else _WARM_ITERATIONS, start)
     leading = _leading(values, _NUM_LEADING if is_cold else _NUM_WARM_LEADING)
     more = _MORE_ITERATIONS if is_cold else _MORE_WARM_ITERATIONS
-    values, vectors[leading] = _rayleigh(grams[leading], more, vectors[leading])
+    values, vectors[leading] = grams[leading].rayleigh(more, vectors[leading])
     return float(values.amax()), vectors
 
 
 def _leading(values: Tensor, count: int) -> Tensor:
     return values.topk(min(count, len(values))).indices
-
-
-def _rayleigh(grams: Tensor, num_iterations: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients after power iteration, (batch,), and the vectors, (batch, rows)."""
-    # Rows from the left, x G = (conj(G) x^T)^T, are several times faster, and conj(G) has the eigenvalues of G.
-    rows = (_start(grams) if vectors is None else vectors)[:, None]
-    tiny = torch.finfo(grams.dtype).tiny
-    for _ in range(num_iterations):
-        rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(tiny)
-        rows = rows @ grams
-    rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(tiny)
-    return torch.linalg.vecdot(rows, rows @ grams)[:, 0].real, rows[:, 0]
-
-
-def _start(grams: Tensor) -> Tensor:
-    """The column with the largest diagonal entry of each, (batch, rows): no stranger to the leading eigenvector."""
-    diagonal = grams.diagonal(dim1=-2, dim2=-1).real
-    index = diagonal.argmax(-1)[:, None, None].expand(-1, grams.shape[-1], 1)
-    return grams.gather(-1, index)[..., 0].conj()

@@ -15,22 +15,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg.hermitian_batch import HermitianBatch
 from spectralnorm.linalg.rounding import gamma
 from spectralnorm.linalg.torus import half_of_frequencies
 
-__all__ = ["BLOCK", "Interpolation", "SymbolGrams", "SymbolTables"]
+__all__ = ["Interpolation", "SymbolGrams", "SymbolRounding", "SymbolTables", "tap_sum"]
 
-BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
+_BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
 _TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
 
 
-@dataclass(frozen=True, slots=True)
-class Interpolation:
+class Interpolation(NamedTuple):
     """Values at frequencies, from those at half of a grid that a real kernel has: the other half is their conjugate.
 
     Attributes:
@@ -42,6 +42,22 @@ class Interpolation:
     even: Tensor
     odd: Tensor
     size: float
+
+
+class SingleTables(NamedTuple):
+    """Tables in float32, as kernels read them.
+
+    Attributes:
+        cosines: (samples, taps).
+        sines: likewise.
+        even: factors of the real parts, (samples, frequencies); None: samples and frequencies are the same.
+        odd: factors of the imaginary parts.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+    even: Tensor | None
+    odd: Tensor | None
 
 
 class SymbolTables:
@@ -66,6 +82,16 @@ class SymbolTables:
             samples, grid = frequencies, tuple(sizes)
         angles = _angles(samples, grid, list(itertools.product(*(range(size) for size in taps))))
         self.cosines, self.sines = angles.cos(), angles.sin()
+        self._single: SingleTables | None = None
+
+    def in_single_precision(self) -> SingleTables:
+        """The same, rounded; made once."""
+        if self._single is None:
+            even, odd = None, None
+            if self.interpolation is not None:
+                even, odd = (table.float().t().contiguous() for table in self.interpolation[:2])
+            self._single = SingleTables(self.cosines.float(), self.sines.float(), even, odd)
+        return self._single
 
 
 def _angles(frequencies: Tensor, sizes: Sequence[int], steps: Sequence[tuple[int, ...]]) -> Tensor:
@@ -80,9 +106,7 @@ def _angles(frequencies: Tensor, sizes: Sequence[int], steps: Sequence[tuple[int
     return turns.double() * (2 * math.pi / common)
 
 
-def _interpolation(
-    frequencies: Tensor, sizes: Sequence[int], samples: Tensor, grid: Sequence[int]
-) -> Interpolation:
+def _interpolation(frequencies: Tensor, sizes: Sequence[int], samples: Tensor, grid: Sequence[int]) -> Interpolation:
     """Of a trigonometric polynomial of degree (grid - 1) / 2 in each axis, by Dirichlet's kernel."""
     mirrored = torch.stack([-samples[:, axis] % size for axis, size in enumerate(grid)], 1)
     here = _dirichlet(frequencies, sizes, samples, grid)
@@ -107,7 +131,9 @@ class SymbolGrams:
     """Of one kernel.
 
     Attributes:
+        dtype: the kernel's.
         tap_sum: an upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
+        factor_unit: a Cholesky factor R that LAPACK finds leaves |R^H R - M| <= factor_unit |R|^H |R|, entry by entry.
     """
 
     def __init__(self, kernel: Tensor, tables: SymbolTables, *, chunk_bytes: int) -> None:
@@ -119,34 +145,39 @@ class SymbolGrams:
             chunk_bytes: of Gram matrices that are held at once, beside those of the grid.
         """
         self._kernel, self._tables = kernel.flatten(1), tables
-        self._dtype, (_, self._groups, self._rows, columns) = kernel.dtype, kernel.shape
+        self.dtype, (_, self._groups, self._rows, columns) = kernel.dtype, kernel.shape
         self.tap_sum = tap_sum(kernel)
-        self._rounding = SymbolRounding(self.tap_sum, kernel.numel(), len(kernel), columns, kernel.dtype)
-        matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self._dtype).bits // 8
+        self.factor_unit = gamma(self._rows + 4, self.dtype)
+        # With ||A + B||_F ||A - B||_F at most ||What||_F^2, a Gram matrix is off by three times a product's gamma.
+        terms = min(columns, _BLOCK) + math.ceil(columns / _BLOCK) + 12
+        self._rounding = SymbolRounding(
+            self.tap_sum, kernel.numel(), len(kernel), product_share=3.04 * gamma(terms, self.dtype), dtype=self.dtype
+        )
+        matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self.dtype).bits // 8
         self._length = max(1, chunk_bytes // matrix_bytes)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """(frequencies * groups, rows, rows), complex."""
+    def __iter__(self) -> Iterator[HermitianBatch]:
+        """(frequencies * groups, rows, rows)."""
         tables = self._tables
         parts = zip(tables.cosines.split(self._length), tables.sines.split(self._length), strict=True)
         if tables.interpolation is None:
             for cosines, sines in parts:
                 real, imaginary = self._at(cosines, sines)
-                yield torch.complex(real, imaginary)
+                yield HermitianBatch(torch.complex(real, imaginary))
             return
         found = [self._at(cosines, sines) for cosines, sines in parts]
         real, imaginary = (torch.cat(each).view(len(tables.cosines), -1) for each in zip(*found, strict=True))
         del found
-        even, odd = tables.interpolation.even.to(self._dtype), tables.interpolation.odd.to(self._dtype)
+        even, odd = tables.interpolation.even.to(self.dtype), tables.interpolation.odd.to(self.dtype)
         for of_real, of_imaginary in zip(even.split(self._length), odd.split(self._length), strict=True):
             grams = torch.complex(of_real @ real, of_imaginary @ imaginary)
-            yield grams.view(-1, self._rows, self._rows)
+            yield HermitianBatch(grams.view(-1, self._rows, self._rows))
 
     def _at(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
         """Real and imaginary parts at some samples, (samples * groups, rows, rows) each."""
         shape = (len(cosines) * self._groups, self._rows, -1)
-        real = (cosines.to(self._dtype) @ self._kernel).view(shape)
-        imaginary = (sines.to(self._dtype) @ self._kernel).view(shape)
+        real = (cosines.to(self.dtype) @ self._kernel).view(shape)
+        imaginary = (sines.to(self.dtype) @ self._kernel).view(shape)
         crossed = _product(real + imaginary, real - imaginary)
         squared = _product(imaginary, imaginary)
         even = (crossed + crossed.mT).mul_(0.5).add_(squared, alpha=2)
@@ -159,28 +190,36 @@ class SymbolGrams:
         return self._rounding.norm_above(square, self._tables.interpolation)
 
 
-def tap_sum(kernel: Tensor) -> float:
+def tap_sum(kernel: Tensor, scale: float = 1.0) -> float:
     """An upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
 
     Args:
-        kernel: as in `SymbolGrams`.
+        kernel: (number of taps, groups, ...), float32 or float64, of which no square over- or underflows.
+        scale: a power of two that brings its largest entry near to one: the norms are those of the product.
     """
     taps = kernel.flatten(2)
     share = 1 + gamma(taps.shape[-1] + 4, kernel.dtype)
     if share > 1.05:  # as part of small terms alone it need not be sharp
         taps, share = taps.double(), 1 + gamma(taps.shape[-1] + 4)
     # The largest entry is near to one, so what underflows elsewhere is covered by the smallest factor.
-    norms = torch.linalg.vector_norm(taps, dim=-1).double() * share + 2.0**-60
+    norms = torch.linalg.vector_norm(taps, dim=-1).double() * (scale * share) + 2.0**-60
     return float(norms.sum(0).amax()) * (1 + 2.0**-40)
 
 
 class SymbolRounding:
     """By how much computed Gram matrices may be below exact ones; docs/library/convolution-bounds.md derives it."""
 
-    def __init__(self, tap_sum: float, numel: int, num_taps: int, columns: int, dtype: torch.dtype) -> None:
-        self._dtype, self._tap_sum = dtype, tap_sum
-        terms = min(columns, BLOCK) + math.ceil(columns / (BLOCK // 2)) + 12
-        self._product_share = 3.04 * gamma(terms, dtype)
+    def __init__(self, tap_sum: float, numel: int, num_taps: int, *, product_share: float, dtype: torch.dtype) -> None:
+        """For one kernel.
+
+        Args:
+            tap_sum: of the kernel.
+            numel: its number of entries.
+            num_taps: its number of taps.
+            product_share: a Gram matrix is at most this times ||What||_F^2 off that of the symbol as computed.
+            dtype: that it is computed in.
+        """
+        self._dtype, self._product_share = dtype, product_share
         # The symbol is off by sqrt(2) gamma of the sum over the taps.
         relative = gamma(num_taps + 2, dtype) + 2 * gamma(1, dtype) + _TABLE_ERROR
         self._symbol_error = 1.42 * relative * tap_sum
@@ -193,11 +232,7 @@ class SymbolRounding:
         self._largest_trace = max(self._largest_trace, trace)
 
     def norm_above(self, square: float, interpolation: Interpolation | None) -> float:
-        """A bound of ||What|| at all frequencies, if the matrices as computed were not above ``square``.
-
-        With ||A + B||_F ||A - B||_F at most ||What||_F^2, the Gram matrices of samples are off by three times the
-        gamma of a product's ||What||_F^2, and so is the trace, which is that.
-        """
+        """A bound of ||What|| at all frequencies, if the matrices as computed were not above ``square``."""
         share = self._product_share
         if share >= 0.5:
             return math.inf
@@ -216,7 +251,7 @@ class SymbolRounding:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T, summed over blocks of columns."""
     total: Tensor | None = None
-    for a, b in zip(left.split(BLOCK, -1), right.split(BLOCK, -1), strict=True):
+    for a, b in zip(left.split(_BLOCK, -1), right.split(_BLOCK, -1), strict=True):
         total = a @ b.mT if total is None else total.add_(a @ b.mT)
     assert total is not None
     return total

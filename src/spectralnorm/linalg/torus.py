@@ -27,18 +27,28 @@ class OnTorus(NamedTuple):
     """||convolution|| <= factor * (moved + max over groups and frequencies 2 pi j / sizes of ||symbol of kernel||).
 
     Attributes:
-        kernel: (groups, rows, columns, *taps), rows <= columns, real; in float64 if taps were added up, else in the
-            weight's type.
+        parts: (groups, rows, *columns, *taps), no fewer columns than rows, real; in float64 if taps were added up, else
+            in the weight's type. Columns are channels, and after them the phases of the axes with a stride.
         sizes: of the torus, or of the grid of frequencies, along each axis.
         factor: 1, or what padding by copies and a grid in place of all frequencies may add.
         moved: how far rounding has moved the symbol where taps were added up. It has the size of what was added, and
             what is left of that may be less.
     """
 
-    kernel: Tensor
+    parts: Tensor
     sizes: tuple[int, ...]
     factor: float
     moved: float
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Along each axis."""
+        return tuple(self.parts.shape[-len(self.sizes) :])
+
+    @property
+    def kernel(self) -> Tensor:
+        """The parts as (groups, rows, columns, *taps); a copy if there are phases."""
+        return self.parts.flatten(2, self.parts.ndim - 1 - len(self.sizes))
 
 
 def on_torus(
@@ -76,19 +86,22 @@ def on_torus(
             # All sizes: a common divisor only splits the pixels into parts that do not meet.
             common = math.gcd(stride, dilation)
             stride, dilation = stride // common, dilation // common
-        blocks = _polyphase(blocks, axis, stride, dilation if n is not None or stride > 1 else 1)
+        blocks = _polyphase(
+            blocks, blocks.ndim - geometry.num_axes, axis, stride, dilation if n is not None or stride > 1 else 1
+        )
         copies, torus = _padding_rule(geometry, axis, n)
-        num_taps = blocks.shape[3 + axis]
+        dim = blocks.ndim - geometry.num_axes + axis
+        num_taps = blocks.shape[dim]
         grid, cosine = _grid(num_taps, excesses)
         if torus is None or torus > grid:
             torus, factor = grid, factor * cosine
         factor = factor * math.sqrt(copies) * _UP
         if num_taps > torus:
             moved += _folding_error(blocks, num_taps)
-            blocks = _folded(blocks.double(), 3 + axis, torus)
+            blocks = _folded(blocks.double(), dim, torus)
         sizes.append(torus)
-    if blocks.shape[1] > blocks.shape[2]:
-        blocks = blocks.transpose(1, 2)
+    if blocks.shape[1] > math.prod(blocks.shape[2 : blocks.ndim - geometry.num_axes]):
+        blocks = blocks.flatten(2, blocks.ndim - geometry.num_axes - 1).transpose(1, 2)
     return OnTorus(blocks, tuple(sizes), 1.0 if factor <= _UP**geometry.num_axes else factor, moved)
 
 
@@ -119,12 +132,12 @@ def _grid(num_taps: int, excess: float) -> tuple[int, float]:
     return size, _UP / math.cos(math.pi * (num_taps - 1) / (2 * size))
 
 
-def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
+def _polyphase(blocks: Tensor, first: int, axis: int, stride: int, dilation: int) -> Tensor:
     """Zeros between dilated taps; then the taps of each phase of the stride as input channels of their own.
 
-    ``blocks`` is (groups, out, in, *taps).
+    ``blocks`` is (groups, out, in, *phases of the axes before, *taps), with taps from the dimension ``first`` on.
     """
-    dim = 3 + axis
+    dim = first + axis
     taps = blocks.shape[dim]
     if dilation > 1 and taps > 1:
         spread = blocks.new_zeros((*blocks.shape[:dim], dilation * (taps - 1) + 1, *blocks.shape[dim + 1 :]))
@@ -136,8 +149,7 @@ def _polyphase(blocks: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
     if missing:
         blocks = F.pad(blocks, [0, 0] * (blocks.ndim - 1 - dim) + [0, missing])
     # Tap s q + r reads phase r of the input, q pixels further.
-    phases = blocks.unflatten(dim, (-1, stride)).movedim(dim + 1, 3)
-    return phases.flatten(2, 3)
+    return blocks.unflatten(dim, (-1, stride)).movedim(dim + 1, first)
 
 
 def _padding_rule(geometry: ConvolutionGeometry, axis: int, n: int | None) -> tuple[int, int | None]:

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import compute_dtype
+from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.quotient import divided
 
 __all__ = ["Bounded", "Target", "autocast_dtype", "bounded", "careful_divisor", "frobenius_above"]
 
 _U64 = 2.0**-53
+_LEAST, _MOST = 1e-12, 1e18  # norms in float32 for which no square that counts underflows, and none overflows
 _FEW = 2**22  # entries of which a sum in float32 is off by a quarter at most, whatever the order
 
 
@@ -68,11 +70,15 @@ def frobenius_above(weight: Tensor) -> Tensor:
     detached = weight.detach()
     if detached.dtype == torch.float32 and detached.numel() <= _FEW:
         # It is multiplied by the unit roundoff, so a percent more is nothing, and float64 takes several times as long.
+        share = 1 + 2 * (detached.numel() + 16) * 2.0**-24
+        if detached.device.type == "cpu" and is_eager(detached):
+            norm = torch.linalg.vector_norm(detached)
+            if _LEAST < float(norm) < _MOST:
+                return norm.double() * share
         least, most = torch.aminmax(detached)
         largest = torch.maximum(-least, most)
-        share = (detached.numel() + 16) * 2.0**-24
         scaled = detached / torch.where(largest > 0, largest, 1)
-        return torch.linalg.vector_norm(scaled).double() * largest.double() * (1 + 2 * share)
+        return torch.linalg.vector_norm(scaled).double() * largest.double() * share
     double = detached.to(torch.promote_types(detached.dtype, torch.float64))
     double = torch.view_as_real(double.resolve_conj()) if double.is_complex() else double
     largest = double.abs().amax()

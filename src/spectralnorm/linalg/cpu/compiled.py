@@ -31,7 +31,14 @@ _ARGUMENTS = {
     "divide": [*[_POINTER] * 3, _COUNT, *[_POINTER] * 4, _INT],
     "gradients": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT],
     "store": [*[_POINTER] * 4, _COUNT, _POINTER, _DOUBLE],
+    "panel_rows": [],
+    "pack_kernel": [_POINTER, *[_COUNT] * 6, *[_POINTER] * 4, _INT],
+    "symbol_grams": [_POINTER, *[_COUNT] * 4, *[_POINTER] * 2, _COUNT, *[_POINTER] * 2, _INT],
+    "interpolate": [_POINTER, *[_COUNT] * 2, *[_POINTER] * 2, *[_COUNT] * 2, _POINTER, _INT],
+    "iterate": [*[_POINTER] * 2, *[_COUNT] * 4, _INT, *[_POINTER] * 2, _INT],
+    "factorize": [*[_POINTER] * 2, *[_COUNT] * 2, _DOUBLE, _POINTER, _INT],
 }
+_WITHOUT_RESULT = ("divide", "store", "pack_kernel", "interpolate")
 
 
 @cache
@@ -45,13 +52,14 @@ def is_trusted() -> bool:
     if os.environ.get(SWITCH) == "0" or os.name != "posix":
         return False
     from spectralnorm.linalg.cpu.quotients import QuotientPlan
+    from spectralnorm.linalg.cpu.symbol_trial import symbol_disagreement
     from spectralnorm.linalg.cpu.tracking import TrackingPlan
     from spectralnorm.linalg.kernel_trial import disagreement
 
     try:
         if not _can_be_had():
             return False
-        reason = disagreement(TrackingPlan, QuotientPlan)
+        reason = disagreement(TrackingPlan, QuotientPlan) or symbol_disagreement()
     except Exception as error:  # a compiler, a file system and a processor take part: torch can do without
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
@@ -85,7 +93,7 @@ def kernels() -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, f"spectralnorm_{name}")
         function.argtypes = arguments
-        function.restype = _INT if name in ("renew", "gradients") else None
+        function.restype = None if name in _WITHOUT_RESULT else _INT
     _share_threads(loaded)
     return loaded
 
