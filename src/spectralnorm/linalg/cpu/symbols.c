@@ -189,6 +189,13 @@ ALWAYS void symbol_tile(const float *a, const float *b, int64_t depth, sums *out
         }
 }
 
+/* The same where the symbol is real, as at the frequency zero. */
+ALWAYS void real_tile(const float *a, const float *b, int64_t depth, sums *out) {
+    sums total = {{{{0}}}, {{{0}}}};
+    for (int64_t k = 0; k < depth; k++, a += QUADRUPLE, b += QUADRUPLE) add_products(a, b, total.re);
+    *out = total;
+}
+
 /* Columns of the symbol of a sample, in panels up to ``last``: those of a panel follow one another. */
 static void form(const symbols *this, const float *kernel, int64_t sample, int64_t first, int64_t count, int64_t last,
                  float *out) {
@@ -226,6 +233,9 @@ static void gram_share(void *arguments, team *all, int thread) {
         int64_t part = next % this->parts, which = next / this->parts;
         int64_t sample = which / this->groups, group = which % this->groups;
         const float *kernel = this->kernel + group * this->taps * this->columns * this->order;
+        const float *sines = this->sines + sample * this->taps;
+        int is_real = 1;
+        for (int64_t tap = 0; tap < this->taps; tap++) is_real &= sines[tap] == 0;
         float *gram = this->grams + which * size;
         /* Every ``parts``th panel from the last one, which has the most columns. */
         int64_t last = panels - 1 - part;
@@ -236,8 +246,12 @@ static void gram_share(void *arguments, team *all, int thread) {
                 float *out = gram + panel_start(panel);
                 for (int64_t j = 0; j < (panel + 1) * TALL; j += NARROW, out += NARROW * COLUMN) {
                     sums found;
-                    symbol_tile(columns + panel * DEPTH * QUADRUPLE, columns + j / TALL * DEPTH * QUADRUPLE + j % TALL,
-                                depth, &found);
+                    const float *a = columns + panel * DEPTH * QUADRUPLE;
+                    const float *b = columns + j / TALL * DEPTH * QUADRUPLE + j % TALL;
+                    if (is_real)
+                        real_tile(a, b, depth, &found);
+                    else
+                        symbol_tile(a, b, depth, &found);
                     UNROLL(4)
                     for (int c = 0; c < NARROW; c++)
                         UNROLL(2)
@@ -263,7 +277,7 @@ int spectralnorm_symbol_grams(const float *kernel, int64_t groups, int64_t order
                               double *largest_trace, int threads) {
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
     int64_t panels = order / TALL, size = matrix_size(order);
-    int64_t matrices = samples * groups, parts = least(panels, (4 * threads + matrices - 1) / matrices);
+    int64_t matrices = samples * groups, parts = least(panels, (2 * threads + matrices - 1) / matrices);
     float *scratch = aligned(sizeof(float) * panels * DEPTH * QUADRUPLE * threads);
     if (!scratch) return 1;
     symbols this = {kernel, groups, order, columns, taps, samples, parts, cosines, sines, grams, scratch};
