@@ -274,3 +274,19 @@ class TestCircumstances:
         graph.replay()
         norm = torch.linalg.matrix_norm(matrix.double(), 2)
         assert norm <= bound <= norm * 1.001
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.complex128])
+@pytest.mark.parametrize("scale", [2.0**-140, 1e-20, 1.0, 1e4, 2.0**120])
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1), (1, 1)])
+def test_a_matrix_with_one_row_or_column_has_the_norm_of_a_vector(shape, scale, dtype, device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    matrix = (torch.randn(2, *shape, dtype=wide, generator=generator) * scale).to(dtype).to(device)
+    exact = [math.sqrt(math.fsum(abs(x) ** 2 for x in each.flatten().tolist())) for each in matrix.to(wide).cpu()]
+    for found, norm in zip(gram_upper_bound(matrix).tolist(), exact, strict=True):
+        assert math.isinf(norm) is math.isinf(found)
+        assert norm * (1 - 2.0**-52) <= found <= norm * (1 + 1e-12)
+    matrix[0].flatten()[-1] = math.nan
+    assert gram_upper_bound(matrix).isinf().tolist()[0]
+    assert gram_upper_bound(torch.zeros_like(matrix)).tolist() == [0, 0]

@@ -73,6 +73,8 @@ def _bounds(matrix: Tensor, vector: Tensor | None, num_squarings: int) -> Tensor
     """(batch, m, n) in a working dtype -> (batch,)."""
     real = _REAL.get(matrix.dtype, matrix.dtype)
     largest = largest_component(matrix)
+    if min(matrix.shape[-2:]) == 1:
+        return _lengths_above(matrix, largest)
     factor = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mH
 
     size = largest
@@ -95,6 +97,14 @@ def _bounds(matrix: Tensor, vector: Tensor | None, num_squarings: int) -> Tensor
     bound = bound + 5e-324  # the scaling back rounds where the bound is denormal
     bound = torch.where(bound.isnan() | ~largest.isfinite(), float("inf"), bound)
     return torch.where(largest == 0, 0.0, bound)
+
+
+def _lengths_above(vectors: Tensor, largest: Tensor) -> Tensor:
+    """Of matrices with one row or one column, whose norm is their length."""
+    exponent = binary_scale(largest, vectors.dtype)
+    scaled = vectors.to(torch.promote_types(vectors.dtype, torch.float64)) * power_of_two(-exponent)[:, None, None]
+    bound = norm_above(scaled, (-2, -1)) * power_of_two(exponent) + 5e-324
+    return torch.where(largest.isfinite(), torch.where(largest == 0, 0.0, bound), float("inf"))
 
 
 def _product_with_adjoint(factor: Tensor, squared: int) -> tuple[Tensor, float]:

@@ -1,11 +1,11 @@
-"""A batch of Hermitian matrices: about their largest eigenvalues, and whether a multiple of the identity is above them.
+"""A batch of Hermitian matrices: about their largest eigenvalue, and whether a multiple of the identity is above them.
 
 `spectralnorm.linalg.cpu.panels` has another one, with the same methods and matrices in panels.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,23 @@ from torch import Tensor
 from spectralnorm.linalg.cholesky import measured_cholesky
 from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
 
-__all__ = ["HermitianBatch", "Matrices"]
+__all__ = ["Effort", "HermitianBatch", "Matrices", "leading_places"]
 
 _Some = TypeVar("_Some", bound="Matrices")
+
+
+class Effort(NamedTuple):
+    """What is done to guess the largest eigenvalue of many matrices.
+
+    Attributes:
+        iterations: of power iteration, for each.
+        num_leading: how many of them, those with the largest quotients then, are iterated on.
+        more_iterations: as often.
+    """
+
+    iterations: int
+    num_leading: int
+    more_iterations: int
 
 
 class Matrices(Protocol):
@@ -25,21 +39,21 @@ class Matrices(Protocol):
         """How many there are."""
         ...
 
-    def __getitem__(self: _Some, which: Tensor) -> _Some:
-        """Those of an index, or those that a mask is true for."""
+    def __getitem__(self: _Some, places: Tensor) -> _Some:
+        """Those at some places, an index."""
         ...
 
-    def rayleigh(self, num_iterations: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rayleigh quotients after power iteration, (batch,), and the vectors, (batch, rows), complex.
+    def followed(self, effort: Effort, vectors: Tensor | None) -> tuple[float, Tensor]:
+        """About the largest eigenvalue of all, not above it but for rounding; and vectors for the next time.
 
         Args:
-            num_iterations: after which the quotient is taken.
-            vectors: from which to start; None: from a column of each.
+            effort: to make.
+            vectors: to start from, (batch, rows), complex; None: a column of each matrix.
         """
         ...
 
-    def have_factor(self, square: float) -> Tensor:
-        """For which ``square`` I - G has a Cholesky factor, (batch,), bool."""
+    def without_factor(self, square: float) -> Tensor | None:
+        """The places of those for which ``square`` I - G has no Cholesky factor; None if there are none."""
         ...
 
 
@@ -58,12 +72,19 @@ class HermitianBatch:
         """How many there are."""
         return len(self.matrices)
 
-    def __getitem__(self, which: Tensor) -> HermitianBatch:
-        """Those of an index, or those that a mask is true for."""
-        return HermitianBatch(self.matrices[which])
+    def __getitem__(self, places: Tensor) -> HermitianBatch:
+        """Those at some places, an index."""
+        return HermitianBatch(self.matrices[places])
+
+    def followed(self, effort: Effort, vectors: Tensor | None) -> tuple[float, Tensor]:
+        """As `Matrices.followed`."""
+        values, vectors = self.rayleigh(effort.iterations, vectors)
+        leading = leading_places(values, effort.num_leading)
+        values, vectors[leading] = self[leading].rayleigh(effort.more_iterations, vectors[leading])
+        return float(values.amax()), vectors
 
     def rayleigh(self, num_iterations: int, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `Matrices.rayleigh`."""
+        """Rayleigh quotients after power iteration, (batch,), and the vectors, (batch, rows)."""
         # Rows from the left, x G = (conj(G) x^T)^T, are several times faster, and conj(G) has the eigenvalues of G.
         rows = (self._start() if vectors is None else vectors)[:, None]
         tiny = torch.finfo(self.matrices.dtype).tiny
@@ -83,26 +104,36 @@ class HermitianBatch:
         """Of all."""
         return float(torch.linalg.eigvalsh(self.matrices).amax())
 
-    def have_factor(self, square: float) -> Tensor:
-        """As `Matrices.have_factor`."""
-        return torch.linalg.cholesky_ex(self._below(square)).info == 0
+    def without_factor(self, square: float) -> Tensor | None:
+        """As `Matrices.without_factor`."""
+        return _places(torch.linalg.cholesky_ex(self._below(square)).info != 0)
 
-    def have_measured_factor(self, square: float) -> tuple[Tensor, float]:
-        """As `have_factor`, whatever computes the factors L, and what ||M - L L^H||_F is not above for any of those."""
+    def without_measured_factor(self, square: float) -> tuple[Tensor | None, float]:
+        """As `without_factor`, whatever computes factors L; and what ||M - L L^H||_F is not above for any of those."""
         shifted = self._below(square)
         factors, info = torch.linalg.cholesky_ex(shifted)
         passed = info == 0
-        return passed, _rest_above(shifted[passed], factors[passed]) if bool(passed.any()) else 0.0
+        rest = _rest_above(shifted[passed], factors[passed]) if bool(passed.any()) else 0.0
+        return _places(~passed), rest
 
-    def have_factor_measured_on_the_way(self, square: float) -> tuple[Tensor, float]:
-        """As `have_measured_factor`, faster for many large matrices in float64."""
+    def without_factor_measured_on_the_way(self, square: float) -> tuple[Tensor | None, float]:
+        """As `without_measured_factor`, faster for many large matrices in float64."""
         passed, _, rests = measured_cholesky(self._below(square))
-        return passed, max(rests.tolist(), default=0.0)
+        return _places(~passed), max(rests.tolist(), default=0.0)
 
     def _below(self, square: float) -> Tensor:
         shifted = -self.matrices
         shifted.diagonal(dim1=-2, dim2=-1).add_(square)
         return shifted
+
+
+def leading_places(values: Tensor, count: int) -> Tensor:
+    """Those of the ``count`` largest, or of all if there are not so many."""
+    return values.topk(min(count, len(values))).indices
+
+
+def _places(mask: Tensor) -> Tensor | None:
+    return mask.nonzero()[:, 0] if bool(mask.any()) else None
 
 
 def _rest_above(matrices: Tensor, factors: Tensor) -> float:

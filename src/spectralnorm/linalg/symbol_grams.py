@@ -24,7 +24,7 @@ from spectralnorm.linalg.hermitian_batch import HermitianBatch
 from spectralnorm.linalg.rounding import gamma
 from spectralnorm.linalg.torus import half_of_frequencies
 
-__all__ = ["Interpolation", "SymbolGrams", "SymbolRounding", "SymbolTables", "tap_sum"]
+__all__ = ["Interpolation", "SymbolGrams", "SymbolRounding", "SymbolTables"]
 
 _BLOCK = 128  # columns that one product sums; the sums of blocks are added up after
 _TABLE_ERROR = 2.0**-48  # of the sine and cosine of a rounded angle below 2 pi
@@ -48,7 +48,7 @@ class SingleTables(NamedTuple):
     """Tables in float32, as kernels read them.
 
     Attributes:
-        cosines: (samples, taps).
+        cosines: times a power of two, (samples, taps).
         sines: likewise.
         even: factors of the real parts, (samples, frequencies); None: samples and frequencies are the same.
         odd: factors of the imaginary parts.
@@ -82,16 +82,21 @@ class SymbolTables:
             samples, grid = frequencies, tuple(sizes)
         angles = _angles(samples, grid, list(itertools.product(*(range(size) for size in taps))))
         self.cosines, self.sines = angles.cos(), angles.sin()
-        self._single: SingleTables | None = None
+        self._single: dict[int, SingleTables] = {}
 
-    def in_single_precision(self) -> SingleTables:
-        """The same, rounded; made once."""
-        if self._single is None:
+    def in_single_precision(self, exponent: int) -> SingleTables:
+        """The same, rounded, with cosines and sines times a power of two; made once for each.
+
+        Args:
+            exponent: of that power: of few different ones, and small enough that nothing over- or underflows.
+        """
+        if exponent not in self._single:
             even, odd = None, None
             if self.interpolation is not None:
                 even, odd = (table.float().t().contiguous() for table in self.interpolation[:2])
-            self._single = SingleTables(self.cosines.float(), self.sines.float(), even, odd)
-        return self._single
+            cosines, sines = ((table.float() * 2.0**exponent).contiguous() for table in (self.cosines, self.sines))
+            self._single[exponent] = SingleTables(cosines, sines, even, odd)
+        return self._single[exponent]
 
 
 def _angles(frequencies: Tensor, sizes: Sequence[int], steps: Sequence[tuple[int, ...]]) -> Tensor:
@@ -132,6 +137,9 @@ class SymbolGrams:
 
     Attributes:
         dtype: the kernel's.
+        device: likewise.
+        rows: of a Gram matrix.
+        num_matrices: of the frequencies and their groups.
         tap_sum: an upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
         factor_unit: a Cholesky factor R that LAPACK finds leaves |R^H R - M| <= factor_unit |R|^H |R|, entry by entry.
     """
@@ -145,15 +153,16 @@ class SymbolGrams:
             chunk_bytes: of Gram matrices that are held at once, beside those of the grid.
         """
         self._kernel, self._tables = kernel.flatten(1), tables
-        self.dtype, (_, self._groups, self._rows, columns) = kernel.dtype, kernel.shape
-        self.tap_sum = tap_sum(kernel)
-        self.factor_unit = gamma(self._rows + 4, self.dtype)
+        self.dtype, self.device, (_, self._groups, self.rows, columns) = kernel.dtype, kernel.device, kernel.shape
+        self.num_matrices = tables.num_frequencies * self._groups
+        self.tap_sum = _tap_sum(kernel)
+        self.factor_unit = gamma(self.rows + 4, self.dtype)
         # With ||A + B||_F ||A - B||_F at most ||What||_F^2, a Gram matrix is off by three times a product's gamma.
         terms = min(columns, _BLOCK) + math.ceil(columns / _BLOCK) + 12
         self._rounding = SymbolRounding(
             self.tap_sum, kernel.numel(), len(kernel), product_share=3.04 * gamma(terms, self.dtype), dtype=self.dtype
         )
-        matrix_bytes = self._groups * self._rows**2 * 2 * torch.finfo(self.dtype).bits // 8
+        matrix_bytes = self._groups * self.rows**2 * 2 * torch.finfo(self.dtype).bits // 8
         self._length = max(1, chunk_bytes // matrix_bytes)
 
     def __iter__(self) -> Iterator[HermitianBatch]:
@@ -171,11 +180,11 @@ class SymbolGrams:
         even, odd = tables.interpolation.even.to(self.dtype), tables.interpolation.odd.to(self.dtype)
         for of_real, of_imaginary in zip(even.split(self._length), odd.split(self._length), strict=True):
             grams = torch.complex(of_real @ real, of_imaginary @ imaginary)
-            yield HermitianBatch(grams.view(-1, self._rows, self._rows))
+            yield HermitianBatch(grams.view(-1, self.rows, self.rows))
 
     def _at(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
         """Real and imaginary parts at some samples, (samples * groups, rows, rows) each."""
-        shape = (len(cosines) * self._groups, self._rows, -1)
+        shape = (len(cosines) * self._groups, self.rows, -1)
         real = (cosines.to(self.dtype) @ self._kernel).view(shape)
         imaginary = (sines.to(self.dtype) @ self._kernel).view(shape)
         crossed = _product(real + imaginary, real - imaginary)
@@ -190,19 +199,14 @@ class SymbolGrams:
         return self._rounding.norm_above(square, self._tables.interpolation)
 
 
-def tap_sum(kernel: Tensor, scale: float = 1.0) -> float:
-    """An upper bound of the sum over taps of ||K_a||_F, for the group that has the largest.
-
-    Args:
-        kernel: (number of taps, groups, ...), float32 or float64, of which no square over- or underflows.
-        scale: a power of two that brings its largest entry near to one: the norms are those of the product.
-    """
+def _tap_sum(kernel: Tensor) -> float:
+    """An upper bound of the sum over taps of ||K_a||_F, for the group that has the largest."""
     taps = kernel.flatten(2)
     share = 1 + gamma(taps.shape[-1] + 4, kernel.dtype)
     if share > 1.05:  # as part of small terms alone it need not be sharp
         taps, share = taps.double(), 1 + gamma(taps.shape[-1] + 4)
     # The largest entry is near to one, so what underflows elsewhere is covered by the smallest factor.
-    norms = torch.linalg.vector_norm(taps, dim=-1).double() * (scale * share) + 2.0**-60
+    norms = torch.linalg.vector_norm(taps, dim=-1).double() * share + 2.0**-60
     return float(norms.sum(0).amax()) * (1 + 2.0**-40)
 
 

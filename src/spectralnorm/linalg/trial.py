@@ -33,8 +33,8 @@ def tried_upper_bound(matrix: Tensor, vector: Tensor) -> Tensor:
     Returns:
         (...), float64. Zero for a zero or empty matrix, infinity for one that is not finite.
     """
-    # Rump's bound of a factorization is one of LAPACK's; a device's library may invert blocks.
-    if matrix.device.type != "cpu" or matrix.numel() == 0:
+    # Rump's bound of a factorization is one of LAPACK's; a device's library may invert blocks. One row has a length.
+    if matrix.device.type != "cpu" or matrix.numel() == 0 or min(matrix.shape[-2:]) == 1:
         return gram_upper_bound(matrix, vector=vector)
     batch = matrix.shape[:-2]
     matrix = matrix.reshape(-1, *matrix.shape[-2:])

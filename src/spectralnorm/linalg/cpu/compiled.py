@@ -32,13 +32,15 @@ _ARGUMENTS = {
     "gradients": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT],
     "store": [*[_POINTER] * 4, _COUNT, _POINTER, _DOUBLE],
     "panel_rows": [],
-    "pack_kernel": [_POINTER, *[_COUNT] * 6, *[_POINTER] * 4, _INT],
+    "panel_matrix_size": [_COUNT],
+    "pack_kernel": [_POINTER, *[_COUNT] * 6, *[_POINTER] * 5, _INT],
     "symbol_grams": [_POINTER, *[_COUNT] * 4, *[_POINTER] * 2, _COUNT, *[_POINTER] * 2, _INT],
     "interpolate": [_POINTER, *[_COUNT] * 2, *[_POINTER] * 2, *[_COUNT] * 2, _POINTER, _INT],
-    "iterate": [*[_POINTER] * 2, *[_COUNT] * 4, _INT, *[_POINTER] * 2, _INT],
+    "follow": [*[_POINTER] * 2, *[_COUNT] * 5, _INT, *[_POINTER] * 2, _INT],
     "factorize": [*[_POINTER] * 2, *[_COUNT] * 2, _DOUBLE, _POINTER, _INT],
 }
-_WITHOUT_RESULT = ("divide", "store", "pack_kernel", "interpolate")
+_RESULTS = {"divide": None, "store": None, "interpolate": None, "panel_matrix_size": _COUNT, "factorize": _COUNT}
+"""What is not an int: a status, 0 if all is well."""
 
 
 @cache
@@ -93,7 +95,7 @@ def kernels() -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, f"spectralnorm_{name}")
         function.argtypes = arguments
-        function.restype = None if name in _WITHOUT_RESULT else _INT
+        function.restype = _RESULTS.get(name, _INT)
     _share_threads(loaded)
     return loaded
 

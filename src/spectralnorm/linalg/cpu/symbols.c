@@ -3,9 +3,9 @@
  * What it is for is told in spectralnorm/linalg/symbol.py; what every argument means, in panels.py beside this file.
  *
  * Rows come in panels of TALL. A panel is columns of TALL real parts and as many imaginary parts, side by side. Of a
- * Hermitian matrix, or a triangular factor, the panel number p has the columns up to its diagonal, (p + 1) TALL of them,
- * and panels follow one another. What is above the diagonal in the last TALL columns of a panel of a factor means
- * nothing. Rows that only fill up the last panel are zero.
+ * Hermitian matrix, or a triangular factor, the panel number p has the columns up to its diagonal, (p + 1) TALL of them
+ * or, in the last panel, the rows' number in NARROWs; panels follow one another. What is above the diagonal in the last
+ * TALL columns of a panel of a factor means nothing. Rows that only fill up the last panel are zero.
  *
  * With that, products and factorizations are one operation, `tile`, on columns that follow one another in memory.
  * Sums are of DEPTH columns in registers, and of those sums. All have an order that depends on the sizes alone.
@@ -53,7 +53,16 @@ static float *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64
 
 ALWAYS int64_t panel_start(int64_t panel) { return panel * (panel + 1) / 2 * TALL * COLUMN; }
 
-static int64_t matrix_size(int64_t order) { return panel_start(order / TALL); }
+ALWAYS int64_t panels_of(int64_t rows) { return (rows + TALL - 1) / TALL; }
+
+/* Columns of a matrix with so many rows; of the panels up to one of them. */
+ALWAYS int64_t width_of(int64_t rows) { return (rows + NARROW - 1) / NARROW * NARROW; }
+ALWAYS int64_t columns_of(int64_t rows, int64_t panel) { return least((panel + 1) * TALL, width_of(rows)); }
+
+/* Numbers of a matrix with so many rows. */
+int64_t spectralnorm_panel_matrix_size(int64_t rows) {
+    return panel_start(panels_of(rows) - 1) + width_of(rows) * COLUMN;
+}
 
 /* sum over k of a[k] conj(b[k]) for TALL rows of a and NARROW of b, which are given at their first column. */
 ALWAYS void tile(const float *a, const float *b, int64_t depth, sums *out) {
@@ -95,7 +104,8 @@ typedef struct {
     int64_t groups, rows, columns, taps, group_stride, row_stride;
     const int64_t *column_offsets, *tap_offsets;
     float *out;
-    uint32_t *largest;
+    uint32_t *largest; /* of each panel */
+    double *squares;   /* of each panel and tap */
 } packing;
 
 /* The bits of a modulus, which are in the order of the numbers, and those of what is none after all others. */
@@ -108,44 +118,71 @@ ALWAYS uint32_t modulus(float value) {
 /* Panel by panel: its rows are read as so many streams, and a line of the cache is written at once. */
 static void pack_share(void *arguments, team *all, int thread) {
     const packing *this = arguments;
-    int64_t panels = (this->rows + TALL - 1) / TALL, begin, end;
+    int64_t panels = panels_of(this->rows), begin, end;
     share(this->groups * panels, 1, all, thread, &begin, &end);
     for (int64_t at = begin; at < end; at++) {
         int64_t group = at / panels, first = at % panels * TALL, rows = least(TALL, this->rows - first);
         const float *from = this->kernel + group * this->group_stride + first * this->row_stride;
         float *to = this->out + group * this->taps * this->columns * panels * TALL + first;
         uint32_t largest[TALL] = {0};
-        for (int64_t column = 0; column < this->columns; column++)
+        for (int64_t tap = 0; tap < this->taps; tap++) this->squares[at * this->taps + tap] = 0;
+        for (int64_t next = 0; next < this->columns; next += DEPTH)
             for (int64_t tap = 0; tap < this->taps; tap++) {
-                const float *entries = from + this->column_offsets[column] + this->tap_offsets[tap];
-                float *out = to + (tap * this->columns + column) * panels * TALL;
-                for (int64_t row = 0; row < rows; row++) out[row] = entries[row * this->row_stride];
-                for (int64_t row = rows; row < TALL; row++) out[row] = 0;
-                for (int64_t row = 0; row < TALL; row++) {
-                    uint32_t bits = modulus(out[row]);
-                    largest[row] = bits > largest[row] ? bits : largest[row];
+                float squares[TALL] = {0};
+                for (int64_t column = next; column < least(next + DEPTH, this->columns); column++) {
+                    const float *entries = from + this->column_offsets[column] + this->tap_offsets[tap];
+                    float *out = to + (tap * this->columns + column) * panels * TALL;
+                    for (int64_t row = 0; row < rows; row++) out[row] = entries[row * this->row_stride];
+                    for (int64_t row = rows; row < TALL; row++) out[row] = 0;
+                    for (int64_t row = 0; row < TALL; row++) {
+                        uint32_t bits = modulus(out[row]);
+                        largest[row] = bits > largest[row] ? bits : largest[row];
+                        squares[row] += out[row] * out[row];
+                    }
                 }
+                for (int64_t row = 0; row < TALL; row++) this->squares[at * this->taps + tap] += squares[row];
             }
         for (int64_t row = 1; row < TALL; row++) largest[0] = largest[row] > largest[0] ? largest[row] : largest[0];
         this->largest[at] = largest[0];
     }
 }
 
-/* A kernel as (groups, taps, columns, rows) with rows filled up with zeros; the largest modulus of each panel, which is
- * none if one of its entries is. */
-void spectralnorm_pack_kernel(const float *kernel, int64_t groups, int64_t rows, int64_t columns, int64_t taps,
-                              int64_t group_stride, int64_t row_stride, const int64_t *column_offsets,
-                              const int64_t *tap_offsets, float *out, float *largest, int threads) {
-    packing this = {kernel,     groups,         rows,        columns, taps,               group_stride,
-                    row_stride, column_offsets, tap_offsets, out,     (uint32_t *)largest};
+/* A kernel as (groups, taps, columns, rows) with rows filled up with zeros. Found on the way: the largest modulus, none if
+ * one of the entries is none; and the sum over taps of Frobenius norms, of the group that has the largest, of sums of
+ * DEPTH squares in single precision. Returns 0, or 1 where there is no memory. */
+int spectralnorm_pack_kernel(const float *kernel, int64_t groups, int64_t rows, int64_t columns, int64_t taps,
+                             int64_t group_stride, int64_t row_stride, const int64_t *column_offsets,
+                             const int64_t *tap_offsets, float *out, double *largest, double *tap_sum, int threads) {
+    int64_t panels = panels_of(rows), parts = groups * panels;
+    double *squares = malloc((sizeof(double) * taps + sizeof(uint32_t)) * parts);
+    if (!squares) return 1;
+    uint32_t *bits = (uint32_t *)(squares + parts * taps), most = 0;
+    packing this = {kernel,     groups,         rows,        columns, taps, group_stride,
+                    row_stride, column_offsets, tap_offsets, out,     bits, squares};
     together(pack_share, &this, groups * rows * columns * taps, threads);
+    *tap_sum = 0;
+    for (int64_t group = 0; group < groups; group++) {
+        double sum = 0;
+        for (int64_t tap = 0; tap < taps; tap++) {
+            double square = 0;
+            for (int64_t panel = 0; panel < panels; panel++) square += squares[(group * panels + panel) * taps + tap];
+            sum += sqrt(square);
+        }
+        if (!(sum <= *tap_sum)) *tap_sum = sum;
+    }
+    for (int64_t part = 0; part < parts; part++) most = bits[part] > most ? bits[part] : most;
+    float modulus_of_all;
+    memcpy(&modulus_of_all, &most, sizeof most);
+    *largest = modulus_of_all;
+    free(squares);
+    return 0;
 }
 
 /* Gram matrices ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const float *kernel; /* packed */
-    int64_t groups, order, columns, taps, samples, parts;
+    int64_t groups, rows, columns, taps, samples, parts;
     const float *cosines, *sines; /* (samples, taps) */
     float *grams, *scratch;
 } symbols;
@@ -200,10 +237,10 @@ ALWAYS void real_tile(const float *a, const float *b, int64_t depth, sums *out) 
 static void form(const symbols *this, const float *kernel, int64_t sample, int64_t first, int64_t count, int64_t last,
                  float *out) {
     const float *cosines = this->cosines + sample * this->taps, *sines = this->sines + sample * this->taps;
-    int64_t tap_size = this->columns * this->order;
+    int64_t order = panels_of(this->rows) * TALL, tap_size = this->columns * order;
     for (int64_t column = 0; column < count; column++)
         for (int64_t panel = 0; panel <= last; panel++) {
-            const float *from = kernel + (first + column) * this->order + panel * TALL;
+            const float *from = kernel + (first + column) * order + panel * TALL;
             float *to = out + (panel * DEPTH + column) * QUADRUPLE;
             vec re[UNITS] = {{0}}, im[UNITS] = {{0}};
             for (int64_t tap = 0; tap < this->taps; tap++, from += tap_size)
@@ -225,14 +262,14 @@ static void form(const symbols *this, const float *kernel, int64_t sample, int64
 
 static void gram_share(void *arguments, team *all, int thread) {
     const symbols *this = arguments;
-    int64_t panels = this->order / TALL, size = matrix_size(this->order);
+    int64_t panels = panels_of(this->rows), size = spectralnorm_panel_matrix_size(this->rows);
     float *columns = this->scratch + thread * panels * DEPTH * QUADRUPLE;
     for (;;) {
         int64_t next = atomic_fetch_add(&all->next, 1);
         if (next >= this->samples * this->groups * this->parts) break;
         int64_t part = next % this->parts, which = next / this->parts;
         int64_t sample = which / this->groups, group = which % this->groups;
-        const float *kernel = this->kernel + group * this->taps * this->columns * this->order;
+        const float *kernel = this->kernel + group * this->taps * this->columns * panels * TALL;
         const float *sines = this->sines + sample * this->taps;
         int is_real = 1;
         for (int64_t tap = 0; tap < this->taps; tap++) is_real &= sines[tap] == 0;
@@ -244,7 +281,8 @@ static void gram_share(void *arguments, team *all, int thread) {
             form(this, kernel, sample, first, depth, last, columns);
             for (int64_t panel = last; panel >= 0; panel -= this->parts) {
                 float *out = gram + panel_start(panel);
-                for (int64_t j = 0; j < (panel + 1) * TALL; j += NARROW, out += NARROW * COLUMN) {
+                int64_t width = columns_of(this->rows, panel);
+                for (int64_t j = 0; j < width; j += NARROW, out += NARROW * COLUMN) {
                     sums found;
                     const float *a = columns + panel * DEPTH * QUADRUPLE;
                     const float *b = columns + j / TALL * DEPTH * QUADRUPLE + j % TALL;
@@ -272,21 +310,21 @@ ALWAYS float diagonal(const float *matrix, int64_t row) {
 
 /* The Gram matrices of the symbol at samples, (samples, groups, size of a matrix), and the largest trace of one.
  * Returns 0, or 1 where there is no memory. */
-int spectralnorm_symbol_grams(const float *kernel, int64_t groups, int64_t order, int64_t columns, int64_t taps,
+int spectralnorm_symbol_grams(const float *kernel, int64_t groups, int64_t rows, int64_t columns, int64_t taps,
                               const float *cosines, const float *sines, int64_t samples, float *grams,
                               double *largest_trace, int threads) {
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
-    int64_t panels = order / TALL, size = matrix_size(order);
+    int64_t panels = panels_of(rows), size = spectralnorm_panel_matrix_size(rows);
     int64_t matrices = samples * groups, parts = least(panels, (2 * threads + matrices - 1) / matrices);
     float *scratch = aligned(sizeof(float) * panels * DEPTH * QUADRUPLE * threads);
     if (!scratch) return 1;
-    symbols this = {kernel, groups, order, columns, taps, samples, parts, cosines, sines, grams, scratch};
-    together(gram_share, &this, matrices * order * order / FLOPS_OF_ENTRY * columns * 2, threads);
+    symbols this = {kernel, groups, rows, columns, taps, samples, parts, cosines, sines, grams, scratch};
+    together(gram_share, &this, matrices * rows * rows / FLOPS_OF_ENTRY * columns * 2, threads);
     free(scratch);
     *largest_trace = 0;
     for (int64_t which = 0; which < matrices; which++) {
         double trace = 0;
-        for (int64_t row = 0; row < order; row++) trace += diagonal(grams + which * size, row);
+        for (int64_t row = 0; row < rows; row++) trace += diagonal(grams + which * size, row);
         if (!(trace <= *largest_trace)) *largest_trace = trace;
     }
     return 0;
@@ -354,26 +392,28 @@ void spectralnorm_interpolate(const float *samples, int64_t num_samples, int64_t
 
 typedef struct {
     const float *grams;
-    const int64_t *which; /* NULL: the first ones */
-    int64_t count, order, rows, iterations;
+    const int64_t *which, *slots; /* the matrix of each slot, and the slots that are meant; NULL: all in their order */
+    int64_t count, rows, iterations;
     int is_cold;
-    float *vectors; /* (count, rows) pairs of real and imaginary part, overwritten */
-    double *values;
+    float *vectors; /* (slots, rows) pairs of real and imaginary part, overwritten */
+    double *values; /* of slots */
     float *scratch;
 } iteration;
 
 /* y = x G for a row x, y apart from x: real parts, then imaginary parts, of ``order`` each. */
-static void row_product(const float *gram, int64_t order, const float *x, float *y, float *across) {
+static void row_product(const float *gram, int64_t rows, const float *x, float *y, float *across) {
+    int64_t panels = panels_of(rows), order = panels * TALL;
     memset(across, 0, sizeof(float) * 2 * WIDTH * order);
-    for (int64_t panel = 0; panel < order / TALL; panel++) {
+    for (int64_t panel = 0; panel < panels; panel++) {
         const float *column = gram + panel_start(panel);
+        int64_t width = columns_of(rows, panel);
         vec re[UNITS] = {{0}}, im[UNITS] = {{0}}, xr[UNITS], xi[UNITS];
         UNROLL(2)
         for (int u = 0; u < UNITS; u++) {
             xr[u] = load(x + panel * TALL + u * WIDTH);
             xi[u] = load(x + order + panel * TALL + u * WIDTH);
         }
-        for (int64_t k = 0; k < (panel + 1) * TALL; k++, column += COLUMN) {
+        for (int64_t k = 0; k < width; k++, column += COLUMN) {
             float of_re = x[k], of_im = x[order + k];
             vec down_re = {0}, down_im = {0};
             UNROLL(2)
@@ -414,7 +454,7 @@ static void start_from(const float *gram, int64_t order, int64_t rows, float *x)
     int64_t best = 0;
     for (int64_t row = 1; row < rows; row++)
         if (diagonal(gram, row) > diagonal(gram, best)) best = row;
-    for (int64_t k = 0; k < order; k++) {
+    for (int64_t k = 0; k < rows; k++) {
         int64_t row = k / TALL >= best / TALL ? k : best, column = k / TALL >= best / TALL ? best : k;
         const float *entry = gram + panel_start(row / TALL) + column * COLUMN + row % TALL;
         x[k] = entry[0];
@@ -424,47 +464,69 @@ static void start_from(const float *gram, int64_t order, int64_t rows, float *x)
 
 static void iterate_share(void *arguments, team *all, int thread) {
     const iteration *this = arguments;
-    int64_t order = this->order, size = matrix_size(order);
+    int64_t rows = this->rows, order = panels_of(rows) * TALL, size = spectralnorm_panel_matrix_size(rows);
     float *x = this->scratch + thread * (4 + 2 * WIDTH) * order, *y = x + 2 * order, *across = y + 2 * order;
     for (;;) {
         int64_t next = atomic_fetch_add(&all->next, 1);
         if (next >= this->count) break;
-        int64_t which = this->which ? this->which[next] : next;
-        const float *gram = this->grams + which * size;
-        float *kept = this->vectors + next * 2 * this->rows;
+        int64_t slot = this->slots ? this->slots[next] : next;
+        const float *gram = this->grams + (this->which ? this->which[slot] : slot) * size;
+        float *kept = this->vectors + slot * 2 * rows;
         memset(x, 0, sizeof(float) * 2 * order);
         if (this->is_cold)
-            start_from(gram, order, this->rows, x);
+            start_from(gram, order, rows, x);
         else
-            for (int64_t i = 0; i < this->rows; i++) {
+            for (int64_t i = 0; i < rows; i++) {
                 x[i] = kept[2 * i];
                 x[order + i] = kept[2 * i + 1];
             }
         for (int64_t turn = 0; turn <= this->iterations; turn++) {
             if (turn) memcpy(x, y, sizeof(float) * 2 * order);
             make_unit(x, 2 * order);
-            row_product(gram, order, x, y, across);
+            row_product(gram, rows, x, y, across);
         }
         double value = 0;
         for (int64_t i = 0; i < 2 * order; i++) value += (double)x[i] * y[i];
-        this->values[next] = value;
-        for (int64_t i = 0; i < this->rows; i++) {
+        this->values[slot] = value;
+        for (int64_t i = 0; i < rows; i++) {
             kept[2 * i] = x[i];
             kept[2 * i + 1] = x[order + i];
         }
     }
 }
 
-/* Rayleigh quotients after some power iterations, and the vectors. Returns 0, or 1 where there is no memory. */
-int spectralnorm_iterate(const float *grams, const int64_t *which, int64_t count, int64_t order, int64_t rows,
-                         int64_t iterations, int is_cold, float *vectors, double *values, int threads) {
+/* Rayleigh quotients after some power iterations, and the vectors; then those of the ``num_leading`` largest after some
+ * more. Returns 0, or 1 where there is no memory. */
+int spectralnorm_follow(const float *grams, const int64_t *which, int64_t count, int64_t rows, int64_t iterations,
+                        int64_t num_leading, int64_t more_iterations, int is_cold, float *vectors, double *values,
+                        int threads) {
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
+    int64_t order = panels_of(rows) * TALL;
+    num_leading = least(num_leading, count);
     float *scratch = aligned(sizeof(float) * (4 + 2 * WIDTH) * order * threads);
-    if (!scratch) return 1;
-    iteration this = {grams, which, count, order, rows, iterations, is_cold, vectors, values, scratch};
-    together(iterate_share, &this, count * order * order * (iterations + 1), threads);
+    int64_t *leading = malloc(sizeof(int64_t) * (num_leading + 1));
+    if (scratch && leading) {
+        iteration this = {grams, which, NULL, count, rows, iterations, is_cold, vectors, values, scratch};
+        together(iterate_share, &this, count * rows * rows * (iterations + 1), threads);
+        for (int64_t found = 0; found < num_leading; found++) {
+            int64_t best = -1;
+            for (int64_t slot = 0; slot < count; slot++) {
+                int is_known = 0;
+                for (int64_t other = 0; other < found; other++) is_known |= leading[other] == slot;
+                if (!is_known && (best < 0 || values[slot] > values[best])) best = slot;
+            }
+            leading[found] = best;
+        }
+        this.slots = leading;
+        this.count = num_leading;
+        this.iterations = more_iterations;
+        this.is_cold = 0;
+        if (num_leading) together(iterate_share, &this, num_leading * rows * rows * (more_iterations + 1), threads);
+    }
+    int failed = !(scratch && leading);
     free(scratch);
-    return 0;
+    free(leading);
+    return failed;
 }
 
 /* Factorization ---------------------------------------------------------------------------------------------------- */
@@ -472,7 +534,7 @@ int spectralnorm_iterate(const float *grams, const int64_t *which, int64_t count
 typedef struct {
     const float *grams;
     const int64_t *which;
-    int64_t count, order;
+    int64_t count, rows;
     double square;
     int8_t *passed;
     float *scratch;
@@ -565,9 +627,9 @@ ALWAYS int solve(float *panel, corner *of, int64_t row, const int is_on_diagonal
     return 1;
 }
 
-static int has_factor(const float *gram, int64_t order, double square, float *factor) {
-    int64_t panels = order / TALL;
-    for (int64_t column = 0; column < order; column += NARROW) {
+static int has_factor(const float *gram, int64_t of_rows, double square, float *factor) {
+    int64_t panels = panels_of(of_rows), width = width_of(of_rows);
+    for (int64_t column = 0; column < width; column += NARROW) {
         int64_t first = column / TALL;
         const float *rows = factor + panel_start(first) + column % TALL;
         corner of = {{0}, {{0}}, {{0}}};
@@ -585,24 +647,30 @@ static int has_factor(const float *gram, int64_t order, double square, float *fa
 
 static void factorize_share(void *arguments, team *all, int thread) {
     const factorization *this = arguments;
-    int64_t size = matrix_size(this->order);
+    int64_t size = spectralnorm_panel_matrix_size(this->rows);
     for (;;) {
         int64_t next = atomic_fetch_add(&all->next, 1);
         if (next >= this->count) break;
         int64_t which = this->which ? this->which[next] : next;
-        this->passed[next] = (int8_t)has_factor(this->grams + which * size, this->order, this->square,
+        this->passed[next] = (int8_t)has_factor(this->grams + which * size, this->rows, this->square,
                                                 this->scratch + thread * size);
     }
 }
 
-/* Which of ``square`` I - G have a Cholesky factor. Returns 0, or 1 where there is no memory. */
-int spectralnorm_factorize(const float *grams, const int64_t *which, int64_t count, int64_t order, double square,
-                           int8_t *passed, int threads) {
+/* Find those of which ``square`` I - G has no Cholesky factor: their number, and in ``failed`` their places. Returns that
+ * number, or -1 where there is no memory. */
+int64_t spectralnorm_factorize(const float *grams, const int64_t *which, int64_t count, int64_t rows, double square,
+                               int64_t *failed, int threads) {
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
-    float *scratch = aligned(sizeof(float) * matrix_size(order) * threads);
-    if (!scratch) return 1;
-    factorization this = {grams, which, count, order, square, passed, scratch};
-    together(factorize_share, &this, count * order * order / FLOPS_OF_ENTRY * order, threads);
+    int64_t size = (spectralnorm_panel_matrix_size(rows) + 15) / 16 * 16;
+    float *scratch = aligned(sizeof(float) * size * threads + count);
+    if (!scratch) return -1;
+    int8_t *passed = (int8_t *)(scratch + size * threads);
+    factorization this = {grams, which, count, rows, square, passed, scratch};
+    together(factorize_share, &this, count * rows * rows / FLOPS_OF_ENTRY * rows, threads);
+    int64_t found = 0;
+    for (int64_t place = 0; place < count; place++)
+        if (!passed[place]) failed[found++] = place;
     free(scratch);
-    return 0;
+    return found;
 }
