@@ -11,7 +11,7 @@ from torch.func import functional_call
 import spectralnorm as sn
 from spectralnorm import spectral_norm
 from spectralnorm.linalg import convolution_upper_bound
-from spectralnorm.parametrizations.strict import frobenius_above
+from spectralnorm.parametrizations.strict import Target, careful_divisor, frobenius_above
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 LAYERS = {
@@ -156,3 +156,16 @@ def test_frobenius_norm_of_the_rounding_is_a_bound(shape, scale):
     assert frobenius_above(torch.zeros(shape)) == 0
     assert not frobenius_above(torch.full(shape, math.nan)).isfinite()
     assert not frobenius_above(torch.full(shape, math.inf)).isfinite()
+
+
+@pytest.mark.parametrize("upper", [0.0, 1e-13, 0.3, 1.0, 1.0 + 1e-9, 7.0, math.inf, math.nan])
+@pytest.mark.parametrize("cap", [False, True])
+@pytest.mark.parametrize("coefficient", [1.0, 0.25, 1e-40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_divided_by_as_a_tensor_is(upper, cap, coefficient, dtype) -> None:
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    target = Target(coefficient, cap, 1e-12, dtype, gain=2.0)
+    divisor, active = careful_divisor(weight, torch.tensor(upper, dtype=torch.float64), target)
+    found, is_active = careful_divisor(weight, upper, target)
+    assert is_active is bool(active)
+    assert found == pytest.approx(float(divisor), rel=1e-14)

@@ -255,11 +255,14 @@ def _promise_of(normalization: SpectralNorm, weight: Tensor, upper: Tensor, lead
     weight = weight.detach()
     value = None
     if weight.dtype == compute_dtype(weight.dtype):
-        divisor, active = careful_divisor(weight, upper, normalization.target(weight.dtype))
+        target = normalization.target(weight.dtype)
+        if host_has(weight.device):
+            return _Promise(upper, careful_divisor(weight, float(upper), target), None)
+        divisor, active = careful_divisor(weight, upper, target)
     else:
         value, divisor, active = _bounded(normalization, weight, upper, leading, weight.dtype)
-    if host_has(weight.device):
-        return _Promise(upper, (float(divisor), bool(active)), value)
+        if host_has(weight.device):
+            return _Promise(upper, (float(divisor), bool(active)), value)
     return _Promise(upper, (divisor.to(compute_dtype(weight.dtype).to_real()), active), value)
 
 

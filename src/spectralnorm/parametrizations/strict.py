@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -88,19 +88,28 @@ def frobenius_above(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(scaled) * largest * margin
 
 
-def careful_divisor(weight: Tensor, upper: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+@overload
+def careful_divisor(weight: Tensor, upper: Tensor, target: Target) -> tuple[Tensor, Tensor]: ...
+@overload
+def careful_divisor(weight: Tensor, upper: float, target: Target) -> tuple[float, bool]: ...
+def careful_divisor(
+    weight: Tensor, upper: Tensor | float, target: Target
+) -> tuple[Tensor, Tensor] | tuple[float, bool]:
     """The divisor of this module's introduction, and whether it depends on the weight's norm.
 
     Args:
         weight: raw.
-        upper: float64 scalar, not below the norm of the layer's map with ``weight``.
+        upper: not below the norm of the layer's map with ``weight``: a float64 scalar, or a number where the host has
+            it, which spares a dozen operations on scalars.
         target: what the value has to be.
     """
     unit, wide_unit = _roundoffs(weight.dtype, target.dtype)
-    spread = frobenius_above(weight) * target.gain
-    needed = upper * (1 + 4 * wide_unit) + 1.01 * unit * spread
     underflow = (_underflow(target.dtype) + _underflow(weight.dtype)) * math.sqrt(weight.numel()) * target.gain
-    return _divisor(upper, needed, target.coefficient - underflow, weight, target)
+    room = target.coefficient - underflow
+    spread = frobenius_above(weight) * target.gain
+    if isinstance(upper, Tensor):
+        return _divisor(upper, upper * (1 + 4 * wide_unit) + 1.01 * unit * spread, room, weight, target)
+    return _host_divisor(upper, upper * (1 + 4 * wide_unit) + 1.01 * unit * float(spread), room, weight, target)
 
 
 def bounded(weight: Tensor, upper: Tensor, target: Target, bound: Callable[[Tensor], Tensor] | None) -> Bounded:
@@ -148,6 +157,16 @@ def _divisor(upper: Tensor, needed: Tensor, room: float, weight: Tensor, target:
         divisor = divisor.clamp_min(1)
     constant = 1.0 if target.cap else 1 / target.coefficient
     return torch.where(active, divisor, constant), active
+
+
+def _host_divisor(upper: float, needed: float, room: float, weight: Tensor, target: Target) -> tuple[float, bool]:
+    """As `_divisor`, of numbers."""
+    divisor = needed / room * (1 + 16 * _U64) if room > 0 else math.inf
+    active = upper > target.eps and math.isfinite(upper)
+    if not target.cap:
+        return (divisor if active else 1 / target.coefficient), active
+    active = active and (upper > target.coefficient if weight.dtype == target.dtype else divisor > 1)
+    return (max(divisor, 1.0) if active else 1.0), active
 
 
 def _value(weight: Tensor, divisor: Tensor, target: Target) -> Tensor:
