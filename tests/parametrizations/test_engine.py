@@ -204,6 +204,29 @@ def test_hook_on_one_use_of_the_weight_does_not_see_the_others():
     assert torch.equal(seen[0], torch.ones(3, 3))
 
 
+@pytest.mark.parametrize("num_uses", [1, 2, 3, 5])
+@pytest.mark.parametrize("are_separate", [False, True], ids=["one backward", "one for each"])
+def test_any_number_of_uses_has_hooks_of_its_own_and_adds_up(num_uses, are_separate):
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 5)) for _ in range(3))
+    pull(layers, torch.optim.SGD(layers.parameters(), lr=0.1), seed=0)
+    plain = copy.deepcopy(layers)
+    for each in (layers, plain):
+        each.zero_grad()
+    seen = []
+    losses = []
+    for use in range(num_uses):
+        weight = layers[1].weight
+        weight.register_hook(lambda grad, use=use: seen.append((use, float(grad.mean()))))
+        losses.append((weight * (use + 1)).sum() + layers[2].weight.square().sum())
+    for loss in losses if are_separate else [sum(losses)]:
+        loss.backward()
+    assert sorted(seen) == [(use, use + 1.0) for use in range(num_uses)]
+    ((plain[1].weight * sum(range(num_uses + 1))).sum() + num_uses * plain[2].weight.square().sum()).backward()
+    assert raw(layers[0]).grad is None
+    for place in (1, 2):
+        torch.testing.assert_close(raw(layers[place]).grad, raw(plain[place]).grad)
+
+
 def test_second_derivative_after_the_weight_has_changed_is_refused():
     layer = spectral_norm(nn.Linear(3, 3))
     loss = layer(torch.ones(1, 3)).square().sum()

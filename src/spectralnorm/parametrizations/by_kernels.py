@@ -175,15 +175,23 @@ class _Division:
     def __init__(self, plans: _Plans, sigmas: Tensor) -> None:
         self.plans, self.sigmas = plans, sigmas
 
-    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
         """As `Batch` has it, of any of the weights."""
         places = [quotient.place for quotient in quotients]
         prototypes = [self.plans.prototypes[place] for place in places]
-        outs = None
+        outs, options = None, {}
         if self.plans.kernels.are_of_host:
             outs = [_memory_of(each.gradient_memory, like) for each, like in zip(quotients, prototypes, strict=True)]
+            # Two are added up on the way; the sum of more takes a pass of its own.
+            grads = _summed(grads, most=2)
+            options["more_grads"] = [
+                _laid_out(of_one[1], like) if len(of_one) == 2 else None
+                for of_one, like in zip(grads, prototypes, strict=True)
+            ]
+        else:
+            grads = _summed(grads, most=1)
         results = self.plans.quotients.gradients(
-            [_laid_out(grad, like) for grad, like in zip(grads, prototypes, strict=True)],
+            [_laid_out(of_one[0], like) for of_one, like in zip(grads, prototypes, strict=True)],
             [quotient.value for quotient in quotients],
             [quotient.pairs[0][0] for quotient in quotients],
             [quotient.pairs[0][1] for quotient in quotients],
@@ -191,6 +199,7 @@ class _Division:
             outs,
             places=places,
             are_checked=True,
+            **options,
         )
         if outs is None:
             return results
@@ -313,6 +322,19 @@ class ByKernels:
 
 def _weights_of(members: Sequence[Member]) -> _Weights:
     return [(member.normalization, member.weight) for member in members]
+
+
+def _summed(grads: Sequence[Sequence[Tensor]], most: int) -> Sequence[Sequence[Tensor]]:
+    """The same with at most ``most`` terms for each."""
+    if all(len(of_one) <= most for of_one in grads):
+        return grads
+    places = [place for place, of_one in enumerate(grads) if len(of_one) > most]
+    last_two = zip(*(grads[place][-2:] for place in places), strict=True)
+    sums = torch._foreach_add(*map(list, last_two))  # type: ignore[reportPrivateImportUsage]
+    fewer = list(grads)
+    for place, each in zip(places, sums, strict=True):
+        fewer[place] = [*grads[place][:-2], each]
+    return _summed(fewer, most)
 
 
 def _laid_out(grad: Tensor, like: Tensor) -> Tensor:

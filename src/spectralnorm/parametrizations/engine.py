@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Member",
-    "connect",
     "connect_rounded",
     "divisors_of",
     "keep_triplets",
+    "output_for_use",
     "probe_at",
     "refresh_together",
     "rounded_for_autocast",
@@ -96,9 +96,8 @@ def refresh_together(members: Sequence[Member]) -> None:
 
     The members have one device, type of arithmetic, ``n_power_iterations`` and ``eps``.
     """
-    # Old graphs of ours end here; only those of the user still hold old values.
     for member in members:
-        member.kept.output = member.kept.rounded = None
+        member.kept.forget_graphs()
     before = members[0].kept.followed
     by_kernels, others = [], []
     if isinstance(before, ByKernels) and before.is_of(members):
@@ -303,8 +302,7 @@ def connect_rounded(normalization: SpectralNorm, kept: Kept, rounded: Rounded, w
     if rounded.quotient is not None:
         (output,) = NormalizedWeights.apply([rounded.quotient], weight)
     else:
-        whole = connect(normalization, kept, weight) if kept.output is None else kept.output
-        output = CastWeight.apply(whole, rounded.value)
+        output = CastWeight.apply(output_for_use(normalization, kept, weight), rounded.value)
     rounded.output = output
     return output
 
@@ -410,7 +408,21 @@ def _stacked(
     return quotients
 
 
-def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
+def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
+    """The value in the graph, for one use."""
+    if kept.outputs is None:
+        _connect(normalization, kept, weight)
+    assert kept.outputs is not None
+    # D(real) and D(fake) take one each: what comes from both is added up where the gradient is computed, and not in a
+    # pass through memory before it.
+    output, other = kept.outputs
+    kept.outputs = other, output
+    # What a user hangs on it (a hook, `retain_grad`) stays with that use. An alias, of the views the cheapest, lets a
+    # sparse gradient through, as that of an embedding may be.
+    return output[...]
+
+
+def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> None:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
     joined = [(kept, weight)]
     most = _most_in_shared_node(kept)
@@ -421,10 +433,9 @@ def connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
             mate_kept = mate.kept_to_connect(clock.weight)
             if mate_kept is not None and mate_kept.verdict is kept.verdict:
                 joined.append((mate_kept, clock.weight))
-    outputs = NormalizedWeights.apply([each.quotient for each, _ in joined], *(each for _, each in joined))
-    for (each, _), output in zip(joined, outputs, strict=True):
-        each.output = output
-    return outputs[0]
+    outputs = NormalizedWeights.apply([each.quotient for each, _ in joined] * 2, *(each for _, each in joined))
+    for (each, _), one, other in zip(joined, outputs, outputs[len(joined) :], strict=False):
+        each.outputs = one, other
 
 
 def _most_in_shared_node(kept: Kept) -> float:

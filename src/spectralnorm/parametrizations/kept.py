@@ -110,7 +110,7 @@ class Kept:
         moment: of the weight, when the value was computed.
         quotient: the value, and what its derivative needs.
         value_version: the value's version, by which a write of the user's into it is noticed.
-        output: the value as a node of the graph, made at the first use under grad.
+        outputs: the value as two outputs of one node of the graph, made at the first use under grad.
         followed: where the triplets are to be found.
         age: refreshes since the frames were computed anew.
         is_in_buffers: whether the buffers hold u and v.
@@ -122,7 +122,7 @@ class Kept:
     moment: Moment
     quotient: Quotient
     value_version: int
-    output: Tensor | None
+    outputs: tuple[Tensor, Tensor] | None
     followed: Followed
     age: int
     is_in_buffers: bool
@@ -137,13 +137,17 @@ class Kept:
             moment=quotient.moment,
             quotient=quotient,
             value_version=quotient.value._version,
-            output=None,
+            outputs=None,
             followed=followed,
             age=age,
             is_in_buffers=False,
             verdict=verdict,
             index=index,
         )
+
+    def forget_graphs(self) -> None:
+        """Let the user's graphs be the only ones that hold the value."""
+        self.outputs = self.rounded = None
 
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
@@ -208,7 +212,7 @@ class Kept:
             moment=moment,
             quotient=quotient,
             value_version=value._version,
-            output=None,
+            outputs=None,
             rounded=None,
             followed=Alone(self.triplets, self.index),
         )

@@ -74,8 +74,8 @@ def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) 
 class Batch(Protocol):
     """Weights that were divided together, whose gradients come together as well."""
 
-    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """dL/dW of some of the weights for each G, none of them sparse; see `Quotient`.
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor] | None:
+        """dL/dW of some of the weights for each G, the sum of one or several, none of them sparse; see `Quotient`.
 
         None: not of these together; each has to be asked for alone.
         """
@@ -100,12 +100,14 @@ class Stack:
     sigma: Tensor
     divisor: Tensor
 
-    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor] | None:
         """As `Batch` has it, of all or none. All divisors depend on sigma."""
         places = [quotient.place for quotient in quotients]
-        if places != list(range(len(self.values))) or not all(grad.is_contiguous() for grad in grads):
+        if places != list(range(len(self.values))):
             return None
-        stacked = torch.stack(grads)  # type: ignore[arg-type]
+        stacked = torch.stack([_sum(of_one) for of_one in grads])
+        if not stacked.is_contiguous():
+            return None
         matrices = stacked.view_as(self.values)
         along = -torch.linalg.vecdot(matrices.flatten(1), self.values.flatten(1)) / self.sigma
         scaled = matrices / self.divisor[:, None, None]
@@ -236,9 +238,9 @@ class Quotient:
 class NormalizedWeights(torch.autograd.Function):
     """Kept values as differentiable functions of the weights they were computed from.
 
-    One node serves several weights and any number of backward passes: it frees nothing, because what it holds is kept
-    anyway. So separate backwards of real and fake can share it, and an old graph stays usable after the optimizer has
-    changed the weights in place.
+    One node serves several weights, several uses and any number of backward passes: it frees nothing, because what it
+    holds is kept anyway. So separate backwards of real and fake can share it, and an old graph stays usable after the
+    optimizer has changed the weights in place.
     """
 
     # The context comes in as an argument, not through `setup_context`: torch binds the arguments of that style by
@@ -246,30 +248,31 @@ class NormalizedWeights(torch.autograd.Function):
     # need the other style, never come here.
     @staticmethod
     def forward(ctx: Any, quotients: Sequence[Quotient], *weights: Tensor) -> tuple[Tensor, ...]:
-        """Hand out the values, sharing their memory."""
-        ctx.quotients = quotients
+        """Hand out the value of each quotient, sharing its memory: those of all weights, and the same ones again."""
+        ctx.quotients, ctx.num_weights = quotients, len(weights)
         ctx.set_materialize_grads(False)
-        return tuple(quotient.value.detach() for quotient in quotients)
+        return tuple([quotient.value.detach() for quotient in quotients])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        quotients: Sequence[Quotient] = ctx.quotients
-        results: list[Tensor | None] = [None] * len(grads)
-        batches: dict[int, list[int]] = {}
-        for index, (quotient, grad) in enumerate(zip(quotients, grads, strict=True)):
-            if grad is None:
+        num_weights: int = ctx.num_weights
+        results: list[Tensor | None] = [None] * num_weights
+        batches: dict[int, list[tuple[int, Quotient, list[Tensor]]]] = {}
+        for index, quotient in enumerate(ctx.quotients[:num_weights]):
+            of_uses = [grad for grad in grads[index::num_weights] if grad is not None]
+            if not of_uses:
                 continue
-            if quotient.batch is not None and not grad.is_sparse and not torch.is_grad_enabled():
-                batches.setdefault(id(quotient.batch), []).append(index)
+            if quotient.batch is None or torch.is_grad_enabled() or any(grad.is_sparse for grad in of_uses):
+                results[index] = quotient.gradient(_sum(of_uses))
             else:
-                results[index] = quotient.gradient(grad)
-        for indices in batches.values():
-            some = [quotients[index] for index in indices]
-            of_some: list[Tensor] = [grads[index] for index in indices]  # type: ignore[misc]
-            batch = some[0].batch
-            together = None if batch is None else batch.gradients(some, of_some)
+                batches.setdefault(id(quotient.batch), []).append((index, quotient, of_uses))
+        for members in batches.values():
+            indices, quotients, of_members = zip(*members, strict=True)
+            batch = quotients[0].batch
+            together = None if batch is None else batch.gradients(quotients, of_members)
             if together is None:
-                together = [quotient.gradient(grad) for quotient, grad in zip(some, of_some, strict=True)]
+                parts = zip(quotients, of_members, strict=True)
+                together = [quotient.gradient(_sum(of_uses)) for quotient, of_uses in parts]
             for index, result in zip(indices, together, strict=True):
                 results[index] = result
         return None, *results
@@ -291,6 +294,14 @@ class CastWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad.to(ctx.dtype), None
+
+
+def _sum(grads: Sequence[Tensor]) -> Tensor:
+    """Of one or several; dense if any of several is."""
+    total, *others = sorted(grads, key=lambda grad: grad.is_sparse)  # sparse ones can only be added to dense ones
+    for other in others:
+        total = total + other
+    return total
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

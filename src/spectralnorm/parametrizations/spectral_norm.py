@@ -152,8 +152,6 @@ class SpectralNorm(nn.Module):
         self._coefficient = float(coefficient)
         self.views = _views(view_of(module, weight, dim), norm)
         self._is_vector = weight.ndim < 2
-        # Of an embedding's gradient; only the slower of two ways to hand a weight out lets it through.
-        self._may_be_sparse = getattr(module, "sparse", False)
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
         self._keeps = update == "step" and not self._is_vector
@@ -452,16 +450,12 @@ class SpectralNorm(nn.Module):
             value = kept.value if dtype is None else engine.rounded_for_autocast(self, kept, weight, dtype).value
             return value.detach()
         if dtype is None:
-            output = kept.output
-            if output is None:
-                output = engine.connect(self, kept, weight)
-        else:
-            rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
-            output = rounded.output
-            if output is None:
-                output = engine.connect_rounded(self, kept, rounded, weight)
-        # A tensor of its own for each use: what a user hangs on it (a hook, `retain_grad`) stays with that use.
-        return torch.ops.aten.alias(output) if self._may_be_sparse else output.view_as(output)
+            return engine.output_for_use(self, kept, weight)
+        rounded = engine.rounded_for_autocast(self, kept, weight, dtype)
+        output = rounded.output
+        if output is None:
+            output = engine.connect_rounded(self, kept, rounded, weight)
+        return output[...]
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -571,7 +565,7 @@ class SpectralNorm(nn.Module):
     def kept_to_connect(self, weight: Tensor) -> Kept | None:
         """What is kept, if it is current and no node of the graph has been made for it."""
         kept = self._kept
-        if kept is None or kept.output is not None or not weight.requires_grad or not self._is_own(weight):
+        if kept is None or kept.outputs is not None or not weight.requires_grad or not self._is_own(weight):
             return None
         return kept if kept.is_current(weight) else None
 

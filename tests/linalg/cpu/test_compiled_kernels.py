@@ -267,6 +267,25 @@ def test_gradients_of_some_in_any_order() -> None:
         assert torch.equal(each, wanted)
 
 
+def test_gradients_of_two_uses_are_those_of_their_sum(threads) -> None:
+    weights = [*WEIGHTS.values(), (random(300, 700), 0)]
+    plan = cpu.QuotientPlan(weights, [1.0] * len(weights))
+    sigmas = torch.linspace(1, 2, len(weights))
+    values = plan.divide(sigmas).values
+    matrices = [matrix_of(*each) for each in weights]
+    us, vs = [random(len(each)) for each in matrices], [random(each.shape[1]) for each in matrices]
+    grads, more = (
+        [torch.empty_like(weight).copy_(random(*weight.shape, seed=seed)) for weight, _ in weights] for seed in (6, 7)
+    )
+    more[1] = None
+    sums = [grad if other is None else grad + other for grad, other in zip(grads, more, strict=True)]
+    for number in (1, 2):
+        threads(number)
+        wanted = plan.gradients(sums, values, us, vs, sigmas)
+        for found, its in zip(plan.gradients(grads, values, us, vs, sigmas, more_grads=more), wanted, strict=True):
+            assert torch.equal(found, its)
+
+
 def test_dividing_while_following_gives_the_bits_of_dividing_after(threads) -> None:
     weights = [random(300, 700), random(20, 30), random(24, 4, 3, 3), random(9, 6, 3, 3)]
     views = [weights[0][None], weights[1][None], weights[2].unflatten(0, (3, 8)), weights[3].movedim(1, 0)[None]]

@@ -230,8 +230,17 @@ static void product_of_vector(const matrix *a, int from_rows, const float *start
     product(a, from_rows, start, sums, all, number, 1, 4);
 }
 
-/* <left, right>, in blocks. */
-static double inner_product(const float *left, const float *right, int64_t size) {
+/* A run of entries, or of the sums of two of them. */
+ALWAYS vec load_sum(const float *from, const float *more, int64_t i) {
+    return more ? load(from + i) + load(more + i) : load(from + i);
+}
+
+ALWAYS vec load_part_of_sum(const float *from, const float *more, int64_t i, int64_t count) {
+    return more ? load_part(from + i, count) + load_part(more + i, count) : load_part(from + i, count);
+}
+
+/* <left + more, right>, in blocks; of left alone where there is no more. */
+ALWAYS double inner_product_of(const float *left, const float *more, const float *right, int64_t size) {
     double total = 0;
     for (int64_t block = 0; block < size; block += BLOCK) {
         int64_t end = least(block + BLOCK, size), i = block;
@@ -239,12 +248,16 @@ static double inner_product(const float *left, const float *right, int64_t size)
         for (; i + 4 * WIDTH <= end; i += 4 * WIDTH)
             UNROLL(4)
             for (int unit = 0; unit < 4; unit++)
-                sums[unit] += load(left + i + unit * WIDTH) * load(right + i + unit * WIDTH);
-        for (; i + WIDTH <= end; i += WIDTH) sums[0] += load(left + i) * load(right + i);
-        if (i < end) sums[0] += load_part(left + i, end - i) * load_part(right + i, end - i);
+                sums[unit] += load_sum(left, more, i + unit * WIDTH) * load(right + i + unit * WIDTH);
+        for (; i + WIDTH <= end; i += WIDTH) sums[0] += load_sum(left, more, i) * load(right + i);
+        if (i < end) sums[0] += load_part_of_sum(left, more, i, end - i) * load_part(right + i, end - i);
         total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
     return total;
+}
+
+static double inner_product(const float *left, const float *more, const float *right, int64_t size) {
+    return more ? inner_product_of(left, more, right, size) : inner_product_of(left, NULL, right, size);
 }
 
 /* |values|, also where the square of an entry is out of the range of single precision. */
@@ -283,7 +296,7 @@ static void gram_of_rows(const float *values, int64_t size, small gram) {
         int64_t length = least(BLOCK, size - block);
         for (int k = 0; k < TRACKED; k++)
             for (int l = 0; l <= k; l++)
-                gram[k][l] += inner_product(values + k * size + block, values + l * size + block, length);
+                gram[k][l] += inner_product(values + k * size + block, NULL, values + l * size + block, length);
     }
     for (int k = 0; k < TRACKED; k++)
         for (int l = 0; l < k; l++) gram[l][k] = gram[k][l];
@@ -643,7 +656,7 @@ int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t n
 /* Its gradient ----------------------------------------------------------------------------------------------------- */
 
 enum call_field {
-    GRAD, VALUE, TARGET, OF_ROWS, OF_COLUMNS, /* addresses; the vectors along rows and columns in memory */
+    GRAD, MORE_GRAD, VALUE, TARGET, OF_ROWS, OF_COLUMNS, /* addresses; the vectors along rows and columns in memory */
     CALL_ROWS, CALL_OUTERS, CALL_INNER, CALL_OUTER_STRIDE, CALL_ROW_STRIDE,
     CALL_ROW_PLACE_INNER, CALL_ROW_PLACE_OUTER_STRIDE, CALL_ROW_PLACE_STRIDE,
     CALL_COLUMN_PLACE_INNER, CALL_COLUMN_PLACE_OUTER_STRIDE, CALL_COLUMN_PLACE_STRIDE,
@@ -669,23 +682,25 @@ static void gathered(const float *values, int64_t size, const int64_t *places, f
             out[first + i] = values[first / inner * outer_stride + i * stride];
 }
 
-ALWAYS void row_of_gradient(const float *grad, float factor, float of_row, const float *of_columns, int64_t size,
-                            float *out, int is_streamed) {
+ALWAYS void row_of_gradient(const float *grad, const float *more, float factor, float of_row, const float *of_columns,
+                            int64_t size, float *out, int is_streamed) {
     int64_t i = 0;
     if (is_streamed && (intptr_t)out % sizeof(vec) == 0)
         for (; i + WIDTH <= size; i += WIDTH)
-            stream(out + i, load(grad + i) * factor + of_row * load(of_columns + i));
-    for (; i + WIDTH <= size; i += WIDTH) store(out + i, load(grad + i) * factor + of_row * load(of_columns + i));
+            stream(out + i, load_sum(grad, more, i) * factor + of_row * load(of_columns + i));
+    for (; i + WIDTH <= size; i += WIDTH)
+        store(out + i, load_sum(grad, more, i) * factor + of_row * load(of_columns + i));
     if (i < size) {
-        vec last = load_part(grad + i, size - i) * factor + of_row * load_part(of_columns + i, size - i);
-        store_part(out + i, last, size - i);
+        vec sum = load_part_of_sum(grad, more, i, size - i);
+        store_part(out + i, sum * factor + of_row * load_part(of_columns + i, size - i), size - i);
     }
 }
 
 static void differentiate(const differentiating *these, int64_t number, const team *all, team *barrier, int thread,
                           float *scratch, double *parts) {
     const int64_t *call = these->calls + number * CALL_WIDTH;
-    const float *grad = (const float *)(intptr_t)call[GRAD], *value = (const float *)(intptr_t)call[VALUE];
+    const float *grad = (const float *)(intptr_t)call[GRAD], *more = (const float *)(intptr_t)call[MORE_GRAD];
+    const float *value = (const float *)(intptr_t)call[VALUE];
     float *target = (float *)(intptr_t)call[TARGET];
     int64_t rows = call[CALL_ROWS], outers = call[CALL_OUTERS], inner = call[CALL_INNER], size = rows * outers * inner;
     float *of_rows = scratch, *of_columns = scratch + rows;
@@ -707,7 +722,8 @@ static void differentiate(const differentiating *these, int64_t number, const te
         share(pieces, 1, all, thread, &begin, &end);
         for (int64_t piece = begin; piece < end; piece++) {
             int64_t start = piece * PIECE;
-            parts[piece] = inner_product(grad + start, value + start, least(PIECE, size - start));
+            const float *more_here = more ? more + start : NULL;
+            parts[piece] = inner_product(grad + start, more_here, value + start, least(PIECE, size - start));
         }
     }
     meet(barrier);
@@ -721,8 +737,12 @@ static void differentiate(const differentiating *these, int64_t number, const te
     share(outers * rows, 1, all, thread, &begin, &end);
     for (int64_t run = begin; run < end; run++) {
         int64_t outer = run / rows, row = run % rows, place = outer * outer_stride + row * row_stride;
-        row_of_gradient(grad + place, factor, (float)along * of_rows[row], of_columns + outer * inner, inner,
-                        target + place, these->is_streamed);
+        const float *columns = of_columns + outer * inner;
+        float of_row = (float)along * of_rows[row], *out = target + place;
+        if (more)
+            row_of_gradient(grad + place, more + place, factor, of_row, columns, inner, out, these->is_streamed);
+        else
+            row_of_gradient(grad + place, NULL, factor, of_row, columns, inner, out, these->is_streamed);
     }
     if (these->is_streamed) written();
 }

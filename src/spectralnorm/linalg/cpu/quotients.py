@@ -29,14 +29,15 @@ class _Call(IntEnum):
     """What the table of a gradient holds for each weight: ``enum call_field`` of kernels.c."""
 
     GRAD = 0
-    VALUE = 1
-    TARGET = 2
-    OF_ROWS = 3
-    OF_COLUMNS = 4
-    ROWS = 5  # five, as in `Form`
-    ROW_PLACES = 10  # three
-    COLUMN_PLACES = 13  # three
-    WIDTH = 16
+    MORE_GRAD = 1
+    VALUE = 2
+    TARGET = 3
+    OF_ROWS = 4
+    OF_COLUMNS = 5
+    ROWS = 6  # five, as in `Form`
+    ROW_PLACES = 11  # three
+    COLUMN_PLACES = 14  # three
+    WIDTH = 17
 
 
 class Division(NamedTuple):
@@ -149,6 +150,7 @@ class QuotientPlan:
         sigmas: Tensor,
         outs: Sequence[Tensor] | None = None,
         *,
+        more_grads: Sequence[Tensor | None] | None = None,
         places: Sequence[int] | None = None,
         are_checked: bool = False,
     ) -> list[Tensor]:
@@ -163,6 +165,7 @@ class QuotientPlan:
             vs: whole right vectors in torch's order, float32, (everything else,).
             sigmas: (weights,), float32: the norms that all weights were divided by.
             outs: as for `divide`; may be ``grads``.
+            more_grads: for each what is added to its G, like that; None: nothing.
             places: of which weights the others are; None: of all.
             are_checked: whether the caller knows that all tensors fit: looking at each takes as long as the work on a
                 small one.
@@ -176,11 +179,17 @@ class QuotientPlan:
         if not are_checked:
             for tensors in (grads, values, results):
                 self._check_layouts(tensors, places)
+            for place, more in zip(places, more_grads or (), strict=False):
+                if more is not None:
+                    self._check_layouts([more], [place])
             require_vectors(us, vs, (self._vector_sizes[place] for place in places))
         addresses = []
-        for place, grad, value, u, v, out in zip(places, grads, values, us, vs, results, strict=True):
+        more_grads = [None] * len(results) if more_grads is None else more_grads
+        parts = zip(places, grads, more_grads, values, us, vs, results, strict=True)
+        for place, grad, more, value, u, v, out in parts:
             ends = (v.data_ptr(), u.data_ptr()) if self._are_transposed[place] else (u.data_ptr(), v.data_ptr())
-            addresses.append((grad.data_ptr(), value.data_ptr(), out.data_ptr(), *ends))
+            more_address = 0 if more is None else more.data_ptr()
+            addresses.append((grad.data_ptr(), more_address, value.data_ptr(), out.data_ptr(), *ends))
         calls, rules = self._calls, self._rules
         if list(places) == list(range(len(self._shapes))):
             calls = calls.clone()
