@@ -241,6 +241,22 @@ def test_a_backward_through_some_of_the_layers_gives_their_gradients_alone(
 
 
 @pytest.mark.usefixtures("with_kernels")
+def test_buffers_are_written_after_a_backward_in_eval_mode(device: torch.device) -> None:
+    model = nn.ModuleList([nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Linear(9, 10)])
+    sn.add_spectral_norm(model.to(device))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model.eval()
+        sum(layer.weight.square().sum() for layer in model).backward()
+        model.train()
+        for layer in model:
+            normalization, weight = layer.parametrizations.weight[0], layer.weight.detach()
+            u, v = normalization._u, normalization._v
+            torch.testing.assert_close(u @ normalization.view.whole_matrix(weight) @ v, torch.ones((), device=device))
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_second_derivatives_and_separate_backwards_work(device: torch.device) -> None:
     model = sn.add_spectral_norm(nn.Sequential(nn.Linear(9, 10), nn.Tanh(), nn.Linear(10, 1))).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

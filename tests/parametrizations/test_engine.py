@@ -121,6 +121,24 @@ def test_gradient_where_only_some_of_a_batch_are_used():
     torch.testing.assert_close(raw(layers[0]).grad, expected)
 
 
+def test_layers_may_be_read_in_another_order_at_each_step():
+    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 5)) for _ in range(3))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    for step, order in enumerate([(0, 1, 2), (0, 1, 2), (1, 2, 0), (2, 0, 1), (2, 1)]):
+        pull(layers, optimizer, seed=step)
+        plain = copy.deepcopy(layers)
+        for each in (layers, plain):
+            each.zero_grad()
+        sum(
+            layers[place].weight.square().sum() * (place + 1) + layers[place].weight.sum() for place in order
+        ).backward()
+        for place in order:
+            u, v = (getattr(layers[place].parametrizations.weight[0], name) for name in ("_u", "_v"))
+            weight = raw(plain[place])
+            ((weight / (u @ weight @ v)).square().sum() * (place + 1) + (weight / (u @ weight @ v)).sum()).backward()
+            torch.testing.assert_close(raw(layers[place]).grad, weight.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(calls):
     layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(3))
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
@@ -234,6 +252,18 @@ def test_second_derivative_after_the_weight_has_changed_is_refused():
         raw(layer).mul_(2)
     with pytest.raises(RuntimeError, match="before the optimizer's step"):
         torch.autograd.grad(loss, raw(layer), create_graph=True)
+
+
+def test_what_is_kept_of_one_model_does_not_hold_the_weights_of_another():
+    layers = [spectral_norm(nn.Linear(6, 6)) for _ in range(2)]
+    pull(nn.ModuleList(layers), torch.optim.SGD([raw(layer) for layer in layers], lr=0.1), seed=0)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight  # noqa: B018
+    weight = weakref.ref(raw(layers[0]))
+    del layers[0], layer
+    gc.collect()
+    assert weight() is None
 
 
 def test_nothing_of_a_model_outlives_it():

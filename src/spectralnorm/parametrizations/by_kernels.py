@@ -12,21 +12,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralnorm.linalg import MatrixView, TrackedTriplet, cpu, cuda, seeded_direction
 from spectralnorm.linalg.layout import is_dense, layout_of
 from spectralnorm.linalg.tracking import PROBE_LENGTH
-from spectralnorm.parametrizations.kept import Kept, Verdict, free_memory, host_has
-from spectralnorm.parametrizations.quotient import Quotient, is_held_once
-from spectralnorm.parametrizations.weight_clock import Moment
+from spectralnorm.parametrizations.division import Division, SomeOf
+from spectralnorm.parametrizations.fsdp import is_anything_sharded
+from spectralnorm.parametrizations.kept import Kept, Member, Verdict, free_memory, host_has
+from spectralnorm.parametrizations.memory import Memory
+from spectralnorm.parametrizations.quotient import Quotient
+from spectralnorm.parametrizations.weight_clock import Moment, Step, WeightClock
 
 if TYPE_CHECKING:
-    from spectralnorm.parametrizations.engine import Member
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["ByKernels", "are_usable", "can_be_read", "quotient_by_kernels", "refresh_by_kernels"]
@@ -93,7 +96,7 @@ def _kernels_for(device: torch.device) -> _Kernels:
 _Weights = Sequence[tuple["SpectralNorm", Tensor]]
 
 
-class _Plans:
+class Plans:
     """What is remembered of weights in a row.
 
     Attributes:
@@ -101,6 +104,8 @@ class _Plans:
         kernels: that do the work.
         prototypes: of each its shape, strides and type, without memory.
         views: how each is read as a matrix.
+        rules: of each the norm that is wanted, and whether a smaller one is left alone.
+        eps: a norm up to here counts as zero.
         quotients: their division.
         store: their buffers.
     """
@@ -114,8 +119,9 @@ class _Plans:
         ]
         self.views = [normalization.views[0] for normalization, _ in weights]
         rows = [(weight.detach(), view.out_dim) for (_, weight), view in zip(weights, self.views, strict=True)]
-        coefficients, caps = zip(*(_rule(normalization) for normalization, _ in weights), strict=True)
-        self.quotients = self.kernels.QuotientPlan(rows, coefficients, caps, eps=weights[0][0].eps)
+        self.rules, self.eps = [_rule(normalization) for normalization, _ in weights], weights[0][0].eps
+        coefficients, caps = zip(*self.rules, strict=True)
+        self.quotients = self.kernels.QuotientPlan(rows, coefficients, caps, eps=self.eps)
         self.store = self.kernels.VectorStore()
         self._tracking: Any = None
 
@@ -127,26 +133,24 @@ class _Plans:
             self._tracking = self.kernels.TrackingPlan(matrices, [_directions(matrix) for matrix in matrices])
         return self._tracking
 
-    def outs(self, memory: Sequence[Tensor | None]) -> list[Tensor]:
-        """Where to write quotients: into ``memory`` where it fits."""
+    def fitting(self, memory: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Those of the tensors that quotients can be written to."""
         return [
-            out
-            if out is not None and out.stride() == like.stride() and out.data_ptr() % 16 == 0
-            else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self.device)
+            out if out is not None and out.stride() == like.stride() and out.data_ptr() % 16 == 0 else None
             for out, like in zip(memory, self.prototypes, strict=True)
         ]
 
 
 # By addresses and rules: a plan holds no weight, and is right for whatever lies at its addresses in this form.
-_plans: OrderedDict[tuple[Any, ...], _Plans] = OrderedDict()
+_plans: OrderedDict[tuple[Any, ...], Plans] = OrderedDict()
 _MOST_PLANS = 64
 
 
-def _plans_for(weights: _Weights) -> _Plans:
+def _plans_for(weights: _Weights) -> Plans:
     key = tuple(_identity(normalization, weight) for normalization, weight in weights)
     plans = _plans.get(key)
     if plans is None:
-        plans = _plans[key] = _Plans(weights)
+        plans = _plans[key] = Plans(weights)
         if len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
     _plans.move_to_end(key)
@@ -163,143 +167,156 @@ def _rule(normalization: SpectralNorm) -> tuple[float, bool]:
 
 
 def _directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """What a frame on either side is stirred with, as `probe_at` has it."""
+    """What a frame on either side is stirred with, as `batches.probe_at` has it."""
     like = torch.empty(0, dtype=torch.float32, device=matrix.device)
     rows, columns = matrix.shape[1], matrix[0, 0].numel()
     return PROBE_LENGTH * seeded_direction("probe", rows, like), PROBE_LENGTH * seeded_direction("probe", columns, like)
 
 
-class _Division:
-    """Weights divided by norms that are known: a `Batch`."""
-
-    def __init__(self, plans: _Plans, sigmas: Tensor) -> None:
-        self.plans, self.sigmas = plans, sigmas
-
-    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-        """As `Batch` has it, of any of the weights."""
-        places = [quotient.place for quotient in quotients]
-        prototypes = [self.plans.prototypes[place] for place in places]
-        outs, options = None, {}
-        if self.plans.kernels.are_of_host:
-            outs = [_memory_of(each.gradient_memory, like) for each, like in zip(quotients, prototypes, strict=True)]
-            # Two are added up on the way; the sum of more takes a pass of its own.
-            grads = _summed(grads, most=2)
-            options["more_grads"] = [
-                _laid_out(of_one[1], like) if len(of_one) == 2 else None
-                for of_one, like in zip(grads, prototypes, strict=True)
-            ]
-        else:
-            grads = _summed(grads, most=1)
-        results = self.plans.quotients.gradients(
-            [_laid_out(of_one[0], like) for of_one, like in zip(grads, prototypes, strict=True)],
-            [quotient.value for quotient in quotients],
-            [quotient.pairs[0][0] for quotient in quotients],
-            [quotient.pairs[0][1] for quotient in quotients],
-            self.sigmas,
-            outs,
-            places=places,
-            are_checked=True,
-            **options,
-        )
-        if outs is None:
-            return results
-        for quotient, result in zip(quotients, results, strict=True):
-            quotient.gradient_memory = result
-        return [result.detach() for result in results]
-
-    def quotients(
-        self, weights: _Weights, moments: Sequence[Moment], pairs: Sequence[tuple[Tensor, Tensor]], divided: Any
-    ) -> list[Quotient]:
-        """What is kept of weights that were ``divided``, with their whole vectors u and v."""
-        values, divisors, active = divided
-        if self.plans.kernels.are_of_host:
-            divisors, active = divisors.tolist(), active.tolist()
-        else:
-            divisors, active = divisors.unbind(), active.unbind()
-        parts = zip(weights, moments, values, self.sigmas.unbind(), divisors, active, pairs, strict=True)
-        return [
-            Quotient(
-                weight=weight,
-                moment=moment,
-                value=value,
-                sigma=sigma,
-                divisor=divisor,
-                active=is_active,
-                pairs=(pair,),
-                views=normalization.views,
-                flat_v=None,
-                coefficient=normalization.divided_to,
-                cap=normalization.mode == "cap",
-                eps=normalization.eps,
-                batch=self,
-                place=place,
-            )
-            for place, ((normalization, weight), moment, value, sigma, divisor, is_active, pair) in enumerate(parts)
-        ]
-
-
-def _memory_of(last: Tensor | None, like: Tensor) -> Tensor:
-    """For a gradient on the CPU that of the last one, if nobody else holds it.
-
-    New memory costs as much as the arithmetic, because the system clears it.
-    """
-    if last is not None and last.shape == like.shape and last.stride() == like.stride() and is_held_once(last):
-        return last
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
-
-
 class ByKernels:
-    """What came of one step of several weights: a `Followed`.
+    """Weights that are renewed together, step after step, and what came of it last: a `Followed`.
 
-    Attributes:
-        us: whole left vectors, for each weight.
-        vs: whole right vectors, in torch's order.
-        sigmas: the norms, (weights,).
+    What is to be known of all of them is in one place, and is not found out again for each as long as they stay the
+    same: one pass over them tells whether an optimizer's step, and nothing else, has changed them.
     """
 
-    def __init__(self, plans: _Plans, tracking: Any, tracked: Any, addresses: list[int]) -> None:
-        self._plans, self._tracking, self._tracked, self._addresses = plans, tracking, tracked, addresses
-        self.us, self.vs, self.sigmas = tracking.whole(tracked, [view.out_dim for view in plans.views])
-
-    @classmethod
-    def renewed(cls, members: Sequence[Member], memory: Sequence[Tensor | None]) -> tuple[ByKernels, Any]:
-        """One step of power iteration for all, and the division by the norms, into ``memory`` where it fits."""
+    def __init__(self, members: Sequence[Member]) -> None:
+        """Of these, which are still to be renewed."""
+        weights = _weights_of(members)
         first = members[0].normalization
-        ages = [member.kept.age for member in members]
-        before = members[0].kept.followed
-        if isinstance(before, ByKernels) and before.is_of(members):
-            plans, tracking, addresses, frames = before._plans, before._tracking, before._addresses, before._tracked
-        else:
-            weights = _weights_of(members)
-            plans = _plans_for(weights)
-            tracking, addresses = plans.tracking(weights), [weight.data_ptr() for _, weight in weights]
-            frames = [member.kept.triplets[0].frame for member in members]
-        outs, options = plans.outs(memory), (frames, ages, first.n_power_iterations)
+        self._plans = plans = _plans_for(weights)
+        self._tracking = plans.tracking(weights)
+        self._options = first.n_power_iterations, first.eps
+        # Weak: a normalization holds this, and nothing of a model is to outlive it.
+        self._members = [ref(normalization) for normalization, _ in weights]
+        self._addresses = [weight.data_ptr() for _, weight in weights]
+        self._step_ids, self._num_watches = _all_of_step(members)
+        self._tracked: Any = None
+        self._division: Division | None = None
+        self._verdict: Verdict | None = None
+
+    def renew(self, members: Sequence[Member]) -> None:
+        """One step of power iteration for all, and the division by the norms."""
+        plans, (num_iterations, eps) = self._plans, self._options
+        kepts = [member.kept for member in members]
+        moments = [kept.moment.clock.now() for kept in kepts]
+        ages = [kept.age for kept in kepts]
+        frames = self._tracked
+        if frames is None:
+            frames = [kept.triplets[0].frame for kept in kepts]
+        values, gradients_memory = self._memory(kepts)
+        options = (frames, ages, num_iterations)
+        out_dims, ends = [view.out_dim for view in plans.views], None
+        outs = values.free_at(range(len(kepts)), plans.prototypes)
         if plans.kernels.are_of_host:
-            division = plans.quotients.prepared(outs, are_checked=True)
-            followed = cls(plans, tracking, tracking.track(*options, eps=first.eps, division=division), addresses)
-            return followed, (outs, division.divisors, division.active.view(torch.bool))
-        followed = cls(plans, tracking, tracking.track(*options, eps=first.eps), addresses)
-        return followed, plans.quotients.divide(followed.sigmas, outs)
+            how = plans.quotients.prepared(outs, targets=values.addresses)
+            self._tracked = tracked = self._tracking.track(*options, eps=eps, division=how)
+            sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
+            # Bound to what belongs to this step, and not to this object, which old graphs need not hold.
+            pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
+            divided = values, how.divisors, how.active.view(torch.bool)
+        else:
+            self._tracked = tracked = self._tracking.track(*options, eps=eps)
+            us, vs, sigmas = self._tracking.whole(tracked, out_dims)
+            pairs = partial(list, zip(us, vs, strict=True))
+            divided = values, *plans.quotients.divide(sigmas, outs)[1:]
+        self._division = self.division(sigmas, pairs, divided, gradients_memory, ends)
+        self._verdict = verdict = Verdict(sigmas, eps)
+        for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
+            kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
+            kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
+            kept.age += 1
+
+    def division(self, *found: Any) -> Division:
+        """By the norms that were found."""
+        return Division(self._plans, *found)
+
+    def _memory(self, kepts: Sequence[Kept]) -> tuple[Memory, Memory]:
+        """Of the last values, as far as it is free, and of the last gradients."""
+        plans, before = self._plans, self._division
+        if before is None:
+            found = [free_memory(kept) for kept in kepts]
+            values = Memory(plans.fitting([value for value, _ in found]), plans.device)
+            return values, Memory([None] * len(kepts), plans.device)
+        self._division = None
+        values, gradients, graphs = before.values, before.gradients_memory, ref(before)
+        for kept in kepts:
+            kept.value = None  # type: ignore[assignment]
+        del before
+        # A graph may hold the tensors themselves, and not only their memory.
+        return values if graphs() is None else Memory([None] * len(kepts), plans.device), gradients
 
     @property
     def is_for_one_node(self) -> bool:
         """Whether the gradients of all weights should be asked for at once."""
         return not self._plans.kernels.are_of_host
 
+    def stepped_together(self, step: Step | None) -> SameMembers | None:
+        """The members, if ``step`` of an optimizer has changed all of them, nothing else has, and nobody else is by."""
+        if (
+            step is None
+            or step.parameter_ids != self._step_ids
+            or WeightClock.num_watches != self._num_watches
+            or self._verdict is None
+            or self._verdict.is_any_bad()
+            or is_anything_sharded()
+        ):
+            return None
+        members, options = SameMembers(self), self._options
+        for place, (reference, address) in enumerate(zip(self._members, self._addresses, strict=True)):
+            normalization = reference()
+            kept = None if normalization is None else normalization._kept
+            if normalization is None or kept is None or kept.followed is not self or kept.index != place:
+                return None
+            clock, steps, writes = kept.moment
+            weight = clock.weight
+            if (
+                clock.last_step is not step
+                or clock.steps != steps + 1
+                or clock.writes != writes
+                or weight._version != clock.version
+                or address != clock.data_ptr
+                or address != weight.data_ptr()
+                or type(weight) is not nn.Parameter
+                or kept.was_written_to()
+                or not normalization._keeps
+                or (normalization.n_power_iterations, normalization.eps) != options
+            ):
+                return None
+            members.append(Member(normalization, weight, kept))
+        return members
+
     def is_of(self, members: Sequence[Member]) -> bool:
         """Whether ``members`` are the very weights that were followed here, in the same memory.
 
         Whoever changes how a weight is divided gives it another value, which is not followed from here.
         """
+        if isinstance(members, SameMembers):
+            return members.followed is self
         return len(members) == len(self._addresses) and all(
-            member.kept.followed is self and member.kept.index == place and member.weight.data_ptr() == address
-            for place, (member, address) in enumerate(zip(members, self._addresses, strict=True))
+            kept.followed is self and kept.index == place and weight.data_ptr() == address
+            for place, ((_, weight, kept), address) in enumerate(zip(members, self._addresses, strict=True))
         )
 
-    def division(self) -> _Division:
-        """By the norms that were found."""
-        return _Division(self._plans, self.sigmas)
+    def current(self) -> list[tuple[SpectralNorm, Kept]]:
+        """Those of the members that still have the value that they got last."""
+        found = []
+        for reference in self._members:
+            normalization = reference()
+            kept = None if normalization is None else normalization._kept
+            if normalization is not None and kept is not None and kept.verdict is self._verdict:
+                found.append((normalization, kept))
+        return found
+
+    def some(self, kepts: Sequence[Kept]) -> SomeOf:
+        """The division of some members."""
+        assert self._division is not None
+        return SomeOf(self._division, [kept.index for kept in kepts], [kept.moment for kept in kepts])
+
+    def quotient_of(self, index: int, moment: Moment) -> Quotient:
+        """What is to be known of a member's value, which was computed at a ``moment``."""
+        assert self._division is not None
+        return self._division.quotient(index, moment)
 
     def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
         """Those of a weight's blocks, in the order of the memory."""
@@ -313,39 +330,42 @@ class ByKernels:
         dtypes = _DTYPES[buffers[0].device.type]
         return all(buffer.dtype in dtypes and buffer.is_contiguous() for buffer in buffers)
 
-    def write(self, places: Sequence[int], buffers: Sequence[Tensor], eps: float) -> None:
+    def write(self, places: Sequence[int], buffers: Sequence[Tensor]) -> None:
         """Write u and v of the weights at ``places``, those that have a norm, into ``buffers``: u, v, u, v, ..."""
-        vectors = [vector for place in places for vector in (self.us[place], self.vs[place])]
+        division, eps = self._division, self._options[1]
+        assert division is not None
+        ends = division.ends
+        if ends is not None and len(places) == len(self._addresses):
+            sizes, owners = self._tracking.vector_sizes, self._tracking.vector_owners
+            return self._plans.store.copy_from(ends, sizes, owners, division.sigmas, buffers, eps=eps)
         owners = [place for place in places for _ in range(2)]
-        self._plans.store.copy(vectors, owners, self.sigmas, buffers, eps=eps, are_checked=True)
+        vectors = [vector for place in places for vector in division.pairs[place]]
+        self._plans.store.copy(vectors, owners, division.sigmas, buffers, eps=eps, are_checked=True)
+
+
+def _pairs_of(tracking: Any, tracked: Any, out_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    us, vs, _ = tracking.whole(tracked, out_dims)
+    return list(zip(us, vs, strict=True))
+
+
+class SameMembers(list[Member]):
+    """Members of a `ByKernels` that go on together, in its order."""
+
+    def __init__(self, followed: ByKernels) -> None:
+        super().__init__()
+        self.followed = followed
+
+
+def _all_of_step(members: Sequence[Member]) -> tuple[list[int] | None, int]:
+    """The parameters that the last step has changed, if ``members`` are all who watch them; how many watch anything."""
+    clock = members[0].kept.moment.clock
+    if clock.last_step is None or len(clock.stepped_together()) != len(members):
+        return None, 0
+    return clock.last_step.parameter_ids, WeightClock.num_watches
 
 
 def _weights_of(members: Sequence[Member]) -> _Weights:
     return [(member.normalization, member.weight) for member in members]
-
-
-def _summed(grads: Sequence[Sequence[Tensor]], most: int) -> Sequence[Sequence[Tensor]]:
-    """The same with at most ``most`` terms for each."""
-    if all(len(of_one) <= most for of_one in grads):
-        return grads
-    places = [place for place, of_one in enumerate(grads) if len(of_one) > most]
-    last_two = zip(*(grads[place][-2:] for place in places), strict=True)
-    sums = torch._foreach_add(*map(list, last_two))  # type: ignore[reportPrivateImportUsage]
-    fewer = list(grads)
-    for place, each in zip(places, sums, strict=True):
-        fewer[place] = [*grads[place][:-2], each]
-    return _summed(fewer, most)
-
-
-def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
-    """``grad`` with the type and strides of ``like``; the same memory, if only strides of single entries differ."""
-    if grad.dtype == like.dtype:
-        if grad.stride() == like.stride():
-            return grad
-        pairs = zip(grad.shape, grad.stride(), like.stride(), strict=True)
-        if all(size == 1 or mine == its for size, mine, its in pairs):
-            return grad.as_strided(like.shape, like.stride())
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=grad.device).copy_(grad)
 
 
 def quotient_by_kernels(
@@ -359,23 +379,15 @@ def quotient_by_kernels(
         sigma: (1,).
         pair: the whole vectors u and v.
     """
-    weights = [(normalization, weight)]
-    plans = _plans_for(weights)
-    divided = plans.quotients.divide(sigma, plans.outs([None]))
-    moments = [normalization.watched(weight).now()]
-    (quotient,) = _Division(plans, sigma).quotients(weights, moments, [pair], divided)
-    return quotient
+    plans = _plans_for([(normalization, weight)])
+    values = Memory([None], plans.device)
+    _, *others = plans.quotients.divide(sigma, values.free_at([0], plans.prototypes))
+    division = Division(plans, sigma, lambda: [pair], (values, *others), Memory([None], plans.device))
+    return division.quotient(0, normalization.watched(weight).now())
 
 
 def refresh_by_kernels(members: Sequence[Member]) -> None:
     """As `refresh_together`, for weights that the kernels can read, all on one device."""
-    ages = [member.kept.age + 1 for member in members]
-    moments = [member.kept.moment.clock.now() for member in members]
-    memory = [free_memory(member.kept) for member in members]
-    followed, divided = ByKernels.renewed(members, [value for value, _ in memory])
-    verdict = Verdict(followed.sigmas, members[0].normalization.eps)
-    pairs = list(zip(followed.us, followed.vs, strict=True))
-    quotients = followed.division().quotients(_weights_of(members), moments, pairs, divided)
-    for place, (member, quotient, age, (_, gradient)) in enumerate(zip(members, quotients, ages, memory, strict=True)):
-        quotient.gradient_memory = gradient
-        member.normalization.keep(Kept.of(quotient, followed, verdict, place, age=age))
+    before = members[0].kept.followed
+    followed = before if isinstance(before, ByKernels) and before.is_of(members) else ByKernels(members)
+    followed.renew(members)

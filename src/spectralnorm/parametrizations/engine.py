@@ -12,21 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
+from spectralnorm.linalg import TrackedTriplet, compute_dtype
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
+from spectralnorm.parametrizations.batches import SMALL, Batch, Pairs, Together, wholes
 from spectralnorm.parametrizations.by_kernels import (
     ByKernels,
     can_be_read,
     quotient_by_kernels,
     refresh_by_kernels,
 )
-from spectralnorm.parametrizations.kept import Alone, Kept, Rounded, Verdict, free_memory, host_has
+from spectralnorm.parametrizations.kept import Alone, Kept, Member, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.quotient import (
     CastWeight,
@@ -48,36 +49,29 @@ __all__ = [
     "divisors_of",
     "keep_triplets",
     "output_for_use",
-    "probe_at",
     "refresh_together",
     "rounded_for_autocast",
     "shorter_vectors",
     "stepped_together",
-    "wholes",
     "write_buffers",
 ]
 
-# Matrices up to this many entries are copied into one batch if their shapes are equal, and share one node of the graph:
-# below it the calls cost more than the work. Larger ones stay where they are and have nodes of their own, so that each
-# one's gradient is there as early as it can be (DistributedDataParallel sends it while the backward goes on).
-_SMALL = 2**16
+# Weights up to this many entries share one node of the graph. Larger ones have nodes of their own, so that each one's
+# gradient is there as early as it can be (DistributedDataParallel sends it while the backward goes on).
+_SMALL = SMALL
 # As many entries of a weight that shares a node if kernels on the CPU divide it and nobody waits for its gradient: a
 # call costs as much as a hundred thousand entries, and the gradients that wait for the last one are still in a cache.
 _MODERATE = 2**21
 
 
-class Member(NamedTuple):
-    """A weight to be renewed from what was kept of it."""
-
-    normalization: SpectralNorm
-    weight: Tensor
-    kept: Kept
-
-
 def stepped_together(normalization: SpectralNorm, weight: Tensor, kept: Kept) -> list[Member]:
-    """The weights that can be followed from before the last step to now, ``weight`` among them and first."""
-    members = [Member(normalization, weight, kept)]
+    """The weights that can be followed from before the last step to now, ``weight`` among them."""
     clock = kept.moment.clock
+    if isinstance(kept.followed, ByKernels):
+        members = kept.followed.stepped_together(clock.last_step)
+        if members is not None:
+            return members
+    members = [Member(normalization, weight, kept)]
     options = (normalization.n_power_iterations, normalization.eps, weight.device, compute_dtype(weight.dtype))
     for mate_clock, mate in clock.stepped_together():
         if mate is None or mate is normalization:
@@ -120,7 +114,7 @@ def refresh_together(members: Sequence[Member]) -> None:
 def _refresh(members: Sequence[Member]) -> None:
     """In torch's operations."""
     before = members[0].kept.followed
-    together = before.again() if isinstance(before, _Together) and before.is_of(members) else _Together.of(members)
+    together = before.again() if isinstance(before, Together) and before.is_of(members) else Together.of(members)
     first = members[0].normalization
     together.follow(first.n_power_iterations, first.eps)
     sigmas, pairs = together.wholes(members)
@@ -206,7 +200,6 @@ def keep_triplets(
 
 
 _Divisor = tuple["float | Tensor", "bool | Tensor"]
-_Pairs = tuple[tuple[Tensor, Tensor], ...]
 
 
 class _Promise(NamedTuple):
@@ -228,7 +221,7 @@ def shorter_vectors(u: Tensor, v: Tensor) -> Tensor:
     return u if u.shape[-1] <= v.shape[-1] else v
 
 
-def _promises_of(members: Sequence[Member], together: _Together, matrices: Sequence[Tensor]) -> dict[int, _Promise]:
+def _promises_of(members: Sequence[Member], together: Together, matrices: Sequence[Tensor]) -> dict[int, _Promise]:
     """Of the strict members, by place; equal shapes are bounded as one batch."""
     promises = {}
     for batch, of_batch, found in zip(together.batches, matrices, together.found, strict=True):
@@ -300,26 +293,11 @@ def _rounded_strict(normalization: SpectralNorm, kept: Kept, weight: Tensor, dty
 def connect_rounded(normalization: SpectralNorm, kept: Kept, rounded: Rounded, weight: Tensor) -> Tensor:
     """Make the node of the graph for what is used under autocast."""
     if rounded.quotient is not None:
-        (output,) = NormalizedWeights.apply([rounded.quotient], weight)
+        output, _ = NormalizedWeights.apply([rounded.quotient], weight)
     else:
         output = CastWeight.apply(output_for_use(normalization, kept, weight), rounded.value)
     rounded.output = output
     return output
-
-
-def wholes(
-    members: Sequence[tuple[Any, ...]], triplets: Sequence[Sequence[TrackedTriplet]]
-) -> tuple[Tensor, list[_Pairs]]:
-    """The norms of weights, one tensor for all, and the whole vectors of their views."""
-    sigmas, pairs = [], []
-    for (normalization, weight, *_), of_weight in zip(members, triplets, strict=True):
-        wholes = [
-            view.whole_vectors(triplet.u, triplet.v, triplet.sigma, weight)
-            for view, triplet in zip(normalization.views, of_weight, strict=True)
-        ]
-        sigmas.append(wholes[0][2] if len(wholes) == 1 else torch.stack([sigma for *_, sigma in wholes]).mean(0))
-        pairs.append(tuple((u, v) for u, v, _ in wholes))
-    return sigmas[0].reshape(1) if len(sigmas) == 1 else torch.stack(sigmas), pairs
 
 
 def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[_Divisor]:
@@ -340,7 +318,7 @@ def _quotient(
     weight: Tensor,
     flat_v: Tensor,
     sigma: Tensor,
-    pairs: _Pairs,
+    pairs: Pairs,
     divisor: _Divisor,
     memory: Tensor | None,
     promise: _Promise | None,
@@ -368,12 +346,12 @@ def _quotient(
 
 
 def _stacked(
-    batch: _Batch,
+    batch: Batch,
     matrices: Tensor,
     found: TrackedTriplet,
     members: Sequence[Member],
     divisors: Sequence[_Divisor],
-    pairs: Sequence[_Pairs],
+    pairs: Sequence[Pairs],
     promises: dict[int, _Promise],
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
@@ -424,18 +402,29 @@ def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> T
 
 def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> None:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
-    joined = [(kept, weight)]
-    most = _most_in_shared_node(kept)
+    joined, most = [(kept, weight)], _most_in_shared_node(kept)
     if weight.numel() <= most:
-        for clock, mate in kept.moment.clock.stepped_together():
-            if mate is None or mate is normalization or clock.weight.numel() > most:
-                continue
-            mate_kept = mate.kept_to_connect(clock.weight)
-            if mate_kept is not None and mate_kept.verdict is kept.verdict:
-                joined.append((mate_kept, clock.weight))
-    outputs = NormalizedWeights.apply([each.quotient for each, _ in joined] * 2, *(each for _, each in joined))
-    for (each, _), one, other in zip(joined, outputs, outputs[len(joined) :], strict=False):
-        each.outputs = one, other
+        mates = [(mate, mate.moment.clock.weight) for _, mate in _renewed_with(normalization, kept)]
+        joined = [
+            (mate, its)
+            for mate, its in mates
+            if mate is kept or (mate.outputs is None and its.requires_grad and its.numel() <= most)
+        ]
+    kepts = [each for each, _ in joined]
+    followed = kept.followed
+    quotients = followed.some(kepts) if isinstance(followed, ByKernels) else [each.quotient for each in kepts]
+    outputs = NormalizedWeights.apply(quotients, *[each for _, each in joined])
+    for each, *its_outputs in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
+        each.outputs = tuple(its_outputs)
+
+
+def _renewed_with(normalization: SpectralNorm, kept: Kept) -> list[tuple[SpectralNorm, Kept]]:
+    """All whose value was computed with that of ``normalization``, itself included, and is still kept."""
+    if isinstance(kept.followed, ByKernels):
+        return kept.followed.current()
+    mates = [mate for _, mate in kept.moment.clock.stepped_together() if mate is not None and mate is not normalization]
+    kepts = [(mate, mate._kept) for mate in mates if mate._kept is not None and mate._kept.verdict is kept.verdict]
+    return [(normalization, kept), *kepts]
 
 
 def _most_in_shared_node(kept: Kept) -> float:
@@ -453,155 +442,18 @@ def _sends_gradients() -> bool:
 @torch.no_grad()
 def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
     """Write u and v into the buffers, also those of the weights that were renewed together with this one."""
-    together = [(normalization, kept)]
-    for _, mate in kept.moment.clock.stepped_together():
-        if mate is None or mate is normalization or not mate.training:
-            continue
-        mate_kept = mate.kept_if_unwritten()
-        if mate_kept is not None and mate_kept.verdict is kept.verdict:
-            together.append((mate, mate_kept))
+    together = [
+        (mate, its_kept)
+        for mate, its_kept in _renewed_with(normalization, kept)
+        if mate is normalization or (mate.training and not its_kept.is_in_buffers and its_kept.moment.is_now())
+    ]
     buffers_of_each = [each.buffers_of_views() for each, _ in together]
     buffers = [buffer for its_buffers in buffers_of_each for buffer in its_buffers]
     for _, its_kept in together:
         its_kept.is_in_buffers = True
     if isinstance(kept.followed, ByKernels) and kept.followed.can_write(buffers):
-        return kept.followed.write([its_kept.index for _, its_kept in together], buffers, normalization.eps)
+        return kept.followed.write([its_kept.index for _, its_kept in together], buffers)
     vectors = []
     for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
         vectors += its_kept.vectors_for(its_buffers)
     torch._foreach_copy_(buffers, vectors)  # type: ignore[reportPrivateImportUsage]
-
-
-class _Batch(NamedTuple):
-    """Matrices of one shape that go through the products together.
-
-    Attributes:
-        parts: for each weight its (blocks, out, in).
-        places: for each weight its place among the members.
-        blocks: matrices per weight.
-        is_stack: whether the weights are these matrices, in the same order in memory, and known to the host.
-        age: refreshes since the frames were computed anew.
-    """
-
-    parts: list[Tensor]
-    places: list[int]
-    blocks: int
-    is_stack: bool
-    age: int
-
-    def matrices(self) -> Tensor:
-        """(batch, out, in)."""
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-
-
-class _Together:
-    """Weights that are followed together, and what came of it; next time the same ones need no sorting.
-
-    Attributes:
-        batches: of the weights.
-        frames: of each batch, to start from.
-        found: of each batch, after `follow`.
-        addresses: of the weights' memory; None where the batches hold copies.
-    """
-
-    def __init__(self, batches: list[_Batch], frames: list[Frame], addresses: list[int] | None, size: int) -> None:
-        self.batches, self.frames, self.addresses, self.size = batches, frames, addresses, size
-        self.found: list[TrackedTriplet] = []
-        self._matrices: list[Tensor] = []
-        # For each weight, view by view: which batch it is in, and where.
-        self._where: list[list[tuple[int, int]]] = [[] for _ in range(size)]
-        for number, batch in enumerate(batches):
-            for slot, place in enumerate(batch.places):
-                self._where[place].append((number, slot))
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> _Together:
-        """Sort the matrices of the weights into batches."""
-        groups: dict[tuple[Any, ...], list[tuple[int, Tensor, Frame]]] = {}
-        stacks: set[tuple[Any, ...]] = set()
-        are_views = True
-        for place, (normalization, weight, kept) in enumerate(members):
-            detached = weight.detach()
-            for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
-                matrices = view.memory_blocks(detached)
-                matrices = matrices.to(compute_dtype(matrices.dtype))
-                are_views &= matrices.data_ptr() == weight.data_ptr()
-                is_small = matrices.numel() <= _SMALL
-                is_plain = detached.is_contiguous() and view.is_dense_in(detached) and len(normalization.views) == 1
-                is_left = triplet.frame.is_left
-                key = (number, kept.age, matrices.shape, weight.shape, weight.dtype, is_plain, is_left)
-                key = key if is_small else (number, kept.age, place)
-                groups.setdefault(key, []).append((place, matrices, triplet.frame))
-                if is_small and is_plain and matrices.dtype == weight.dtype and host_has(weight.device):
-                    stacks.add(key)
-        batches, frames = [], []
-        # The triplets of a weight's views are collected in the order of the batches: first views first.
-        for key in sorted(groups, key=lambda key: key[0]):
-            places, parts, of_weights = (list(each) for each in zip(*groups[key], strict=True))
-            batches.append(_Batch(parts, places, len(parts[0]), key in stacks and len(parts) > 1, key[1]))
-            rows = [frame.rows for frame in of_weights]
-            frames.append(Frame(rows[0] if len(rows) == 1 else torch.cat(rows), of_weights[0].is_left))
-        addresses = [member.weight.data_ptr() for member in members] if are_views else None
-        return cls(batches, frames, addresses, len(members))
-
-    def is_of(self, members: Sequence[Member]) -> bool:
-        """Whether ``members`` are the very weights that were followed here, in the same memory."""
-        return (
-            self.addresses is not None
-            and len(members) == self.size
-            and all(
-                member.kept.followed is self and member.kept.index == place and member.weight.data_ptr() == address
-                for place, (member, address) in enumerate(zip(members, self.addresses, strict=True))
-            )
-        )
-
-    def again(self) -> _Together:
-        """The same weights, to be followed from where they are now."""
-        batches = [batch._replace(age=batch.age + 1) for batch in self.batches]
-        return _Together(batches, [found.frame for found in self.found], self.addresses, self.size)
-
-    def follow(self, num_iterations: int, eps: float) -> None:
-        """One step of power iteration for all."""
-        probes = [probe_at(frame, batch.age) for frame, batch in zip(self.frames, self.batches, strict=True)]
-        self._matrices = [batch.matrices() for batch in self.batches]
-        self.found = track_together(self._matrices, self.frames, probes, num_iterations, eps=eps)
-        self.frames = []
-
-    def take_matrices(self) -> list[Tensor]:
-        """Of each batch (batch, out, in), after `follow`; once, because copies of the weights are not kept."""
-        matrices, self._matrices = self._matrices, []
-        return matrices
-
-    def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
-        """For each view of a weight the triplets of its blocks."""
-        triplets = []
-        for number, slot in self._where[index]:
-            blocks, (u, v, sigma, (rows, is_left)) = self.batches[number].blocks, self.found[number]
-            its = slice(slot * blocks, (slot + 1) * blocks)
-            triplets.append(TrackedTriplet(u[its], v[its], sigma[its], Frame(rows[its], is_left)))
-        return tuple(triplets)
-
-    def flat_v_of(self, index: int) -> Tensor:
-        """v of the first block of a weight's first view, in memory order."""
-        number, slot = self._where[index][0]
-        return self.found[number].v[slot * self.batches[number].blocks]
-
-    def wholes(self, members: Sequence[Member]) -> tuple[Tensor, list[_Pairs]]:
-        """The norms of the weights, one tensor for all, and the whole vectors of their views."""
-        if len(self.batches) == 1 and self.batches[0].is_stack:
-            u, v, sigma, _ = self.found[0]
-            return sigma, [(pair,) for pair in zip(u.unbind(), v.unbind(), strict=True)]
-        return wholes(members, [self.triplets_of(index) for index in range(self.size)])
-
-
-_probes: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
-
-
-def probe_at(frame: Frame, age: int) -> Tensor:
-    """What a frame is stirred with at its age: rolled, it is another direction each time, without random numbers."""
-    rows = frame.rows
-    key = (rows.shape[-2], rows.shape[-1], rows.dtype, rows.device)
-    probe = _probes.get(key)
-    if probe is None:
-        probe = _probes[key] = probe_rows(seeded_direction("probe", rows.shape[-1], rows), rows.shape[-2])
-    return probe.roll(age, dims=-1)

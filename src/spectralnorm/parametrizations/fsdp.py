@@ -22,6 +22,7 @@ from spectralnorm.errors import UserError
 __all__ = [
     "class_before_parametrizations",
     "inner_class",
+    "is_anything_sharded",
     "is_between_uses",
     "is_wrapped",
     "move",
@@ -44,6 +45,12 @@ def sharded_of(weight: Tensor) -> Tensor | None:
     return None if found is None else found[0].sharded_param
 
 
+def is_anything_sharded() -> bool:
+    """Whether FSDP2 manages anything in this process."""
+    books = sys.modules.get(_BOOKS)
+    return books is not None and bool(books._module_state_mapping)
+
+
 def is_between_uses(weight: Tensor) -> bool:
     """Whether ``weight`` is a parameter that FSDP2 has left whole, and no forward or backward is going on."""
     found = _managed(weight)
@@ -52,8 +59,7 @@ def is_between_uses(weight: Tensor) -> bool:
 
 def _managed(weight: Tensor) -> tuple[Any, Any] | None:
     """The FSDPParam whose whole parameter ``weight`` is, and its group."""
-    books = sys.modules.get(_BOOKS)
-    if books is None or not books._module_state_mapping:
+    if not is_anything_sharded():
         return None
     found = _known.get(weight, _known)
     if found is _known:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet
-from spectralnorm.parametrizations.quotient import Quotient, is_held_once
+from spectralnorm.parametrizations.memory import is_held_once
+from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, watch
 
-__all__ = ["Alone", "Followed", "Kept", "Verdict", "free_memory", "host_has"]
+if TYPE_CHECKING:
+    from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+
+__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory", "host_has"]
 
 
 def host_has(device: torch.device) -> bool:
@@ -30,7 +34,7 @@ class Verdict:
     as good.
     """
 
-    __slots__ = ("_arrived", "_on_host", "_sigmas", "eps", "is_immediate")
+    __slots__ = ("_are_all_good", "_arrived", "_on_host", "_sigmas", "eps", "is_immediate")
 
     def __init__(self, sigmas: Tensor, eps: float) -> None:
         """Start to find out about ``sigmas``, one for each weight."""
@@ -39,6 +43,7 @@ class Verdict:
         self._arrived: torch.cuda.Event | None = None
         self._on_host: Tensor | None = None
         self._sigmas: list[float] | None = None
+        self._are_all_good: bool | None = None
         if self.is_immediate:
             self._sigmas = sigmas.tolist()
         elif sigmas.device.type == "cuda":
@@ -54,8 +59,17 @@ class Verdict:
             self._sigmas = self._on_host.tolist()
         return self._sigmas
 
-    def is_bad(self, index: int) -> bool:
+    def is_any_bad(self) -> bool:
         """Whether a norm is known to be zero or not finite."""
+        if self._are_all_good is None:
+            sigmas = self.sigmas
+            if sigmas is None:
+                return False
+            self._are_all_good = all(self.eps < sigma < math.inf for sigma in sigmas)
+        return not self._are_all_good
+
+    def is_bad(self, index: int) -> bool:
+        """The same of one norm."""
         sigmas = self.sigmas
         return sigmas is not None and not self.eps < sigmas[index] < math.inf
 
@@ -108,7 +122,7 @@ class Kept:
 
     Attributes:
         moment: of the weight, when the value was computed.
-        quotient: the value, and what its derivative needs.
+        value: the normalized weight.
         value_version: the value's version, by which a write of the user's into it is noticed.
         outputs: the value as two outputs of one node of the graph, made at the first use under grad.
         followed: where the triplets are to be found.
@@ -117,10 +131,11 @@ class Kept:
         verdict: which weights of the batch had a norm.
         index: this one's place in it.
         rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
+        own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
     """
 
     moment: Moment
-    quotient: Quotient
+    value: Tensor
     value_version: int
     outputs: tuple[Tensor, Tensor] | None
     followed: Followed
@@ -129,13 +144,14 @@ class Kept:
     verdict: Verdict
     index: int
     rounded: Rounded | None = None
+    own_quotient: Quotient | None = None
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
         """A value that has just been computed, and that nobody has used yet."""
         return cls(
             moment=quotient.moment,
-            quotient=quotient,
+            value=quotient.value,
             value_version=quotient.value._version,
             outputs=None,
             followed=followed,
@@ -143,6 +159,7 @@ class Kept:
             is_in_buffers=False,
             verdict=verdict,
             index=index,
+            own_quotient=quotient,
         )
 
     def forget_graphs(self) -> None:
@@ -155,9 +172,10 @@ class Kept:
         return self.followed.triplets_of(self.index)
 
     @property
-    def value(self) -> Tensor:
-        """The normalized weight."""
-        return self.quotient.value
+    def quotient(self) -> Quotient:
+        """The value, and what its derivative needs."""
+        own = self.own_quotient
+        return self.followed.quotient_of(self.index, self.moment) if own is None else own  # type: ignore[attr-defined]
 
     @property
     def sigma(self) -> Tensor:
@@ -173,7 +191,7 @@ class Kept:
             and clock.writes == writes
             and weight._version == clock.version
             and weight.data_ptr() == clock.data_ptr
-            and self.quotient.value._version == self.value_version
+            and self.value._version == self.value_version
             and (self.rounded is None or not self.rounded.was_written_to())
         )
 
@@ -210,7 +228,8 @@ class Kept:
         return replace(
             self,
             moment=moment,
-            quotient=quotient,
+            value=value,
+            own_quotient=quotient,
             value_version=value._version,
             outputs=None,
             rounded=None,
@@ -218,13 +237,23 @@ class Kept:
         )
 
 
+class Member(NamedTuple):
+    """A weight to be renewed from what was kept of it."""
+
+    normalization: SpectralNorm
+    weight: Tensor
+    kept: Kept
+
+
 def free_memory(kept: Kept) -> tuple[Tensor | None, Tensor | None]:
     """The memory of an old value, if nobody else holds it (no graph of the user's, no tensor), and of its gradient.
 
-    ``kept`` has no quotient afterwards.
+    ``kept`` has no quotient afterwards. Of one that is not its own nothing is said.
     """
-    value, gradient, quotient = kept.value, kept.quotient.gradient_memory, ref(kept.quotient)
-    kept.quotient = None  # type: ignore[assignment]
+    if kept.own_quotient is None:
+        return None, None
+    value, gradient, quotient = kept.value, kept.own_quotient.gradient_memory, ref(kept.own_quotient)
+    kept.own_quotient = kept.value = None  # type: ignore[assignment]
     # A graph may hold the tensor itself, and not only its memory.
     is_free = quotient() is None and is_held_once(value)
     return value if is_free else None, gradient

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
@@ -51,7 +51,7 @@ class _SharedClass(type):
         # Torch's own property, when something else of such a layer is parametrized: it is bound to one module.
         if isinstance(value, property):
             is_table = issubclass(cls, (nn.Embedding, nn.EmbeddingBag))
-            value = _tensor_property(name, _read_table if is_table else _read)
+            value = _tensor_property(name, _reader_of_table if is_table else _reader)
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
@@ -90,11 +90,9 @@ def _add_properties(shared: type[nn.Module], names: list[str]) -> None:
             setattr(shared, name, property())
 
 
-def _tensor_property(name: str, read: Callable[[Any, str], Any]) -> property:
+def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -> property:
     """Reading, assigning and deleting ``layer.<name>``; an ordinary attribute of layers that do not parametrize it."""
-
-    def get(self: Any) -> Any:
-        return read(self, name)
+    get = reader(name)
 
     def set_raw(self: Any, value: Any) -> None:
         if name in self.parametrizations:
@@ -110,17 +108,45 @@ def _tensor_property(name: str, read: Callable[[Any, str], Any]) -> property:
     return property(get, set_raw, delete)
 
 
-def _read(self: Any, name: str) -> Any:
-    """The tensor ``name``.
+_module_call = nn.Module.__call__
+
+
+def _reader(name: str) -> Callable[[Any], Any]:
+    """What reads the tensor ``name``.
 
     Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
-    a later use that needs its gradient. We keep values ourselves, so that cache is left out.
+    a later use that needs its gradient. We keep values ourselves, so that cache is left out; and so are the two calls
+    of modules, where nobody listens to them. It is one function because every use of the layer comes here.
     """
-    parts = self._modules["parametrizations"]._modules.get(name)
-    if parts is not None:
-        return parts() if torch.compiler.is_compiling() else _computed(parts)
-    # In this layer it is an ordinary parameter. What else it may be nn.Module.__getattr__ finds; torch.compile can
-    # follow this line, but not that way.
+
+    def read(self: Any) -> Any:
+        parts = self._modules["parametrizations"]._modules.get(name)
+        if parts is None:
+            return _ordinary(self, name)
+        if torch.compiler.is_compiling():
+            return parts()
+        modules = parts._modules
+        weight = parts._parameters.get("original")
+        only = modules["0"]
+        if (
+            weight is None
+            or type(only) is not SpectralNorm
+            or len(modules) > 1
+            or nn.Module.__call__ is not _module_call  # torch.fx replaces it to see what is called
+            or only._forward_hooks
+            or only._forward_pre_hooks
+            or parts._forward_hooks
+            or parts._forward_pre_hooks
+        ):
+            return parts()
+        return only.read(weight)
+
+    return read
+
+
+def _ordinary(self: Any, name: str) -> Any:
+    """The tensor ``name`` of a layer in which it is an ordinary parameter."""
+    # What else it may be nn.Module.__getattr__ finds; torch.compile can follow this line, but not that way.
     if name in self._parameters:
         return self._parameters[name]
     if name in self.__dict__:  # DataParallel's replicas hold their parameters so
@@ -128,32 +154,15 @@ def _read(self: Any, name: str) -> Any:
     raise AttributeError(name)
 
 
-def _read_table(self: Any, name: str) -> Any:
-    """As `_read`; a copy where the layer scales rows to ``max_norm``, which it does by writing into what it reads."""
-    weight = _read(self, name)
-    return weight if self.max_norm is None or weight is None else weight.clone()
+def _reader_of_table(name: str) -> Callable[[Any], Any]:
+    """As `_reader`; a copy where the layer scales rows to ``max_norm``, which it does by writing into what it reads."""
+    read = _reader(name)
 
+    def read_table(self: Any) -> Any:
+        weight = read(self)
+        return weight if self.max_norm is None or weight is None else weight.clone()
 
-_module_call = nn.Module.__call__
-
-
-def _computed(parts: Any) -> Tensor:
-    """What calling the list of parametrizations gives, without the two module calls where nobody listens to them."""
-    modules = parts._modules
-    weight = parts._parameters.get("original")
-    only = modules["0"]
-    if (
-        weight is None
-        or len(modules) > 1
-        or nn.Module.__call__ is not _module_call  # torch.fx replaces it to see what is called
-        or only._forward_hooks
-        or only._forward_pre_hooks
-        or parts._forward_hooks
-        or parts._forward_pre_hooks
-    ):
-        return parts()
-    read = getattr(only, "read", None)
-    return parts() if read is None else read(weight)
+    return read_table
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -19,7 +19,8 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg import TrackedTriplet, compute_dtype, track_together
 from spectralnorm.parametrizations import fsdp
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
-from spectralnorm.parametrizations.engine import divisors_of, probe_at, wholes, write_buffers
+from spectralnorm.parametrizations.batches import probe_at, wholes
+from spectralnorm.parametrizations.engine import divisors_of, write_buffers
 from spectralnorm.parametrizations.kept import Kept, Verdict
 from spectralnorm.parametrizations.quotient import NormalizedWeights, Quotient
 from spectralnorm.parametrizations.shards import distributed_as, is_distributed, scaled_part, whole

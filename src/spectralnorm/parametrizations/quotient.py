@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import MatrixView, compute_dtype
+from spectralnorm.parametrizations.memory import is_held_once
 from spectralnorm.parametrizations.weight_clock import Moment
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "CastWeight",
     "NormalizedWeights",
     "Quotient",
+    "Quotients",
+    "Several",
     "Stack",
     "divided",
     "divisor_of",
+    "gradients_of",
     "host_divisor_of",
-    "is_held_once",
 ]
 
 
@@ -54,12 +57,6 @@ def host_divisor_of(sigma: float, coefficient: float, *, cap: bool, eps: float) 
     """As `divisor_of`, of one norm that is known to the host."""
     divisible = sigma > (max(coefficient, eps) if cap else eps)
     return (sigma / coefficient if divisible else 1.0 if cap else 1 / coefficient), divisible
-
-
-def is_held_once(tensor: Tensor) -> bool:
-    """Whether no other tensor, Python's or a graph's, shares the memory of ``tensor``."""
-    # One count for the tensor, one for the object that is made to ask.
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
 
 
 def divided(weight: Tensor, divisor: float | Tensor, out: Tensor | None = None) -> Tensor:
@@ -235,6 +232,58 @@ class Quotient:
         return (grad / divisor + along * mean).to(self.value.dtype)
 
 
+def gradients_of(quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+    """dL/dW of each for the sum of what came from its uses; None where nothing came."""
+    results: list[Tensor | None] = [None] * len(quotients)
+    batches: dict[int, list[tuple[int, Quotient, Sequence[Tensor]]]] = {}
+    for index, (quotient, of_uses) in enumerate(zip(quotients, grads, strict=True)):
+        if not of_uses:
+            continue
+        if quotient.batch is None or torch.is_grad_enabled() or any(grad.is_sparse for grad in of_uses):
+            results[index] = quotient.gradient(_sum(of_uses))
+        else:
+            batches.setdefault(id(quotient.batch), []).append((index, quotient, of_uses))
+    for members in batches.values():
+        indices, some, of_some = zip(*members, strict=True)
+        batch = some[0].batch
+        together = None if batch is None else batch.gradients(some, of_some)
+        if together is None:
+            parts = zip(some, of_some, strict=True)
+            together = [quotient.gradient(_sum(of_uses)) for quotient, of_uses in parts]
+        for index, result in zip(indices, together, strict=True):
+            results[index] = result
+    return results
+
+
+class Quotients(Protocol):
+    """Weights that share a node."""
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The weights divided."""
+        ...
+
+    def gradients(self, grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor | None]:
+        """As `gradients_of`."""
+        ...
+
+
+class Several:
+    """`Quotients` that are known one by one."""
+
+    def __init__(self, quotients: Sequence[Quotient]) -> None:
+        self._quotients = quotients
+
+    @property
+    def values(self) -> list[Tensor]:
+        """As `Quotients` has it."""
+        return [quotient.value for quotient in self._quotients]
+
+    def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+        """As `Quotients` has it."""
+        return gradients_of(self._quotients, grads)
+
+
 class NormalizedWeights(torch.autograd.Function):
     """Kept values as differentiable functions of the weights they were computed from.
 
@@ -247,35 +296,18 @@ class NormalizedWeights(torch.autograd.Function):
     # `inspect` at every call, which takes longer than everything else here. Transforms of `torch.func`, which would
     # need the other style, never come here.
     @staticmethod
-    def forward(ctx: Any, quotients: Sequence[Quotient], *weights: Tensor) -> tuple[Tensor, ...]:
-        """Hand out the value of each quotient, sharing its memory: those of all weights, and the same ones again."""
-        ctx.quotients, ctx.num_weights = quotients, len(weights)
+    def forward(ctx: Any, quotients: Sequence[Quotient] | Quotients, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Hand out the values, sharing their memory: those of all weights, and the same ones once more."""
+        some = Several(quotients) if isinstance(quotients, Sequence) else quotients
+        ctx.quotients, ctx.num_weights = some, len(weights)
         ctx.set_materialize_grads(False)
-        return tuple([quotient.value.detach() for quotient in quotients])
+        values = some.values
+        return tuple([value.detach() for value in values] + [value.detach() for value in values])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        num_weights: int = ctx.num_weights
-        results: list[Tensor | None] = [None] * num_weights
-        batches: dict[int, list[tuple[int, Quotient, list[Tensor]]]] = {}
-        for index, quotient in enumerate(ctx.quotients[:num_weights]):
-            of_uses = [grad for grad in grads[index::num_weights] if grad is not None]
-            if not of_uses:
-                continue
-            if quotient.batch is None or torch.is_grad_enabled() or any(grad.is_sparse for grad in of_uses):
-                results[index] = quotient.gradient(_sum(of_uses))
-            else:
-                batches.setdefault(id(quotient.batch), []).append((index, quotient, of_uses))
-        for members in batches.values():
-            indices, quotients, of_members = zip(*members, strict=True)
-            batch = quotients[0].batch
-            together = None if batch is None else batch.gradients(quotients, of_members)
-            if together is None:
-                parts = zip(quotients, of_members, strict=True)
-                together = [quotient.gradient(_sum(of_uses)) for quotient, of_uses in parts]
-            for index, result in zip(indices, together, strict=True):
-                results[index] = result
-        return None, *results
+        pairs = zip(grads[: ctx.num_weights], grads[ctx.num_weights :], strict=True)
+        return None, *ctx.quotients.gradients([[grad for grad in pair if grad is not None] for pair in pairs])
 
 
 class CastWeight(torch.autograd.Function):

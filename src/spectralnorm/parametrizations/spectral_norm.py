@@ -151,6 +151,7 @@ class SpectralNorm(nn.Module):
             self.scale = nn.Parameter(torch.full((), float(coefficient), dtype=dtype, device=weight.device))
         self._coefficient = float(coefficient)
         self.views = _views(view_of(module, weight, dim), norm)
+        self._buffer_names = [name for names in _BUFFERS[: len(self.views)] for name in names]
         self._is_vector = weight.ndim < 2
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
@@ -441,8 +442,9 @@ class SpectralNorm(nn.Module):
         return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
-        is_rounded = self.strict or (self._is_cast and self.scale is None)
-        dtype = autocast_dtype(weight) if is_rounded else None
+        dtype = None
+        if torch._C._is_any_autocast_enabled() and (self.strict or (self._is_cast and self.scale is None)):
+            dtype = autocast_dtype(weight)
         has_grad = torch.is_grad_enabled()
         if has_grad and self.training and not kept.is_in_buffers:
             engine.write_buffers(self, kept)
@@ -562,22 +564,11 @@ class SpectralNorm(nn.Module):
         clock.observe()
         return kept if kept.can_be_followed() and not kept.was_written_to() else None
 
-    def kept_to_connect(self, weight: Tensor) -> Kept | None:
-        """What is kept, if it is current and no node of the graph has been made for it."""
-        kept = self._kept
-        if kept is None or kept.outputs is not None or not weight.requires_grad or not self._is_own(weight):
-            return None
-        return kept if kept.is_current(weight) else None
-
-    def kept_if_unwritten(self) -> Kept | None:
-        """What is kept, if the buffers do not hold its vectors and it is still current."""
-        kept = self._kept
-        return kept if kept is not None and not kept.is_in_buffers and kept.moment.is_now() else None
-
     def buffers_of_views(self) -> list[Tensor]:
         """The buffers u and v, view by view."""
         buffers: Any = self._buffers  # without nn.Module's search: it is asked at every step
-        return [local_part(buffers[name]) for pair, _ in zip(_BUFFERS, self.views, strict=False) for name in pair]
+        found = [buffers[name] for name in self._buffer_names]
+        return [buffer if type(buffer) is Tensor else local_part(buffer) for buffer in found]
 
     # Vectors
 

@@ -7,7 +7,7 @@ storage is compared beside the version. A write through ``.data`` into the same 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
-__all__ = ["Moment", "WeightClock", "version_of", "watch"]
+__all__ = ["Moment", "Step", "WeightClock", "version_of", "watch"]
 
 
 class WeightClock:
@@ -36,7 +36,10 @@ class WeightClock:
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
         watchers: weak references to whoever wants to be found through a step.
+        num_watches: how many watchers all clocks ever had.
     """
+
+    num_watches: ClassVar[int] = 0
 
     __slots__ = (
         "__weakref__",
@@ -56,7 +59,7 @@ class WeightClock:
         self.is_distributed = is_distributed(weight)
         self.steps = 0
         self.writes = 0
-        self.last_step: _Step | None = None
+        self.last_step: Step | None = None
         self.watchers: list[ref[Any]] = []
         self._look()
 
@@ -79,7 +82,7 @@ class WeightClock:
             self.writes += 1
             self._look()
 
-    def count_step(self, step: _Step, steps_before: int) -> None:
+    def count_step(self, step: Step, steps_before: int) -> None:
         """Count a step of an optimizer that began when there were ``steps_before``."""
         self.steps = steps_before + 1
         self.last_step = step
@@ -91,6 +94,7 @@ class WeightClock:
         if not any(found() is watcher for found in self.watchers):
             self.watchers = [found for found in self.watchers if found() is not None]
             self.watchers.append(ref(watcher))
+            WeightClock.num_watches += 1
 
     def stepped_together(self) -> list[tuple[WeightClock, Any]]:
         """All clocks that the last optimizer step of this one moved and none has moved since, with their watchers."""
@@ -129,7 +133,7 @@ class Moment(NamedTuple):
         return self.clock.steps == self.steps + 1 and self.clock.writes == self.writes
 
 
-class _Step:
+class Step:
     """One call of an optimizer's ``step``; it holds ids alone, because a clock holds it and a parameter."""
 
     __slots__ = ("parameter_ids",)
@@ -185,7 +189,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    step = _Step()
+    step = Step()
     before = _steps_before.pop(optimizer, {})
     for clock in _watched(optimizer):
         # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.

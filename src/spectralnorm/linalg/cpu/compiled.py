@@ -29,7 +29,7 @@ _POINTER, _COUNT, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
 _ARGUMENTS = {
     "renew": [_POINTER, _POINTER, _COUNT, *[_POINTER] * 7, _DOUBLE, *[_POINTER] * 6, _INT],
     "divide": [*[_POINTER] * 3, _COUNT, *[_POINTER] * 4, _INT],
-    "gradients": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT],
+    "gradients": [*[_POINTER] * 6, _COUNT, _COUNT, _POINTER, _POINTER, _INT],
     "store": [*[_POINTER] * 4, _COUNT, _POINTER, _DOUBLE],
     "panel_rows": [],
     "panel_matrix_size": [_COUNT],

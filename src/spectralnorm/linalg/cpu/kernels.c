@@ -656,15 +656,16 @@ int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t n
 /* Its gradient ----------------------------------------------------------------------------------------------------- */
 
 enum call_field {
-    GRAD, MORE_GRAD, VALUE, TARGET, OF_ROWS, OF_COLUMNS, /* addresses; the vectors along rows and columns in memory */
-    CALL_ROWS, CALL_OUTERS, CALL_INNER, CALL_OUTER_STRIDE, CALL_ROW_STRIDE,
+    CALL_ROWS, CALL_OUTERS, CALL_INNER, CALL_OUTER_STRIDE, CALL_ROW_STRIDE, CALL_IS_TRANSPOSED,
     CALL_ROW_PLACE_INNER, CALL_ROW_PLACE_OUTER_STRIDE, CALL_ROW_PLACE_STRIDE,
     CALL_COLUMN_PLACE_INNER, CALL_COLUMN_PLACE_OUTER_STRIDE, CALL_COLUMN_PLACE_STRIDE,
     CALL_WIDTH
 };
 
 typedef struct {
-    const int64_t *calls;
+    const int64_t *calls, *values, *targets, *ends; /* of all weights; the last three are addresses, the last of u and v */
+    const int64_t *grads, *more_grads;              /* addresses, of those that are asked for; there may be no more */
+    const int64_t *places;                          /* which those are; where there are none, all */
     int64_t num_calls;
     const double *rules;
     const float *sigmas;
@@ -696,23 +697,30 @@ ALWAYS void row_of_gradient(const float *grad, const float *more, float factor, 
     }
 }
 
+static int64_t place_of(const differentiating *these, int64_t number) {
+    return these->places ? these->places[number] : number;
+}
+
 static void differentiate(const differentiating *these, int64_t number, const team *all, team *barrier, int thread,
                           float *scratch, double *parts) {
-    const int64_t *call = these->calls + number * CALL_WIDTH;
-    const float *grad = (const float *)(intptr_t)call[GRAD], *more = (const float *)(intptr_t)call[MORE_GRAD];
-    const float *value = (const float *)(intptr_t)call[VALUE];
-    float *target = (float *)(intptr_t)call[TARGET];
+    int64_t which = place_of(these, number);
+    const int64_t *call = these->calls + which * CALL_WIDTH, *ends = these->ends + 2 * which;
+    const float *grad = (const float *)(intptr_t)these->grads[number];
+    const float *more = (const float *)(intptr_t)these->more_grads[number];
+    const float *value = (const float *)(intptr_t)these->values[which];
+    float *target = (float *)(intptr_t)these->targets[which];
     int64_t rows = call[CALL_ROWS], outers = call[CALL_OUTERS], inner = call[CALL_INNER], size = rows * outers * inner;
     float *of_rows = scratch, *of_columns = scratch + rows;
     int8_t active;
-    double divisor = divisor_of(these->rules + number * RULE_WIDTH, these->sigmas[number], &active);
+    double divisor = divisor_of(these->rules + which * RULE_WIDTH, these->sigmas[which], &active);
     float factor = (float)(1 / (double)(float)divisor);
     int64_t begin, end;
     meet(barrier); /* nobody reads what the last one left */
     if (thread == 0) {
         if (active) {
-            gathered((const float *)(intptr_t)call[OF_ROWS], rows, call + CALL_ROW_PLACE_INNER, of_rows);
-            gathered((const float *)(intptr_t)call[OF_COLUMNS], outers * inner, call + CALL_COLUMN_PLACE_INNER,
+            int64_t along_rows = ends[call[CALL_IS_TRANSPOSED]], along_columns = ends[!call[CALL_IS_TRANSPOSED]];
+            gathered((const float *)(intptr_t)along_rows, rows, call + CALL_ROW_PLACE_INNER, of_rows);
+            gathered((const float *)(intptr_t)along_columns, outers * inner, call + CALL_COLUMN_PLACE_INNER,
                      of_columns);
         } else /* a weight that has no norm has no vectors either, and zero times what is not finite is no zero */
             memset(scratch, 0, sizeof(float) * (rows + outers * inner));
@@ -730,7 +738,7 @@ static void differentiate(const differentiating *these, int64_t number, const te
     double along = 0;
     if (active) {
         for (int64_t piece = 0; piece < pieces; piece++) along += parts[piece];
-        along = -along / these->sigmas[number];
+        along = -along / these->sigmas[which];
     }
     /* Rows, or runs of all rows: whatever follows in memory. */
     int64_t outer_stride = call[CALL_OUTER_STRIDE], row_stride = call[CALL_ROW_STRIDE];
@@ -747,7 +755,10 @@ static void differentiate(const differentiating *these, int64_t number, const te
     if (these->is_streamed) written();
 }
 
-static int64_t entries_of_call(const int64_t *call) { return call[CALL_ROWS] * call[CALL_OUTERS] * call[CALL_INNER]; }
+static int64_t entries_of_call(const differentiating *these, int64_t number) {
+    const int64_t *call = these->calls + place_of(these, number) * CALL_WIDTH;
+    return call[CALL_ROWS] * call[CALL_OUTERS] * call[CALL_INNER];
+}
 
 static void differentiate_all(void *arguments, team *all, int thread) {
     const differentiating *these = arguments;
@@ -755,24 +766,28 @@ static void differentiate_all(void *arguments, team *all, int thread) {
     float *own = these->scratch + (1 + thread) * these->scratch_size;
     double *own_parts = these->parts + (1 + thread) * these->parts_size;
     for (int64_t number = 0; all->size > 1 && number < these->num_calls; number++)
-        if (entries_of_call(these->calls + number * CALL_WIDTH) >= LARGE)
+        if (entries_of_call(these, number) >= LARGE)
             differentiate(these, number, all, all, thread, these->scratch, these->parts);
     for (;;) {
         int64_t number = atomic_fetch_add(&all->next, 1);
         if (number >= these->num_calls) break;
-        if (all->size == 1 || entries_of_call(these->calls + number * CALL_WIDTH) < LARGE)
+        if (all->size == 1 || entries_of_call(these, number) < LARGE)
             differentiate(these, number, &alone, &alone, 0, own, own_parts);
     }
 }
 
 /* dL/dW of some of the weights that were divided, which have ``all_entries`` together. Returns 0, or 1 where there is
  * no memory. */
-int spectralnorm_gradients(const int64_t *calls, int64_t num_calls, int64_t all_entries, const double *rules,
-                           const float *sigmas, int threads) {
+int spectralnorm_gradients(const int64_t *calls, const int64_t *values, const int64_t *targets, const int64_t *ends,
+                           const int64_t *grads, const int64_t *places, int64_t num_calls, int64_t all_entries,
+                           const double *rules, const float *sigmas, int threads) {
+    differentiating these = {.calls = calls, .values = values, .targets = targets, .ends = ends, .grads = grads,
+                             .more_grads = grads + num_calls, .places = places, .num_calls = num_calls, .rules = rules,
+                             .sigmas = sigmas, .is_streamed = all_entries >= STREAMED};
     int64_t entries = 0, size = 0, parts = 0;
     for (int64_t number = 0; number < num_calls; number++) {
-        const int64_t *call = calls + number * CALL_WIDTH;
-        int64_t numel = entries_of_call(call), both = call[CALL_ROWS] + call[CALL_OUTERS] * call[CALL_INNER];
+        const int64_t *call = calls + place_of(&these, number) * CALL_WIDTH;
+        int64_t numel = entries_of_call(&these, number), both = call[CALL_ROWS] + call[CALL_OUTERS] * call[CALL_INNER];
         entries += numel;
         size = both > size ? both : size;
         parts = numel / PIECE + 1 > parts ? numel / PIECE + 1 : parts;
@@ -782,8 +797,8 @@ int spectralnorm_gradients(const int64_t *calls, int64_t num_calls, int64_t all_
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
     float *scratch = malloc((sizeof(float) * size + sizeof(double) * parts) * (threads + 1));
     if (!scratch) return 1;
-    double *of_pieces = (double *)(scratch + size * (threads + 1));
-    differentiating these = {calls, num_calls, rules, sigmas, scratch, of_pieces, size, parts, all_entries >= STREAMED};
+    these.scratch = scratch, these.scratch_size = size, these.parts_size = parts;
+    these.parts = (double *)(scratch + size * (threads + 1));
     together(differentiate_all, &these, entries, threads);
     free(scratch);
     return 0;

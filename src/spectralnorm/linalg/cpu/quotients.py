@@ -26,18 +26,12 @@ __all__ = ["Divided", "Division", "QuotientPlan"]
 
 
 class _Call(IntEnum):
-    """What the table of a gradient holds for each weight: ``enum call_field`` of kernels.c."""
+    """What the table of gradients holds for each weight: ``enum call_field`` of kernels.c."""
 
-    GRAD = 0
-    MORE_GRAD = 1
-    VALUE = 2
-    TARGET = 3
-    OF_ROWS = 4
-    OF_COLUMNS = 5
-    ROWS = 6  # five, as in `Form`
-    ROW_PLACES = 11  # three
-    COLUMN_PLACES = 14  # three
-    WIDTH = 17
+    ROWS = 0  # six, as in `Form`
+    ROW_PLACES = 6  # three
+    COLUMN_PLACES = 9  # three
+    WIDTH = 12
 
 
 class Division(NamedTuple):
@@ -106,10 +100,7 @@ class QuotientPlan:
         layouts = [layout_of(weight.movedim(out_dim, 0).unsqueeze(0)) for weight, out_dim in weights]
         forms = [form_of(layout) for layout in layouts]
         self._vector_sizes = [(layout.rows, layout.columns) for layout in layouts]
-        self._are_transposed = [form.is_transposed for form in forms]
-        self._calls = integers(
-            [[0] * _Call.ROWS + [*form[:5], *form.row_places, *form.column_places] for form in forms]
-        )
+        self._calls = integers([[*form[: _Call.ROW_PLACES], *form.row_places, *form.column_places] for form in forms])
 
     def divide(self, sigmas: Tensor, outs: Sequence[Tensor] | None = None) -> Divided:
         """Each weight divided by its norm.
@@ -128,16 +119,16 @@ class QuotientPlan:
         )
         return Divided(outs, division.divisors, division.active.view(torch.bool))
 
-    def prepared(self, outs: Sequence[Tensor], *, are_checked: bool = False) -> Division:
+    def prepared(self, outs: Sequence[Tensor], *, targets: Tensor | None = None) -> Division:
         """The division into ``outs`` as `TrackingPlan.track` takes it, which fills in divisors and ``active``.
 
         Args:
             outs: as for `divide`.
-            are_checked: whether the caller knows that they fit.
+            targets: their addresses, where the caller has had them checked before; None: not yet.
         """
-        if not are_checked:
+        if targets is None:
             self._check_layouts(outs, range(len(self._shapes)))
-        targets = integers([out.data_ptr() for out in outs])
+            targets = integers([out.data_ptr() for out in outs])
         divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.int8, device="cpu")
         return Division(self._addresses, targets, self._sizes, self._rules, divisors, active)
 
@@ -173,7 +164,6 @@ class QuotientPlan:
         Raises:
             ValueError: something has another shape, type or layout than the weight it belongs to.
         """
-        sigmas = self._checked(sigmas)
         places = range(len(self._shapes)) if places is None else places
         results = [_like(self._shapes[place]) for place in places] if outs is None else list(outs)
         if not are_checked:
@@ -183,31 +173,54 @@ class QuotientPlan:
                 if more is not None:
                     self._check_layouts([more], [place])
             require_vectors(us, vs, (self._vector_sizes[place] for place in places))
-        addresses = []
-        more_grads = [None] * len(results) if more_grads is None else more_grads
-        parts = zip(places, grads, more_grads, values, us, vs, results, strict=True)
-        for place, grad, more, value, u, v, out in parts:
-            ends = (v.data_ptr(), u.data_ptr()) if self._are_transposed[place] else (u.data_ptr(), v.data_ptr())
-            more_address = 0 if more is None else more.data_ptr()
-            addresses.append((grad.data_ptr(), more_address, value.data_ptr(), out.data_ptr(), *ends))
-        calls, rules = self._calls, self._rules
-        if list(places) == list(range(len(self._shapes))):
-            calls = calls.clone()
+        # Tables of all weights, of which only those at the places are looked at.
+        at_places = [[0] * len(self._shapes) for _ in range(4)]
+        for place, *tensors in zip(places, values, results, us, vs, strict=True):
+            for table, tensor in zip(at_places, tensors, strict=True):
+                table[place] = tensor.data_ptr()
+        of_values, targets, *ends = map(integers, at_places)
+        self.differentiate(grads, more_grads, of_values, targets, torch.stack(ends, 1), self._checked(sigmas), places)
+        return results
+
+    def differentiate(
+        self,
+        grads: Sequence[Tensor],
+        more_grads: Sequence[Tensor | None] | None,
+        values: Tensor,
+        targets: Tensor,
+        ends: Tensor,
+        sigmas: Tensor,
+        places: Sequence[int] | None,
+    ) -> None:
+        """As `gradients`, of what is known to fit.
+
+        Args:
+            grads: as for `gradients`.
+            more_grads: as for `gradients`.
+            values: (weights,): addresses of W'.
+            targets: (weights,): addresses of the gradients.
+            ends: (weights, 2): addresses of u and v.
+            sigmas: as for `gradients`.
+            places: as for `gradients`.
+        """
+        addresses = [grad.data_ptr() for grad in grads]
+        if more_grads is None:
+            addresses += [0] * len(grads)
         else:
-            chosen = integers(list(places))
-            calls, rules, sigmas = calls[chosen], rules[chosen], sigmas[chosen]
-        calls[:, : _Call.ROWS] = integers(addresses)
+            addresses += [0 if more is None else more.data_ptr() for more in more_grads]
+        of_grads = integers(addresses)
+        which = None if places is None else integers(list(places))
         has_failed = kernels().spectralnorm_gradients(
-            calls.data_ptr(),
-            len(results),
+            *(each.data_ptr() for each in (self._calls, values, targets, ends, of_grads)),
+            None if which is None else which.data_ptr(),
+            len(grads),
             self._num_entries,
-            rules.data_ptr(),
+            self._rules.data_ptr(),
             sigmas.data_ptr(),
             torch.get_num_threads(),
         )
         if has_failed:
             raise MemoryError("No memory for the gradients of the weights.")
-        return results
 
     def _checked(self, sigmas: Tensor) -> Tensor:
         shape = (len(self._shapes),)

@@ -49,13 +49,25 @@ class VectorStore:
         if not are_checked:
             for vector, target in zip(vectors, targets, strict=True):
                 require_target(vector, target, (torch.float32,))
-        numbers = [
-            [vector.data_ptr() for vector in vectors],
-            [target.data_ptr() for target in targets],
-            [target.numel() for target in targets],
-            list(owners),
-        ]
-        table = integers(numbers)
+        sources = integers([vector.data_ptr() for vector in vectors])
+        sizes = integers([target.numel() for target in targets])
+        self.copy_from(sources, sizes, integers(list(owners)), sigmas, targets, eps=eps)
+
+    def copy_from(
+        self,
+        sources: Tensor,
+        sizes: Tensor,
+        owners: Tensor,
+        sigmas: Tensor,
+        targets: Sequence[Tensor],
+        *,
+        eps: float,
+    ) -> None:
+        """As `copy`, of checked vectors that are given by their addresses and sizes."""
+        addresses = integers([target.data_ptr() for target in targets])
         kernels().spectralnorm_store(
-            *(row.data_ptr() for row in table), len(owners), sigmas.contiguous().data_ptr(), eps
+            *(row.data_ptr() for row in (sources, addresses, sizes, owners)),
+            len(targets),
+            sigmas.contiguous().data_ptr(),
+            eps,
         )

@@ -111,6 +111,8 @@ class TrackingPlan:
 
     Attributes:
         shapes: of each tensor (batch, rows, columns).
+        vector_sizes: of u, v, u, v, ..., if each tensor is one matrix.
+        vector_owners: which tensor each of those is of.
 
     Raises:
         ValueError: a matrix has another type or device, no entries, or strides that no kernel reads (`form_of`).
@@ -131,6 +133,11 @@ class TrackingPlan:
         self._directions = None
         if directions is not None:
             self._directions = torch.cat([each.detach().float() for pair in directions for each in pair])
+        # Of whole weights, each one matrix: where u and v lie in the memory of all vectors, in bytes.
+        sizes = [size for _, *both in self.shapes for size in both]
+        starts = [4 * start for start in accumulate([0, *sizes[:-1]])]
+        self.vector_sizes, self._vector_places = integers(sizes), integers(starts).view(-1, 2)
+        self.vector_owners = integers([place // 2 for place in range(len(sizes))])
         self._first_matrices = integers([0, *accumulate(batch for batch, _, _ in self.shapes)])
         self._tables: dict[tuple[bool, ...], tuple[Tensor, tuple[bool, ...], int]] = {}
 
@@ -172,6 +179,15 @@ class TrackingPlan:
             tracked = self._iterated(sides, rows, shifts, eps, None)
             sides, rows, shifts = tracked.sides, tracked.rows, None
         return self._iterated(sides, rows, shifts, eps, division)
+
+    def ends(self, tracked: Tracked) -> Tensor | None:
+        """Addresses of u and v for each weight, (weights, 2), if each is one matrix; else None.
+
+        They are those of the vectors that `whole` returns, without as many tensors being made.
+        """
+        if self._num_matrices != len(self.shapes):
+            return None
+        return self._vector_places + tracked.vectors.data_ptr()
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
@@ -220,8 +236,9 @@ class TrackingPlan:
 
     def _table_of(self, sides: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...], int]:
         """The table for frames on given sides; the sides of the next frames, and their entries in all."""
-        if sides in self._tables:
-            return self._tables[sides]
+        found = self._tables.get(sides)
+        if found is not None:
+            return found
         entries, next_sides = [], []
         frame = following = vector = direction = 0
         parts = zip(self._addresses, self._layouts, self._forms, sides, strict=True)

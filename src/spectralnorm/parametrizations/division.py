@@ -1,0 +1,203 @@
+"""Weights that kernels have divided by their norms, and their gradients.
+
+One object for all weights of a step, whose lists grow with the model; what autograd and the user may want of one weight
+(`Quotient`) is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralnorm.linalg.cpu.tables import integers
+from spectralnorm.parametrizations.memory import Memory
+from spectralnorm.parametrizations.quotient import Quotient, gradients_of
+from spectralnorm.parametrizations.weight_clock import Moment
+
+if TYPE_CHECKING:
+    from spectralnorm.parametrizations.by_kernels import Plans
+
+__all__ = ["Division", "SomeOf"]
+
+_Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class Division:
+    """Weights divided by norms that are known: a `Batch`.
+
+    Attributes:
+        plans: of the weights.
+        sigmas: the norms, (weights,).
+        values: the weights divided.
+        gradients_memory: on the CPU that of the last gradients.
+        ends: addresses of the vectors where they are known, (weights, 2).
+    """
+
+    def __init__(
+        self,
+        plans: Plans,
+        sigmas: Tensor,
+        pairs: Callable[[], _Pairs],
+        divided: tuple[Memory, Tensor, Tensor],
+        gradients_memory: Memory,
+        ends: Tensor | None = None,
+    ) -> None:
+        """Keep what was computed.
+
+        Args:
+            plans: as the attribute.
+            sigmas: as the attribute.
+            pairs: gives the whole vectors u and v of each.
+            divided: the values, what they were divided by, and whether that depends on the norm.
+            gradients_memory: as the attribute.
+            ends: as the attribute.
+        """
+        self.plans, self.sigmas = plans, sigmas
+        self.values, self._divisors, self._active = divided
+        self.gradients_memory = gradients_memory
+        self.ends, self._pairs = ends, pairs
+        self._found_pairs: _Pairs | None = None
+        self._ends_of_pairs: Tensor | None = None
+        self._numbers: tuple[Sequence[Any], Sequence[Any]] | None = None
+
+    @property
+    def pairs(self) -> _Pairs:
+        """The whole vectors u and v of each weight."""
+        if self._found_pairs is None:
+            self._found_pairs = self._pairs()
+        return self._found_pairs
+
+    def quotient(self, place: int, moment: Moment) -> Quotient:
+        """What is to be known of one weight, which was read at a ``moment``.
+
+        That is not kept here: who goes on with one of the weights is not to hold the others, which may be of a model
+        that is gone.
+        """
+        if self._numbers is None:
+            is_of_host = self.plans.kernels.are_of_host
+            divisors, active = self._divisors, self._active
+            self._numbers = (divisors.tolist(), active.tolist()) if is_of_host else (divisors.unbind(), active.unbind())
+        coefficient, is_cap = self.plans.rules[place]
+        return Quotient(
+            weight=moment.clock.weight,
+            moment=moment,
+            value=self.values[place],
+            sigma=self.sigmas[place],
+            divisor=self._numbers[0][place],
+            active=self._numbers[1][place],
+            pairs=(self.pairs[place],),
+            views=(self.plans.views[place],),
+            flat_v=None,
+            coefficient=coefficient,
+            cap=is_cap,
+            eps=self.plans.eps,
+            batch=self,
+            place=place,
+        )
+
+    def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """As `Batch` has it, of any of the weights, or of copies that have their values elsewhere."""
+        places = [quotient.place for quotient in quotients]
+        values, pairs = [quotient.value for quotient in quotients], [quotient.pairs[0] for quotient in quotients]
+        return self._gradients_of(places, values, pairs, grads)
+
+    def _gradients_of(
+        self, places: Sequence[int], values: Sequence[Tensor], pairs: _Pairs, grads: Sequence[Sequence[Tensor]]
+    ) -> Sequence[Tensor]:
+        firsts, others = self._laid_out(places, grads)
+        options = {"more_grads": others}
+        if not self.plans.kernels.are_of_host:
+            firsts, options = _sums(firsts, others), {}
+        return self.plans.quotients.gradients(
+            firsts,
+            values,
+            [u for u, _ in pairs],
+            [v for _, v in pairs],
+            self.sigmas,
+            places=places,
+            are_checked=True,
+            **options,
+        )
+
+    def gradients_at(self, places: Sequence[int], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The same of the weights at ``places``, for the sums of one or two each."""
+        if not self.plans.kernels.are_of_host:
+            values, pairs = [self.values[place] for place in places], [self.pairs[place] for place in places]
+            return self._gradients_of(places, values, pairs, grads)
+        firsts, others = self._laid_out(places, grads)
+        ends = self._ends_of_pairs if self.ends is None else self.ends
+        if ends is None:
+            ends = self._ends_of_pairs = integers([[u.data_ptr(), v.data_ptr()] for u, v in self.pairs])
+        outs = self.gradients_memory.free_at(places, self.plans.prototypes)
+        self.plans.quotients.differentiate(
+            firsts,
+            others,
+            self.values.addresses,
+            self.gradients_memory.addresses,
+            ends,
+            self.sigmas,
+            None if places == list(range(len(self.plans.prototypes))) else places,
+        )
+        return [out.detach() for out in outs]
+
+    def _laid_out(
+        self, places: Sequence[int], grads: Sequence[Sequence[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The first and the second of what comes for each weight, in memory as the weight."""
+        likes = [self.plans.prototypes[place] for place in places]
+        firsts = [_laid_out(of_one[0], like) for of_one, like in zip(grads, likes, strict=True)]
+        others = [_laid_out(each[1], like) if len(each) > 1 else None for each, like in zip(grads, likes, strict=True)]
+        return firsts, others
+
+
+class SomeOf:
+    """The weights at some places of a division, as `NormalizedWeights` takes them."""
+
+    def __init__(self, division: Division, places: Sequence[int], moments: Sequence[Moment]) -> None:
+        self.division, self.places, self._moments = division, places, moments
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The weights divided."""
+        return [self.division.values[place] for place in self.places]
+
+    def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
+        """dL/dW of each for the sum of what came from its uses; None where nothing came."""
+        indices = [index for index, of_uses in enumerate(grads) if of_uses]
+        if torch.is_grad_enabled() or any(grad.is_sparse for of_uses in grads for grad in of_uses):
+            return gradients_of([*map(self.division.quotient, self.places, self._moments)], grads)
+        results: list[Tensor | None] = [None] * len(grads)
+        if len(indices) == len(grads):
+            return [*self.division.gradients_at(self.places, grads)]
+        places = [self.places[index] for index in indices]
+        found = self.division.gradients_at(places, [grads[index] for index in indices])
+        for index, result in zip(indices, found, strict=True):
+            results[index] = result
+        return results
+
+
+def _sums(firsts: list[Tensor], others: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that have another one with it added, in one call."""
+    places = [place for place, other in enumerate(others) if other is not None]
+    if not places:
+        return firsts
+    more = [other for other in others if other is not None]
+    added = torch._foreach_add([firsts[place] for place in places], more)  # type: ignore[reportPrivateImportUsage]
+    sums = list(firsts)
+    for place, each in zip(places, added, strict=True):
+        sums[place] = each
+    return sums
+
+
+def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` with the type and strides of ``like``; the same memory, if only strides of single entries differ."""
+    if grad.dtype is like.dtype:
+        if grad.is_contiguous() if like.is_contiguous() else grad.stride() == like.stride():
+            return grad
+        pairs = zip(grad.shape, grad.stride(), like.stride(), strict=True)
+        if all(size == 1 or mine == its for size, mine, its in pairs):
+            return grad.as_strided(like.shape, like.stride())
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=grad.device).copy_(grad)
