@@ -40,7 +40,7 @@ def symbol_disagreement() -> str | None:
             return f"there are {len(panels)} Gram matrices and not {tables.num_frequencies * groups}"
         start = eigenvectors[:, :, -1].conj().to(torch.complex64)
         for place in range(len(panels)):
-            one = torch.tensor([place])
+            one = torch.tensor([place], device="cpu")
             value, vectors = panels[one].followed(Effort(1, 0, 0), start[one])
             if not abs(value - float(largest[place])) <= _TOLERANCE * float(largest[place]):
                 return f"the largest eigenvalue {size} differs"
@@ -48,7 +48,7 @@ def symbol_disagreement() -> str | None:
                 return f"the leading eigenvector {size} differs"
             for share in (1 - 10 * _TOLERANCE, 1 + 10 * _TOLERANCE):
                 square = float(largest[place]) * share
-                has_none = torch.zeros(len(panels), dtype=torch.bool)
+                has_none = torch.zeros(len(panels), dtype=torch.bool, device="cpu")
                 failed = panels.without_factor(square)
                 if failed is not None:
                     has_none[failed] = True
