@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet, compute_dtype
-from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.batches import SMALL, Batch, Pairs, Together, wholes
 from spectralnorm.parametrizations.by_kernels import (
@@ -29,6 +28,14 @@ from spectralnorm.parametrizations.by_kernels import (
 )
 from spectralnorm.parametrizations.kept import Alone, Kept, Member, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
+from spectralnorm.parametrizations.promise import (
+    Divisor,
+    Promise,
+    bounded_value,
+    promise_of,
+    promises_of,
+    shorter_vectors,
+)
 from spectralnorm.parametrizations.quotient import (
     CastWeight,
     NormalizedWeights,
@@ -38,7 +45,6 @@ from spectralnorm.parametrizations.quotient import (
     divisor_of,
     host_divisor_of,
 )
-from spectralnorm.parametrizations.strict import Bounded, bounded, careful_divisor
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -51,7 +57,6 @@ __all__ = [
     "output_for_use",
     "refresh_together",
     "rounded_for_autocast",
-    "shorter_vectors",
     "stepped_together",
     "write_buffers",
 ]
@@ -129,7 +134,7 @@ def _refresh(members: Sequence[Member]) -> None:
     divisors = divisors_of([member.normalization for member in members], sigmas, verdict)
     quotients: list[Quotient | None] = [None] * len(members)
     all_matrices = together.take_matrices()
-    promises = _promises_of(members, together, all_matrices)
+    promises = promises_of(members, together, all_matrices)
     for place, promise in promises.items():
         divisors[place] = promise.divisor
     for batch, matrices, found in zip(together.batches, all_matrices, together.found, strict=True):
@@ -191,78 +196,12 @@ def keep_triplets(
         if normalization.strict:
             leading = shorter_vectors(triplets[0].u, triplets[0].v)
             upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
-            promise = _promise_of(normalization, weight, upper, leading)
+            promise = promise_of(normalization, weight, upper, leading)
             divisor = promise.divisor
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
     normalization.keep(Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age))
-
-
-_Divisor = tuple["float | Tensor", "bool | Tensor"]
-
-
-class _Promise(NamedTuple):
-    """What a strict weight is divided by.
-
-    Attributes:
-        upper: what its norm does not exceed.
-        divisor: with which the value's norm does not exceed what is wanted; and whether that depends on the norm.
-        value: that value, where it had to be looked at; else None.
-    """
-
-    upper: Tensor
-    divisor: _Divisor
-    value: Tensor | None
-
-
-def shorter_vectors(u: Tensor, v: Tensor) -> Tensor:
-    """Those of the vectors u (..., out) and v (..., in) that belong to the shorter side."""
-    return u if u.shape[-1] <= v.shape[-1] else v
-
-
-def _promises_of(members: Sequence[Member], together: Together, matrices: Sequence[Tensor]) -> dict[int, _Promise]:
-    """Of the strict members, by place; equal shapes are bounded as one batch."""
-    promises = {}
-    for batch, of_batch, found in zip(together.batches, matrices, together.found, strict=True):
-        strict = [place for place in batch.places if members[place].normalization.strict]
-        if not strict:
-            continue
-        leading = shorter_vectors(found.u, found.v).unflatten(0, (-1, batch.blocks))
-        uppers: Tensor | None = None
-        if any(members[place].normalization.geometry is None for place in strict):
-            uppers = tried_upper_bound(of_batch, leading.flatten(0, 1)).unflatten(0, (-1, batch.blocks)).amax(-1)
-        for slot, place in enumerate(batch.places):
-            normalization, weight, _ = members[place]
-            if normalization.strict:
-                if uppers is not None and normalization.geometry is None:
-                    upper = uppers[slot]
-                else:
-                    upper = normalization.upper_bound(weight, leading[slot], is_followed=True)
-                promises[place] = _promise_of(normalization, weight, upper, leading[slot])
-    return promises
-
-
-def _promise_of(normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor) -> _Promise:
-    weight = weight.detach()
-    value = None
-    if weight.dtype == compute_dtype(weight.dtype):
-        target = normalization.target(weight.dtype)
-        if host_has(weight.device):
-            return _Promise(upper, careful_divisor(weight, float(upper), target), None)
-        divisor, active = careful_divisor(weight, upper, target)
-    else:
-        value, divisor, active = _bounded(normalization, weight, upper, leading, weight.dtype)
-        if host_has(weight.device):
-            return _Promise(upper, (float(divisor), bool(active)), value)
-    return _Promise(upper, (divisor.to(compute_dtype(weight.dtype).to_real()), active), value)
-
-
-def _bounded(
-    normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor | None, dtype: torch.dtype
-) -> Bounded:
-    target = normalization.target(dtype)
-    return bounded(weight, upper, target, lambda value: normalization.upper_bound(value, leading))
 
 
 def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:
@@ -281,7 +220,7 @@ def _rounded_strict(normalization: SpectralNorm, kept: Kept, weight: Tensor, dty
     before, triplet = kept.quotient, kept.triplets[0]
     assert before.upper is not None
     leading = shorter_vectors(triplet.u, triplet.v)
-    value, divisor, active = _bounded(normalization, weight, before.upper, leading, dtype)
+    value, divisor, active = bounded_value(normalization, weight, before.upper, leading, dtype)
     if host_has(weight.device):
         divisor, active = float(divisor), bool(active)
     else:
@@ -300,7 +239,7 @@ def connect_rounded(normalization: SpectralNorm, kept: Kept, rounded: Rounded, w
     return output
 
 
-def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[_Divisor]:
+def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[Divisor]:
     """What each weight is divided by, and whether that depends on its norm."""
     if verdict.is_immediate and verdict.sigmas is not None:
         return [
@@ -319,9 +258,9 @@ def _quotient(
     flat_v: Tensor,
     sigma: Tensor,
     pairs: Pairs,
-    divisor: _Divisor,
+    divisor: Divisor,
     memory: Tensor | None,
-    promise: _Promise | None,
+    promise: Promise | None,
     direction: Tensor | None,
 ) -> Quotient:
     """One weight divided, into ``memory`` if that may be overwritten."""
@@ -350,9 +289,9 @@ def _stacked(
     matrices: Tensor,
     found: TrackedTriplet,
     members: Sequence[Member],
-    divisors: Sequence[_Divisor],
+    divisors: Sequence[Divisor],
     pairs: Sequence[Pairs],
-    promises: dict[int, _Promise],
+    promises: dict[int, Promise],
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
     numbers = torch.tensor([divisors[place][0] for place in batch.places], dtype=found.sigma.dtype)

@@ -14,6 +14,7 @@ from spectralnorm.linalg import Frame, TrackedTriplet
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.parametrizations import engine
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.promise import shorter_vectors
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["restore_tracking", "tracking_of"]
@@ -71,7 +72,7 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
         v = view.in_memory_order(part(number, "v"), weight)
         triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
     with torch.no_grad():
-        leading = engine.shorter_vectors(triplets[0].u, triplets[0].v)
+        leading = shorter_vectors(triplets[0].u, triplets[0].v)
         vectors = state.get("symbol_vectors")
         normalization.symbol_vectors = None if vectors is None else vectors.to(weight.device, copy=True)
         upper = _same_bound(normalization, weight, leading, state)
