@@ -109,6 +109,7 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
 
 _module_call = nn.Module.__call__
+_is_compiling = torch.compiler.is_compiling
 
 
 def _reader(name: str) -> Callable[[Any], Any]:
@@ -123,7 +124,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
         parts = self._modules["parametrizations"]._modules.get(name)
         if parts is None:
             return _ordinary(self, name)
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return parts()
         modules = parts._modules
         weight = parts._parameters.get("original")

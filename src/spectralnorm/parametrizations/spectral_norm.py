@@ -50,6 +50,10 @@ _CAST_FORWARDS = {
         *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     )
 }
+# Asked at every use. In a forward the caches hold the last layer's numbers, and what is looked up in a module as large
+# as torch comes from memory.
+_are_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_autocast_enabled, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
 
@@ -388,8 +392,8 @@ class SpectralNorm(nn.Module):
         if (
             kept is None
             or self.scale is not None
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
+            or _are_transforms_active()
+            or _tracing_state() is not None
             or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
             or not kept.is_current(weight)
         ):
@@ -443,9 +447,9 @@ class SpectralNorm(nn.Module):
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
         dtype = None
-        if torch._C._is_any_autocast_enabled() and (self.strict or (self._is_cast and self.scale is None)):
+        if _is_autocast_enabled() and (self.strict or (self._is_cast and self.scale is None)):
             dtype = autocast_dtype(weight)
-        has_grad = torch.is_grad_enabled()
+        has_grad = _is_grad_enabled()
         if has_grad and self.training and not kept.is_in_buffers:
             engine.write_buffers(self, kept)
         if not has_grad or not weight.requires_grad:
