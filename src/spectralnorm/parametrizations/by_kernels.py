@@ -5,13 +5,14 @@ at once. On a GPU seven launches of Triton kernels find the norms and vectors, o
 the backward is two; on a CPU it is one call each of kernels in C. The numbers are those of the engine but for rounding.
 
 Only what the kernels can read comes here: one matrix or its diagonal blocks, float32 (on a GPU a half type as well), no
-gaps in memory, divided by its own estimated norm. All else goes the engine's way, beside it.
+gaps in memory, divided by its own estimated norm; on a CPU by a guaranteed bound as well, which is found between the
+norms and the division. All else goes the engine's way, beside it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
@@ -26,6 +27,7 @@ from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.memory import Memory
+from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, Step, WeightClock
 
@@ -48,9 +50,9 @@ def can_be_read(normalization: SpectralNorm, weight: Tensor) -> bool:
     return (
         weight.dtype in _DTYPES.get(weight.device.type, ())
         and len(normalization.views) == 1
-        and normalization.geometry is None
-        and not normalization.strict
+        and not normalization.follows_map
         and are_usable(weight)
+        and (not normalization.strict or _kernels_for(weight.device).are_of_host)
         and _has_layout(normalization.views[0], weight.shape, weight.stride(), host_has(weight.device))
     )
 
@@ -133,6 +135,12 @@ class Plans:
             self._tracking = self.kernels.TrackingPlan(matrices, [_directions(matrix) for matrix in matrices])
         return self._tracking
 
+    def promised(self, promises: Mapping[int, Promise], sigmas: Tensor) -> dict[str, Any]:
+        """What `Division` is to know of strict weights on the CPU, whose ``promises`` are given by place."""
+        divisors: Any = {place: promise.divisor for place, promise in promises.items()}
+        rules = self.quotients.rules_with(divisors, sigmas.tolist())
+        return {"rules": rules, "uppers": {place: promise.upper for place, promise in promises.items()}}
+
     def fitting(self, memory: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Those of the tensors that quotients can be written to."""
         return [
@@ -187,6 +195,7 @@ class ByKernels:
         self._plans = plans = _plans_for(weights)
         self._tracking = plans.tracking(weights)
         self._options = first.n_power_iterations, first.eps
+        self._strict = [place for place, (normalization, _) in enumerate(weights) if normalization.strict]
         # Weak: a normalization holds this, and nothing of a model is to outlive it.
         self._members = [ref(normalization) for normalization, _ in weights]
         self._addresses = [weight.data_ptr() for _, weight in weights]
@@ -208,7 +217,14 @@ class ByKernels:
         options = (frames, ages, num_iterations)
         out_dims, ends = [view.out_dim for view in plans.views], None
         outs = values.free_at(range(len(kepts)), plans.prototypes)
-        if plans.kernels.are_of_host:
+        promised: dict[str, Any] = {}
+        if self._strict:
+            self._tracked = tracked = self._tracking.track(*options, eps=eps)
+            sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
+            pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
+            promised = plans.promised(self._promises(members), sigmas)
+            divided = values, *plans.quotients.divide(sigmas, outs, rules=promised["rules"])[1:]
+        elif plans.kernels.are_of_host:
             how = plans.quotients.prepared(outs, targets=values.addresses)
             self._tracked = tracked = self._tracking.track(*options, eps=eps, division=how)
             sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
@@ -220,16 +236,25 @@ class ByKernels:
             us, vs, sigmas = self._tracking.whole(tracked, out_dims)
             pairs = partial(list, zip(us, vs, strict=True))
             divided = values, *plans.quotients.divide(sigmas, outs)[1:]
-        self._division = self.division(sigmas, pairs, divided, gradients_memory, ends)
+        self._division = Division(plans, sigmas, pairs, divided, gradients_memory, ends, **promised)
         self._verdict = verdict = Verdict(sigmas, eps)
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
 
-    def division(self, *found: Any) -> Division:
-        """By the norms that were found."""
-        return Division(self._plans, *found)
+    def _promises(self, members: Sequence[Member]) -> dict[int, Promise]:
+        """Of the strict weights, by place."""
+        promises = {}
+        for place in self._strict:
+            normalization, weight, _ = members[place]
+            leading = None
+            if not normalization.is_bounded_by_symbol:
+                (triplet,) = self.triplets_of(place)
+                leading = shorter_vectors(triplet.u, triplet.v)
+            upper = normalization.upper_bound(weight, leading, is_followed=True)
+            promises[place] = promise_of(normalization, weight, upper, leading)
+        return promises
 
     def _memory(self, kepts: Sequence[Kept]) -> tuple[Memory, Memory]:
         """Of the last values, as far as it is free, and of the last gradients."""
@@ -369,7 +394,11 @@ def _weights_of(members: Sequence[Member]) -> _Weights:
 
 
 def quotient_by_kernels(
-    normalization: SpectralNorm, weight: Tensor, sigma: Tensor, pair: tuple[Tensor, Tensor]
+    normalization: SpectralNorm,
+    weight: Tensor,
+    sigma: Tensor,
+    pair: tuple[Tensor, Tensor],
+    promise: Promise | None = None,
 ) -> Quotient:
     """One weight divided by a norm that is known; to the same bits as among others, and so is its gradient.
 
@@ -378,11 +407,15 @@ def quotient_by_kernels(
         weight: that the kernels can read.
         sigma: (1,).
         pair: the whole vectors u and v.
+        promise: of a strict weight.
     """
     plans = _plans_for([(normalization, weight)])
     values = Memory([None], plans.device)
-    _, *others = plans.quotients.divide(sigma, values.free_at([0], plans.prototypes))
-    division = Division(plans, sigma, lambda: [pair], (values, *others), Memory([None], plans.device))
+    promised: dict[str, Any] = {} if promise is None else plans.promised({0: promise}, sigma)
+    options: dict[str, Any] = {"rules": promised["rules"]} if promised else {}
+    _, *others = plans.quotients.divide(sigma, values.free_at([0], plans.prototypes), **options)
+    memory = Memory([None], plans.device)
+    division = Division(plans, sigma, lambda: [pair], (values, *others), memory, **promised)
     return division.quotient(0, normalization.watched(weight).now())
 
 

@@ -6,7 +6,7 @@ One object for all weights of a step, whose lists grow with the model; what auto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ class Division:
         values: the weights divided.
         gradients_memory: on the CPU that of the last gradients.
         ends: addresses of the vectors where they are known, (weights, 2).
+        uppers: of strict weights, by place, what the norm is guaranteed not to exceed.
     """
 
     def __init__(
@@ -44,6 +45,9 @@ class Division:
         divided: tuple[Memory, Tensor, Tensor],
         gradients_memory: Memory,
         ends: Tensor | None = None,
+        *,
+        uppers: Mapping[int, Tensor] | None = None,
+        rules: Tensor | None = None,
     ) -> None:
         """Keep what was computed.
 
@@ -54,7 +58,10 @@ class Division:
             divided: the values, what they were divided by, and whether that depends on the norm.
             gradients_memory: as the attribute.
             ends: as the attribute.
+            uppers: as the attribute; None: no weight is strict.
+            rules: that the weights were divided by; None: those of the plans.
         """
+        self.uppers, self._rules = uppers or {}, rules
         self.plans, self.sigmas = plans, sigmas
         self.values, self._divisors, self._active = divided
         self.gradients_memory = gradients_memory
@@ -94,6 +101,7 @@ class Division:
             coefficient=coefficient,
             cap=is_cap,
             eps=self.plans.eps,
+            upper=self.uppers.get(place),
             batch=self,
             place=place,
         )
@@ -108,9 +116,11 @@ class Division:
         self, places: Sequence[int], values: Sequence[Tensor], pairs: _Pairs, grads: Sequence[Sequence[Tensor]]
     ) -> Sequence[Tensor]:
         firsts, others = self._laid_out(places, grads)
-        options = {"more_grads": others}
+        options: dict[str, Any] = {"more_grads": others}
         if not self.plans.kernels.are_of_host:
             firsts, options = _sums(firsts, others), {}
+        elif self._rules is not None:
+            options["rules"] = self._rules
         return self.plans.quotients.gradients(
             firsts,
             values,
@@ -140,6 +150,7 @@ class Division:
             ends,
             self.sigmas,
             None if places == list(range(len(self.plans.prototypes))) else places,
+            self._rules,
         )
         return [out.detach() for out in outs]
 

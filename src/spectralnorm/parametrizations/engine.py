@@ -188,16 +188,16 @@ def keep_triplets(
         sigma, direction = normalization.refined_map(weight) if found_map is None else found_map
         sigmas = sigma.reshape(1)
     verdict = Verdict(sigmas, normalization.eps)
+    promise = None
+    if normalization.strict:
+        leading = shorter_vectors(triplets[0].u, triplets[0].v)
+        upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
+        promise = promise_of(normalization, weight, upper, leading)
     if can_be_read(normalization, weight):
-        quotient = quotient_by_kernels(normalization, weight, sigmas, pairs[0][0])
+        quotient = quotient_by_kernels(normalization, weight, sigmas, pairs[0][0], promise)
     else:
         (divisor,) = divisors_of([normalization], sigmas, verdict)
-        promise = None
-        if normalization.strict:
-            leading = shorter_vectors(triplets[0].u, triplets[0].v)
-            upper = normalization.upper_bound(weight, leading, is_followed=True) if upper is None else upper
-            promise = promise_of(normalization, weight, upper, leading)
-            divisor = promise.divisor
+        divisor = divisor if promise is None else promise.divisor
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )

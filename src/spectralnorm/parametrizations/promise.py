@@ -64,14 +64,14 @@ def promises_of(members: Sequence[Member], together: Together, matrices: Sequenc
     return promises
 
 
-def promise_of(normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor) -> Promise:
+def promise_of(normalization: SpectralNorm, weight: Tensor, upper: Tensor, leading: Tensor | None) -> Promise:
     """Of one weight.
 
     Args:
         normalization: of the weight.
         weight: raw.
         upper: what its norm does not exceed, float64.
-        leading: vectors as for `SpectralNorm.upper_bound`.
+        leading: vectors as for `SpectralNorm.upper_bound`, where it takes any.
     """
     weight = weight.detach()
     value = None

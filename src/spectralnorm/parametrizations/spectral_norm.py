@@ -298,7 +298,8 @@ class SpectralNorm(nn.Module):
                 `MatrixView.memory_blocks`; they say what is worth a try, and tighten.
             is_followed: whether the next bound will be of nearly this weight, and may start from this one.
         """
-        if self.geometry is not None and self._gain > 1 and is_eager(weight):
+        if self.is_bounded_by_symbol and is_eager(weight):
+            assert self.geometry is not None
             upper, vectors = followed_convolution_bound(
                 weight.detach(), self.geometry, self.input_size, self.symbol_vectors
             )
@@ -315,6 +316,11 @@ class SpectralNorm(nn.Module):
         if leading is None:
             return gram_upper_bound(self.weight_matrix(weight.detach())).amax()
         return tried_upper_bound(self.view.memory_blocks(weight.detach()), leading).amax() * self._gain
+
+    @property
+    def is_bounded_by_symbol(self) -> bool:
+        """Whether the bound of a weight is one of a convolution's symbol, where values may be looked at."""
+        return self.geometry is not None and self._gain > 1
 
     def target(self, dtype: torch.dtype) -> Target:
         """What a strict value has to be whose entries are rounded to ``dtype``."""

@@ -10,7 +10,8 @@ the cache if it fits there, and writes dL/dW.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -102,20 +103,39 @@ class QuotientPlan:
         self._vector_sizes = [(layout.rows, layout.columns) for layout in layouts]
         self._calls = integers([[*form[: _Call.ROW_PLACES], *form.row_places, *form.column_places] for form in forms])
 
-    def divide(self, sigmas: Tensor, outs: Sequence[Tensor] | None = None) -> Divided:
+    def rules_with(self, divisors: Mapping[int, tuple[float, bool]], sigmas: Sequence[float]) -> Tensor:
+        """Rules by which some weights are divided by given numbers, for `divide` and `differentiate`.
+
+        Args:
+            divisors: of those weights, by place, and whether each is the norm times a constant.
+            sigmas: the norms of all.
+        """
+        rules = self._rules.clone()
+        for place, (divisor, is_active) in divisors.items():
+            sigma = sigmas[place]
+            # sigma / (sigma / d) is d but for rounding in double.
+            is_active = is_active and 0 < sigma < math.inf
+            row = (sigma / divisor, -math.inf, divisor) if is_active else (1.0, math.inf, divisor)
+            rules[place] = torch.tensor(row, dtype=torch.float64, device="cpu")
+        return rules
+
+    def divide(self, sigmas: Tensor, outs: Sequence[Tensor] | None = None, *, rules: Tensor | None = None) -> Divided:
         """Each weight divided by its norm.
 
         Args:
             sigmas: (weights,), float32: the norms.
             outs: for each weight a tensor of its shape and strides to write to; None: new ones. Torch does not notice
                 that something is written to them: their versions stay.
+            rules: `rules_with`; None: those of the plan.
         """
         sigmas = self._checked(sigmas)
         outs = [_like(shape) for shape in self._shapes] if outs is None else list(outs)
         division = self.prepared(outs)
-        weights, targets, sizes, rules, divisors, active = (each.data_ptr() for each in division)
+        if rules is not None:
+            division = division._replace(rules=rules)
+        weights, targets, sizes, of_rules, divisors, active = (each.data_ptr() for each in division)
         kernels().spectralnorm_divide(
-            weights, targets, sizes, len(outs), rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
+            weights, targets, sizes, len(outs), of_rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
         )
         return Divided(outs, division.divisors, division.active.view(torch.bool))
 
@@ -143,6 +163,7 @@ class QuotientPlan:
         *,
         more_grads: Sequence[Tensor | None] | None = None,
         places: Sequence[int] | None = None,
+        rules: Tensor | None = None,
         are_checked: bool = False,
     ) -> list[Tensor]:
         """dL/dW, with the vectors held constant (Miyato et al. 2018, eq. 12).
@@ -158,6 +179,7 @@ class QuotientPlan:
             outs: as for `divide`; may be ``grads``.
             more_grads: for each what is added to its G, like that; None: nothing.
             places: of which weights the others are; None: of all.
+            rules: that `divide` was given.
             are_checked: whether the caller knows that all tensors fit: looking at each takes as long as the work on a
                 small one.
 
@@ -179,7 +201,8 @@ class QuotientPlan:
             for table, tensor in zip(at_places, tensors, strict=True):
                 table[place] = tensor.data_ptr()
         of_values, targets, *ends = map(integers, at_places)
-        self.differentiate(grads, more_grads, of_values, targets, torch.stack(ends, 1), self._checked(sigmas), places)
+        ends = torch.stack(ends, 1)
+        self.differentiate(grads, more_grads, of_values, targets, ends, self._checked(sigmas), places, rules)
         return results
 
     def differentiate(
@@ -191,6 +214,7 @@ class QuotientPlan:
         ends: Tensor,
         sigmas: Tensor,
         places: Sequence[int] | None,
+        rules: Tensor | None = None,
     ) -> None:
         """As `gradients`, of what is known to fit.
 
@@ -202,6 +226,7 @@ class QuotientPlan:
             ends: (weights, 2): addresses of u and v.
             sigmas: as for `gradients`.
             places: as for `gradients`.
+            rules: as for `gradients`.
         """
         addresses = [grad.data_ptr() for grad in grads]
         if more_grads is None:
@@ -215,7 +240,7 @@ class QuotientPlan:
             None if which is None else which.data_ptr(),
             len(grads),
             self._num_entries,
-            self._rules.data_ptr(),
+            (self._rules if rules is None else rules).data_ptr(),
             sigmas.data_ptr(),
             torch.get_num_threads(),
         )
