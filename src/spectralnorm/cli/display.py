@@ -16,6 +16,7 @@ from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.records import Scalars
+from spectralnorm.report.text import bytes_text
 
 __all__ = ["TerminalDisplay", "print_table"]
 
@@ -43,6 +44,8 @@ class TerminalDisplay(Display):
     def data(self, images: ImageSet | ImageStream) -> None:
         summary = images.summary
         print_table(self._console, f"Data: {summary.name}", summary.rows())
+        if isinstance(images, ImageStream):
+            self._console.print(_what_is_kept(images))
 
     def begin(self, trainer: Trainer) -> None:
         sizes = [sum(p.numel() for p in network.parameters()) for network in (trainer.generator, trainer.discriminator)]
@@ -106,6 +109,16 @@ def print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> No
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)
+
+
+def _what_is_kept(images: ImageStream) -> str:
+    kept = images.kept
+    if isinstance(kept, str):
+        return f"Decoded images are not kept: {kept}."
+    which = f"The first {kept.num_kept_at_most:,} decoded images"
+    if kept.num_kept_at_most == kept.num_images:
+        which = "Decoded images"
+    return f"{which} are kept for later epochs in {kept.path.parent} (at most {bytes_text(kept.max_bytes)})."
 
 
 def _budget(config: Config) -> str:

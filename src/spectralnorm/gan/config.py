@@ -59,6 +59,8 @@ class Config:
     translation; diffaugment; or ada, whose probability adapts. A constant probability is written ada:p=0.2."""
     data_loading: str = _DATA("auto", resumable=True)
     """prepare (all images before training begins), stream (read them while it goes on), or auto: by size."""
+    stream_cache_gb: float = _DATA(32.0, resumable=True)
+    """What decoded images of all sets that are streamed may take in the user's cache folder; 0: keep none."""
     conditional: bool = _DATA(False)
     """Give the labels of the data to both networks (resnet, sagan)."""
     class_names: Annotated[tuple[str, ...], tyro.conf.Suppress] = _DATA((), resumable=True)
@@ -201,7 +203,7 @@ class Config:
             self._require(name, at_least=1)
         for name in ("penalty_interval", "path_length_interval"):
             self._require(name, at_least=1)
-        for name in ("penalty_weight", "orthonormal_weight", "weight_clip", "path_length_weight"):
+        for name in ("penalty_weight", "orthonormal_weight", "weight_clip", "path_length_weight", "stream_cache_gb"):
             self._require(name, at_least=0)
         self._require("batch_size", at_least=2)
         if self.generator_batch_size is not None:

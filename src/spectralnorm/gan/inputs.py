@@ -59,7 +59,13 @@ def open_data(config: Config, data: Any = None, *, loading: str = "auto") -> Ima
     path = config.data if data is None else data
     if (data is None or isinstance(data, str | os.PathLike)) and path != GIVEN_DATA and path not in MIXTURES:
         path = None if path is None else os.fspath(path)
-        return open_images(path, image_size=config.image_size, channels=config.channels, loading=loading)
+        return open_images(
+            path,
+            image_size=config.image_size,
+            channels=config.channels,
+            loading=loading,
+            cache_bytes=round(1e9 * config.stream_cache_gb),
+        )
     return prepare_data(config, data)
 
 

@@ -17,6 +17,7 @@ from spectralnorm.gan.data.image_set import ImageSet
 from spectralnorm.gan.data.opening import identity, open_source
 from spectralnorm.gan.data.prepare import Progress, Source, image_set_of, prepare
 from spectralnorm.gan.data.stream import ImageStream, open_stream
+from spectralnorm.gan.data.stream_cache import STREAM_CACHE_BYTES
 from spectralnorm.gan.data.summary import printable
 from spectralnorm.gan.data.tars import TarSource
 
@@ -57,6 +58,7 @@ def open_images(
     image_size: int,
     channels: int,
     loading: str = "auto",
+    cache_bytes: int = STREAM_CACHE_BYTES,
     progress: Progress | None = None,
 ) -> ImageSet | ImageStream:
     """Open images to train on: prepared beforehand, or read while training goes on.
@@ -65,9 +67,10 @@ def open_images(
         path: as `load_images` takes it.
         image_size: height and width to train at, in pixels.
         channels: 1 (gray) or 3 (RGB).
-        loading: ``prepare``: decode all once, into memory or the cache; ``stream``: decode while training goes on,
-            again in each epoch; ``auto``: stream tars that would be larger than 8 GB when prepared, and whatever is so
-            large that neither memory nor the disk of the cache has room for it.
+        loading: ``prepare``: decode all once, into memory or the cache; ``stream``: decode while training goes on, and
+            keep what was decoded in the cache as far as it may grow; ``auto``: stream tars that would be larger than
+            8 GB when prepared, and whatever is so large that neither memory nor the disk of the cache has room for it.
+        cache_bytes: what the kept images of all streamed sets may take together on the disk; 0: none are kept.
         progress: called with the number of images read so far and their total while images are decoded.
 
     Raises:
@@ -76,6 +79,8 @@ def open_images(
     _check_shape(image_size, channels)
     if loading not in LOADING:
         raise UserError(f"Unknown data loading {loading!r}; choose one of {', '.join(LOADING)}.")
+    if cache_bytes < 0:
+        raise UserError(f"cache_bytes must be at least 0, got {cache_bytes}.")
     if path is None:
         # Already in memory: there is nothing to stream.
         return prepare(
@@ -99,7 +104,14 @@ def open_images(
     )
     if streamed:
         return open_stream(
-            source, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress
+            source,
+            name=name,
+            source_text=source_text,
+            image_size=image_size,
+            channels=channels,
+            key=cache.cache_key(path, source.files, image_size=image_size, channels=channels),
+            cache_bytes=cache_bytes,
+            progress=progress,
         )
     return _prepared(
         source, path, name=name, source_text=source_text, image_size=image_size, channels=channels, progress=progress

@@ -4,6 +4,8 @@ Where such a set lies, neighbours are read together: a block of images of one ta
 Each epoch takes the blocks in an order drawn from (seed, epoch), and the images of a block one after another. From the
 stream of these a buffer is kept filled, from which every image is drawn at random and its place taken by the next one.
 Both orders are known before anything is read, so a run goes on exactly from a number, without reading what came before.
+
+What was decoded is kept on disk (`spectralnorm.gan.data.stream_cache`), where it has room.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from spectralnorm.gan.data import cache
 from spectralnorm.gan.data.decode import Decoded
 from spectralnorm.gan.data.image_set import HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT, check_labels
 from spectralnorm.gan.data.prepare import Progress, Source, block_starts, read_sample, summarize
+from spectralnorm.gan.data.stream_cache import StreamCache, open_stream_cache
 from spectralnorm.gan.data.summary import DataSummary
 
 __all__ = ["ImageStream", "epoch_order", "open_stream"]
@@ -51,6 +54,8 @@ class ImageStream:
     summary: DataSummary
     fingerprint: str
     """SHA-256 of the names, sizes and labels of what is read, of the split, and of the held-out pixels."""
+    kept: StreamCache | str
+    """Where decoded images are kept; or why they are not, and each epoch decodes anew."""
 
     @property
     def num_training(self) -> int:
@@ -84,7 +89,15 @@ class ImageStream:
 
 
 def open_stream(
-    source: Source, *, name: str, source_text: str, image_size: int, channels: int, progress: Progress | None = None
+    source: Source,
+    *,
+    name: str,
+    source_text: str,
+    image_size: int,
+    channels: int,
+    key: cache.CacheKey,
+    cache_bytes: int,
+    progress: Progress | None = None,
 ) -> ImageStream:
     """Choose and read the held-out images of a source, and leave the others where they are.
 
@@ -97,6 +110,8 @@ def open_stream(
         source_text: where it comes from, in tables and messages.
         image_size: height and width to train at.
         channels: 1 or 3.
+        key: of the entry in which decoded images are kept.
+        cache_bytes: what the entries of all streamed sets may take; 0: none is made.
         progress: called between blocks of the held-out images.
 
     Raises:
@@ -144,6 +159,14 @@ def open_stream(
             fingerprint=fingerprint,
         ),
         fingerprint=fingerprint,
+        kept=_open_cache(
+            source,
+            key,
+            fingerprint,
+            num_images=len(positions),
+            shape=(channels, image_size, image_size),
+            limit=cache_bytes,
+        ),
     )
 
 
@@ -183,6 +206,27 @@ def _pieces(reading: np.ndarray, buffer: int, size: int = 2**16) -> Iterator[tup
     """What is read once the buffer is full, in pieces, since a list of millions of numbers is large."""
     for start in range(0, len(reading) - buffer, size):
         yield start, reading[buffer + start : buffer + start + size].tolist()
+
+
+def _open_cache(
+    source: Source,
+    key: cache.CacheKey,
+    fingerprint: str,
+    *,
+    num_images: int,
+    shape: tuple[int, int, int],
+    limit: int,
+) -> StreamCache | str:
+    """Where decoded images are kept, or why not."""
+    if not source.costs_decoding(shape[-1], shape[0]):
+        return "they lie where they are, decoded already"
+    if not limit:
+        return "the limit is 0"
+    try:
+        return open_stream_cache(key, fingerprint, num_images=num_images, shape=shape, limit=limit)
+    except OSError as error:
+        where = "" if error.filename is None else f"{str(error.filename)!r} cannot be written to: "
+        return f"{where}{error.strerror or error}"
 
 
 def _hashes(source: Source) -> np.ndarray:

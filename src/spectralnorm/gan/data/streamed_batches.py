@@ -22,6 +22,7 @@ from spectralnorm.gan.data.decode import UnreadableError
 from spectralnorm.gan.data.image_set import ImageSet, digest
 from spectralnorm.gan.data.prepare import MOST_UNREADABLE
 from spectralnorm.gan.data.stream import ImageStream, epoch_order
+from spectralnorm.gan.data.stream_cache import Kept, StreamCache
 from spectralnorm.gan.data.summary import Unreadable, printable
 
 __all__ = ["StreamedBatches", "open_batches"]
@@ -39,7 +40,8 @@ class StreamedBatches(Iterator[Batch]):
     """Batches of a streamed set, without end, with the face of `Batches`.
 
     Every epoch takes each image once, but for those that cannot be read and those that equal a held-out one, which
-    are skipped; batches are always full. The order is that of `spectralnorm.gan.data.stream.epoch_order`. Threads
+    are skipped; batches are always full. An image that the set keeps on disk is read there and not decoded again, which
+    changes no bit. The order is that of `spectralnorm.gan.data.stream.epoch_order`. Threads
     read ahead by a buffer of at most 16,384 images and 512 MB. The first batch waits until it is filled, also when a
     run goes on; from then on epochs go over into each other.
 
@@ -84,6 +86,7 @@ class StreamedBatches(Iterator[Batch]):
         self._drawn = 0
         self._reader: _Reader | None = None
         self._failed: dict[int, str] = {}
+        self._told_problem = False
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
@@ -104,29 +107,31 @@ class StreamedBatches(Iterator[Batch]):
                 drawn=self._drawn,
                 num_threads=self._num_threads,
             )
-        slots: list[int] = []
-        indices: list[int] = []
+        slots = np.empty(0, np.int64)
+        indices = np.empty(0, np.int64)
         skipped = 0
         while len(slots) < self._batch_size:
-            image = self._reader.take()
-            self._drawn += 1
-            if image.problem is None:
-                slots.append(image.slot)
-                indices.append(image.index)
-                continue
-            self._reader.free([image.slot])
-            skipped += 1
-            if image.problem != _COPY:
-                self._note(image.index, image.problem)
+            taken = self._reader.take(self._batch_size - len(slots))
+            for place, problem in taken.problems.items():
+                skipped += 1
+                self._drawn += place + 1
+                if problem != _COPY:
+                    self._note(int(taken.indices[place]), problem)
+                self._drawn -= place + 1
+            self._drawn += len(taken.indices)
             if skipped > 2 * self._stream.num_training:
                 raise UserError(f"all images of {self._stream.name!r} are among the held-out ones; give others too.")
-        chosen = torch.tensor(slots)
+            good = np.ones(len(taken.slots), bool)
+            good[list(taken.problems)] = False
+            self._reader.free(taken.slots[~good])
+            slots, indices = np.append(slots, taken.slots[good]), np.append(indices, taken.indices[good])
+        self._tell_problem()
         shape = (len(slots), *self._reader.store.shape[1:])
         # Pinned memory is copied while the CPU goes on; torch keeps it until the copy is done.
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        torch.index_select(self._reader.store, 0, chosen, out=images)
+        torch.index_select(self._reader.store, 0, torch.from_numpy(slots), out=images)
         self._reader.free(slots)
-        labels = None if self._labels is None else self._to_device(self._labels[indices])
+        labels = None if self._labels is None else self._to_device(self._labels[torch.from_numpy(indices)])
         return Batch(self._to_device(images).to(torch.float32).div_(127.5).sub_(1), labels)
 
     def state_dict(self) -> dict[str, int]:
@@ -159,6 +164,16 @@ class StreamedBatches(Iterator[Batch]):
         if self._device.type == "cuda" and not part.is_pinned():
             part = part.pin_memory()
         return part.to(self._device, non_blocking=True)
+
+    def _tell_problem(self) -> None:
+        kept = self._stream.kept
+        if not self._told_problem and isinstance(kept, StreamCache) and kept.problem is not None:
+            self._told_problem = True
+            warnings.warn(
+                f"no more decoded images of {self._stream.name!r} are kept in {str(kept.path)!r} ({kept.problem}); "
+                "training goes on, and those that are missing there are decoded in every epoch.",
+                stacklevel=3,
+            )
 
     def _note(self, index: int, reason: str) -> None:
         name = printable(self._stream.file_name(index))
@@ -203,13 +218,15 @@ def open_batches(
     return Batches(images.images, labels, batch_size=batch_size, seed=seed, device=device)
 
 
-class _Image(NamedTuple):
-    """An image that was read, or not."""
+class _Taken(NamedTuple):
+    """Images that follow one another in the order, and were read or not."""
 
-    index: int
-    slot: int
-    """Where its pixels lie in the reader's store, until they are freed."""
-    problem: str | None
+    indices: np.ndarray
+    """int64 (num,)."""
+    slots: np.ndarray
+    """int64 (num,): where their pixels lie in the reader's store, until they are freed."""
+    problems: dict[int, str]
+    """By their place here: why some are skipped."""
 
 
 class _Reader:
@@ -233,12 +250,16 @@ class _Reader:
         self._num = stream.num_training
         self._free = deque(range(len(self.store)))
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._waiting: dict[tuple[int, int], tuple[int, Future[list[str | None]], int]] = {}
+        # Whole batches are looked up in arrays, since a step of Python for each image is what small networks wait for.
+        # Reading is never more than one epoch ahead, so two rows do.
+        self._slot_of = np.zeros((2, self._num), np.int64)
+        self._is_read = np.zeros(len(self.store), bool)
+        self._task_of: list[_Task | None] = [None] * len(self.store)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         # What Pillow says of odd metadata is not for the terminal; its own way to silence it is not safe with threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         stopped = threading.Event()
-        arguments = (self._tasks, stopped, stream, self.store.numpy())
+        arguments = (self._tasks, stopped, stream, self.store.numpy(), self._is_read)
         # They hold no reference to the reader. Daemons, since Python waits for others before it ends anything at exit.
         threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(num_threads)]
         for thread in threads:
@@ -250,35 +271,46 @@ class _Reader:
         missing = np.ones(self._num, bool)
         missing[handing[:done]] = False
         part = reading[:until]
-        self._submit(epoch, part[missing[part]].tolist())
+        self._submit(epoch, part[missing[part]])
         self._read = epoch * self._num + until
         self._taken = drawn
 
-    def take(self) -> _Image:
-        """The next image of the order; waits until it is read."""
-        # Epochs follow one another in the order of reading, too, so that none begins with an empty buffer.
-        while self._read < self._taken + self._buffer:
-            epoch, place = divmod(self._read, self._num)
-            part = self._order(epoch)[0][place : place + _TASK].tolist()
-            self._submit(epoch, part)
-            self._read += len(part)
+    def take(self, most: int) -> _Taken:
+        """The next images of the order, at least one and at most so many; waits until they are read."""
         epoch, place = divmod(self._taken, self._num)
-        index = int(self._order(epoch)[1][place])
-        slot, future, number = self._waiting.pop((epoch, index))
-        problem = future.result()[number]
-        self._taken += 1
-        return _Image(index, slot, problem)
+        num = min(most, self._num - place)
+        # Epochs follow one another in the order of reading, too, so that none begins with an empty buffer.
+        while self._read < self._taken + num - 1 + self._buffer:
+            epoch_read, start = divmod(self._read, self._num)
+            part = self._order(epoch_read)[0][start : start + _TASK]
+            self._submit(epoch_read, part)
+            self._read += len(part)
+        indices = self._order(epoch)[1][place : place + num]
+        slots = self._slot_of[epoch % 2, indices]
+        self._taken += num
+        problems: dict[int, str] = {}
+        # What was read without a problem needs no further look.
+        for place in np.flatnonzero(~self._is_read[slots]).tolist():
+            slot = int(slots[place])
+            task = self._task_of[slot]
+            assert task is not None
+            problem = task.future.result()[task.slots.index(slot)]
+            if problem is not None:
+                problems[place] = problem
+        return _Taken(indices, slots, problems)
 
-    def free(self, slots: Sequence[int]) -> None:
+    def free(self, slots: np.ndarray) -> None:
         """Let others use these slots."""
-        self._free.extend(slots)
+        self._free.extend(slots.tolist())
 
-    def _submit(self, epoch: int, indices: list[int]) -> None:
+    def _submit(self, epoch: int, indices: np.ndarray) -> None:
         for start in range(0, len(indices), _TASK):
             part = indices[start : start + _TASK]
-            task = _Task(part, [self._free.popleft() for _ in part], Future())
-            for number, (index, slot) in enumerate(zip(part, task.slots, strict=True)):
-                self._waiting[epoch, index] = (slot, task.future, number)
+            task = _Task(part.tolist(), [self._free.popleft() for _ in part], Future())
+            self._slot_of[epoch % 2, part] = task.slots
+            self._is_read[task.slots] = False
+            for slot in task.slots:
+                self._task_of[slot] = task
             self._tasks.put(task)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -298,30 +330,45 @@ class _Task(NamedTuple):
 
 
 def _work(
-    tasks: queue.SimpleQueue[_Task | None], stopped: threading.Event, stream: ImageStream, store: np.ndarray
+    tasks: queue.SimpleQueue[_Task | None],
+    stopped: threading.Event,
+    stream: ImageStream,
+    store: np.ndarray,
+    is_read: np.ndarray,
 ) -> None:
     """What a thread does until it finds None among its tasks, or is stopped."""
     while (task := tasks.get()) is not None:
         problems: list[str | None] = []
         try:
-            for index, slot in zip(task.indices, task.slots, strict=True):
+            found = _kept(stream, task.indices)
+            for index, slot, image in zip(task.indices, task.slots, found, strict=True):
                 if stopped.is_set():
                     return
-                problems.append(_read_into(store[slot], stream, index))
+                problems.append(_read_into(store[slot], stream, index, image))
+            # Before the result: once that is seen, others may have the slots.
+            is_read[task.slots] = [problem is None for problem in problems]
             task.future.set_result(problems)
         # Whatever it is, it belongs to the one who waits.
         except BaseException as error:
             task.future.set_exception(error)
 
 
-def _read_into(place: np.ndarray, stream: ImageStream, index: int) -> str | None:
-    try:
-        pixels = stream.read(index).pixels
-    except UnreadableError as error:
-        return str(error) or type(error).__name__
-    if digest(pixels) in stream.held_out_digests:
+def _kept(stream: ImageStream, indices: list[int]) -> Sequence[Kept | None]:
+    return stream.kept.read(indices) if isinstance(stream.kept, StreamCache) else [None] * len(indices)
+
+
+def _read_into(place: np.ndarray, stream: ImageStream, index: int, image: Kept | None) -> str | None:
+    if image is None:
+        try:
+            pixels = stream.read(index).pixels
+        except UnreadableError as error:
+            return str(error) or type(error).__name__
+        image = Kept(pixels, digest(pixels))
+        if isinstance(stream.kept, StreamCache):
+            stream.kept.write(index, image)
+    if image.digest in stream.held_out_digests:
         return _COPY
-    place[:] = pixels
+    place[:] = image.pixels
     return None
 
 
