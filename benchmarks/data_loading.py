@@ -2,9 +2,10 @@
 
 The real trainer trains a small and a larger network. Sources of batches take turns with one batch that already lies on
 the device, which costs nothing: a source's share is 1 - (time of a turn with that batch) / (time of the source's turn),
-the median over the turns, by wall clock and by process CPU time. Streamed sources have a buffer of one batch only, so
-that what a turn takes out is also read within it; the last one is read beside the first steps of the next turn, so two
-steps of each turn are not counted. Images are JPEGs of 256 x 256 with the frequencies of photographs.
+the median over the turns and their middle half, by wall clock and by process CPU time. Streamed sources have a buffer
+of one batch only, so that what a turn takes out is also read within it; the last one is read beside the first steps of
+the next turn, so two steps of each turn are not counted. Images are JPEGs of 256 x 256 with the frequencies of
+photographs.
 
 Of a streamed set the epochs differ, so each kind is a source of its own, for all turns:
 
@@ -84,6 +85,9 @@ class OfFirstEpoch(StreamCache):
     def read(self, indices):
         return [None] * len(indices)
 
+    def read_at_once(self, indices):
+        return None
+
 
 class OfLaterRun(StreamCache):
     """Finds what is kept as a process does that has not seen it before."""
@@ -91,6 +95,9 @@ class OfLaterRun(StreamCache):
     def read(self, indices):
         self._sound = bytearray(self.num_images)
         return super().read(indices)
+
+    def read_at_once(self, indices):
+        return None
 
 
 def streams(images, num_bytes, **options):
@@ -188,13 +195,18 @@ def measure(settings, shards, arguments, device):
     step_seconds = statistics.median(wall for wall, _ in free) / arguments.steps
     shares = {
         name: [
-            statistics.median(1 - base[clock] / max(own[clock], 1e-9) for base, own in zip(free, times, strict=True))
+            statistics.quantiles((1 - base[clock] / own[clock] for base, own in zip(free, times, strict=True)), n=4)
             for clock in (0, 1)
         ]
         for name, times in turns.times.items()
         if name != "the same batch"
     }
     return shares, step_seconds, alone, config
+
+
+def _middle(quartiles):
+    low, median, high = quartiles
+    return f"{median:.1%} ({low:.1%} to {high:.1%})"
 
 
 def main():
@@ -220,9 +232,9 @@ def main():
             shares, step_seconds, alone, config = measure(NETWORKS[name], shards, arguments, device)
             what = f"{name}: {config.architecture}, {config.image_size} pixels, batch {config.batch_size}"
             for source, (wall, processor) in shares.items():
-                verdict = "" if wall < TARGET else f" (over {TARGET:.0%})"
+                verdict = "" if wall[1] < TARGET else f", over {TARGET:.0%}"
                 speed = f"{alone[source]:.0f}" if source in alone else ""
-                shown = f"{wall:.1%}{verdict} | {processor:.1%}"
+                shown = f"{_middle(wall)}{verdict} | {_middle(processor)}"
                 lines.append(f"| {what} | {1000 * step_seconds:.1f} | {source} | {shown} | {speed} |")
             print("\n".join(lines[-len(shares) :]), flush=True)
     if not arguments.print:

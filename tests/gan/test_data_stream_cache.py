@@ -395,3 +395,22 @@ def test_the_setting_is_a_limit_in_gigabytes(shards):
     assert kept.max_bytes == 20_000 // record * record
     with pytest.raises(UserError, match="stream_cache_gb must be a number at least 0"):
         replace(config, stream_cache_gb=-1.0)
+
+
+def test_neighbours_that_were_compared_before_are_had_at_once(tmp_path):
+    cache = StreamCache(tmp_path / "x", num_images=8, shape=(1, 2, 2), num_bytes=10**6)
+    for index in (1, 2, 3, 5):
+        pixels = np.full((1, 2, 2), index, np.uint8)
+        cache.write(index, stream_cache.Kept(pixels, stream_cache.digest(pixels)))
+    found = cache.read_at_once([1, 2, 3])
+    if found is None:
+        pytest.skip("this file system does not tell what lies in memory")
+    assert found[0][:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert found[1] == [stream_cache.digest(pixels) for pixels in found[0]]
+    assert [cache.read_at_once(indices) for indices in ([3, 4, 5], [1, 3], [2, 1], [0, 1])] == [None] * 4
+    again = StreamCache(tmp_path / "x", num_images=8, shape=(1, 2, 2), num_bytes=10**6)
+    assert again.read_at_once([1, 2, 3]) is None
+    again.read([1, 2, 3])
+    assert again.read_at_once([1, 2, 3]) is not None
+    os.truncate(tmp_path / "x", 20)
+    assert again.read_at_once([1, 2, 3]) is None

@@ -246,7 +246,8 @@ class _Reader:
     ) -> None:
         size = (buffer + spare + _TASK, stream.channels, stream.image_size, stream.image_size)
         self.store = torch.empty(size, dtype=torch.uint8)
-        self._starts, self._seed, self._buffer = stream.starts, seed, buffer
+        self._pixels = self.store.numpy()
+        self._stream, self._seed, self._buffer = stream, seed, buffer
         self._num = stream.num_training
         self._free = deque(range(len(self.store)))
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -259,7 +260,7 @@ class _Reader:
         # What Pillow says of odd metadata is not for the terminal; its own way to silence it is not safe with threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         stopped = threading.Event()
-        arguments = (self._tasks, stopped, stream, self.store.numpy(), self._is_read)
+        arguments = (self._tasks, stopped, stream, self._pixels, self._is_read)
         # They hold no reference to the reader. Daemons, since Python waits for others before it ends anything at exit.
         threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(num_threads)]
         for thread in threads:
@@ -308,15 +309,26 @@ class _Reader:
             part = indices[start : start + _TASK]
             task = _Task(part.tolist(), [self._free.popleft() for _ in part], Future())
             self._slot_of[epoch % 2, part] = task.slots
-            self._is_read[task.slots] = False
+            self._is_read[task.slots] = self._is_read_at_once(task)
+            if self._is_read[task.slots[0]]:
+                continue
             for slot in task.slots:
                 self._task_of[slot] = task
             self._tasks.put(task)
 
+    def _is_read_at_once(self, task: _Task) -> bool:
+        """Read what lies in memory already: handing it to a thread costs a small network more than that."""
+        kept = self._stream.kept
+        found = kept.read_at_once(task.indices) if isinstance(kept, StreamCache) else None
+        if found is None or not self._stream.held_out_digests.isdisjoint(found[1]):
+            return False
+        self._pixels[task.slots] = found[0]
+        return True
+
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._orders:
             self._orders.pop(epoch - 2, None)
-            self._orders[epoch] = epoch_order(self._starts, buffer=self._buffer, seed=self._seed, epoch=epoch)
+            self._orders[epoch] = epoch_order(self._stream.starts, buffer=self._buffer, seed=self._seed, epoch=epoch)
         return self._orders[epoch]
 
 
