@@ -88,6 +88,22 @@ def test_each_update_changes_its_own_network_only(device: torch.device):
     assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
 
 
+def test_gradients_of_the_generator_take_no_memory_while_the_discriminator_learns(device: torch.device):
+    trainer = _trainer(device)
+    held = []
+
+    def look(module: nn.Module, inputs: object) -> None:
+        if torch.is_grad_enabled() and next(module.parameters()).requires_grad:
+            held.append([parameter.grad for parameter in trainer.generator.parameters() if parameter.grad is not None])
+
+    trainer.discriminator.register_forward_pre_hook(look)
+    after_steps = []
+    trainer.run([lambda trainer: after_steps.append([parameter.grad for parameter in trainer.generator.parameters()])])
+    assert len(held) == 6 * 2
+    assert held == [[]] * len(held)
+    assert not any(gradient is None for gradients in after_steps for gradient in gradients)
+
+
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(device: torch.device):
     observers = [Averaging(), StepSizeDecay()]
     config = dataclasses.replace(CONFIG, lr_decay_from=0.5)

@@ -186,6 +186,8 @@ class Trainer:
 
     def _take_step(self) -> None:
         """Updates of the discriminator and one of the generator."""
+        # Observers have looked at them. Memory is scarcest where the discriminator's gradients are computed.
+        self.generator_optimizer.zero_grad()
         for remaining in reversed(range(self.config.num_discriminator_steps)):
             real = self._next_real()
             # Only the last images may serve the generator as well, and need the graph that leads to it.

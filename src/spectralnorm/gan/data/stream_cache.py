@@ -108,7 +108,7 @@ class StreamCache:
         records = np.empty((num, size), np.uint8)
         try:
             # Only Linux knows this flag: what the system does not hold in memory is not waited for.
-            if os.preadv(self._file.fileno(), [records], first * size, os.RWF_NOWAIT) < records.nbytes:
+            if os.preadv(self._file.fileno(), [records.data], first * size, os.RWF_NOWAIT) < records.nbytes:
                 return None
         except (OSError, ValueError, AttributeError):
             return None
