@@ -4,9 +4,11 @@
     python benchmarks/strict_cost.py --out              # and written as a page of benchmarks/results
     python benchmarks/strict_cost.py --quick            # few rounds
 
-The steps take turns, so that whatever else the machine does falls on all of them, and the order changes from round to
-round. What is reported is the median, and the median of the ratios to the plain step of the same round. ``--clock
-process`` counts the time of this process alone, for a machine that others use as well: give it one thread then.
+The steps take turns, so that whatever else the machine does falls on all of them, in an order that is drawn anew for
+each round; each makes two steps, and the second counts. Each has a process of its own, because the memory that others
+have left makes the same optimizer's step take twice as long. What is reported is the median, and the median of the
+ratios to the plain step of the same round. ``--clock process`` counts the time of each process alone, for a machine
+that others use as well: give it one thread then.
 
 A change of one weight is the time from an Adam step to the normalized weight, for shapes by themselves, and how far the
 norm of what is handed out is below one at most: of dense weights by a singular value decomposition, of convolutions
@@ -14,6 +16,8 @@ against the bound in float64 for the same size.
 """
 
 import argparse
+import multiprocessing
+import random
 import statistics
 import time
 
@@ -71,23 +75,54 @@ class DiscriminatorStep:
         self.optimizer.step()
 
 
+class Contender:
+    """A `DiscriminatorStep` in a process of its own, as a training is: its memory is not that of the others."""
+
+    def __init__(self, name, batch, clock):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, its_end = context.Pipe()
+        arguments = its_end, name, batch, clock, torch.get_num_threads()
+        self._process = context.Process(target=_answer, args=arguments, daemon=True)
+        self._process.start()
+
+    def __call__(self):
+        """Seconds of a step, after another one."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def end(self):
+        self._pipe.send(False)
+        self._process.join()
+
+
+def _answer(pipe, name, batch, clock, num_threads):
+    torch.set_num_threads(num_threads)
+    step, clock = DiscriminatorStep(name, batch), CLOCKS[clock]
+    while pipe.recv():
+        step()
+        start = clock()
+        step()
+        pipe.send(clock() - start)
+
+
 class WeightChange:
     """One weight after an Adam step of random direction, until its normalized value is there."""
 
-    def __init__(self, make, size, *, strict):
+    def __init__(self, make, size, clock, *, strict):
         torch.manual_seed(0)
-        self.layer, self.size = make(), size
+        self.layer, self.size, self.clock = make(), size, CLOCKS[clock]
         nn.init.normal_(self.layer.weight, 0.0, 0.02)
         sn.spectral_norm(self.layer, strict=strict, input_size=size if strict else None)
         self.raw = self.layer.parametrizations.weight.original
         self.optimizer = torch.optim.Adam([self.raw], lr=2e-4, betas=(0.0, 0.9))
 
-    def change(self):
+    def __call__(self):
+        """Seconds from a change to the normalized weight."""
         self.raw.grad = torch.randn_like(self.raw)
         self.optimizer.step()
-
-    def __call__(self):
-        return self.layer.weight
+        start = self.clock()
+        _ = self.layer.weight
+        return self.clock() - start
 
     def looseness(self):
         """1 / the norm of what is handed out, which is at least one."""
@@ -102,24 +137,24 @@ AIMS = {"operator": 0.25, "strict, sizes given": 0.10}
 """What a whole step may cost more than a plain one."""
 
 
-def in_turns(calls, rounds, clock, *, before=None, warm_up=3):
-    """Seconds of each of ``calls`` (name to function), round by round."""
-    times = {name: [] for name in calls}
+def in_turns(contenders, rounds, *, warm_up=3):
+    """Seconds of each of ``contenders`` (name to what tells its seconds), round by round."""
+    times = {name: [] for name in contenders}
+    draw = random.Random(0)
     for number in range(rounds + warm_up):
-        names = list(calls)
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            if before is not None:
-                before[name]()
-            start = clock()
-            calls[name]()
+        # Shuffled, not rotated: nobody is always the one after the step that has moved the most memory.
+        for name in draw.sample(list(contenders), len(contenders)):
+            seconds = contenders[name]()
             if number >= warm_up:
-                times[name].append(clock() - start)
+                times[name].append(seconds)
     return times
 
 
 def of_steps(rounds, batch, clock):
-    times = in_turns({name: DiscriminatorStep(name, batch) for name in NORMALIZATIONS}, rounds, clock)
+    contenders = {name: Contender(name, batch, clock) for name in NORMALIZATIONS}
+    times = in_turns(contenders, rounds)
+    for contender in contenders.values():
+        contender.end()
     verdicts = []
     lines = ["| step | ms | over plain | over plain, quartiles |", "|---|---|---|---|"]
     for name, seconds in times.items():
@@ -134,8 +169,8 @@ def of_steps(rounds, batch, clock):
 def of_weights(rounds, clock):
     lines = ["| weight | estimate, ms | strict, ms | norm below one by |", "|---|---|---|---|"]
     for name, (make, size) in WEIGHTS.items():
-        changes = {kind: WeightChange(make, size, strict=kind == "strict") for kind in ("estimate", "strict")}
-        times = in_turns(changes, rounds, clock, before={kind: each.change for kind, each in changes.items()})
+        changes = {kind: WeightChange(make, size, clock, strict=kind == "strict") for kind in ("estimate", "strict")}
+        times = in_turns(changes, rounds)
         estimate, strict = (1e3 * statistics.median(times[kind]) for kind in ("estimate", "strict"))
         loose = changes["strict"].looseness() - 1
         lines.append(f"| {name} | {estimate:.2f} | {strict:.2f} | {loose:.2%} |")
@@ -150,7 +185,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     parser.add_argument("--out", action="store_true", help="write a page of benchmarks/results")
     arguments = parser.parse_args()
-    rounds, clock = 5 if arguments.quick else arguments.rounds, CLOCKS[arguments.clock]
+    rounds, clock = 5 if arguments.quick else arguments.rounds, arguments.clock
     steps = of_steps(rounds, arguments.batch, clock)
     print("\n".join(steps), flush=True)
     weights = of_weights(rounds, clock)
