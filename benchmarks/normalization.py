@@ -255,13 +255,15 @@ def drawing(curves):
     titles = {"depth": "layers of 64x64", "width": "width of one square layer"}
     for panel, (kind, lines) in enumerate(curves.items()):
         left, top, width, height = 60 + 350 * panel, 30, 270, 210
-        values = [(math.log10(x), math.log10(max(y, 1e-3))) for points in lines.values() for x, y in points]
+        # What is not above zero has no place on a logarithmic axis; the table tells it.
+        lines = {name: [point for point in points if point[1] > 0] for name, points in lines.items()}
+        values = [(math.log10(x), math.log10(y)) for points in lines.values() for x, y in points]
         (x0, x1), (y0, y1) = ((min(each), max(each)) for each in zip(*values, strict=True))
         y0, y1 = math.floor(y0), math.ceil(y1)
 
         def place(x, y, left=left, top=top, width=width, height=height, x0=x0, x1=x1, y0=y0, y1=y1):
             across = (math.log10(x) - x0) / (x1 - x0)
-            up = (math.log10(max(y, 1e-3)) - y0) / (y1 - y0)
+            up = (math.log10(y) - y0) / (y1 - y0)
             return left + width * across, top + height * (1 - up)
 
         for power in range(y0, y1 + 1):
@@ -275,7 +277,7 @@ def drawing(curves):
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
             x, y = points[-1]
             parts.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{colour}">{name}</text>')
-        for x, _ in lines["ours"]:
+        for x, _ in lines["P"]:
             parts.append(f'<text x="{place(x, 1)[0]:.0f}" y="258" text-anchor="middle">{x}</text>')
         parts.append(f'<text x="{left + width / 2}" y="285" text-anchor="middle">{titles[kind]}</text>')
     return "\n".join([*parts, "</svg>", ""])

@@ -125,3 +125,37 @@ def test_figure_of_the_readme_shows_what_its_script_measures(name: str):
 
     assert set(drawn) == set(figure.SITUATIONS)
     assert drawn[name] == f"torch {figure.show(theirs)}, spectralnorm {figure.show(ours)}"
+
+
+def formulas_hook():
+    specification = importlib.util.spec_from_file_location("formulas", ROOT / "tools" / "formulas_in_pages.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_formulas_become_what_browsers_draw_by_themselves() -> None:
+    page = r'<p>of <span class="arithmatex">\(a &lt; b\)</span>:</p><div class="arithmatex">\[\sum_a K_a\]</div>'
+    drawn = formulas_hook().on_page_content(page)
+    assert "arithmatex" not in drawn
+    assert drawn.count("<math") == 2
+    assert 'display="block"' in drawn.split("</p>")[1]
+    with pytest.raises(ValueError, match=r"page\.md: the formula '.*nosuch"):
+        formulas_hook().on_page_content(r'<span class="arithmatex">\(\nosuch{a}\)</span>', page="page.md")
+
+
+def test_every_formula_of_the_documentation_can_be_drawn() -> None:
+    hook, count = formulas_hook(), 0
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for formula in re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL):
+            hook._drawn(formula, True, path.name)
+            count += 1
+        for formula in re.findall(
+            r"(?<!\$)\$([^$\n][^$]*?)\$(?!\$)", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL)
+        ):
+            hook._drawn(formula, False, path.name)
+            count += 1
+    assert count >= 50
