@@ -11,12 +11,19 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.models.bounded import UnitGlobalPool, UnitPool2d
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator
+from spectralnorm.gan.models.filters import Downsample
 from spectralnorm.gan.models.mlp import MLPDiscriminator
+from spectralnorm.gan.models.r3gan import R3GANDiscriminator
 from spectralnorm.gan.models.resnet import DownBlock, GlobalSumPool, ResNetDiscriminator
+from spectralnorm.gan.models.sagan import SAGANDiscriminator
 from spectralnorm.gan.models.sncnn import SNCNNDiscriminator, SNDCGANDiscriminator
+from spectralnorm.gan.normalizations import normalize
+from spectralnorm.layers import L2Attention
+from spectralnorm.lipschitz import certify
 
-# stylegan2 has tests of its own; sagan and r3gan have no such form.
-_BOUNDED = [name for name in ARCHITECTURES if name not in ("sagan", "stylegan2", "r3gan")]
+# stylegan2 has tests of its own. Those of sagan and r3gan have other weights, or other initial ones.
+_SAME_WEIGHTS = [name for name in ARCHITECTURES if name not in ("sagan", "stylegan2", "r3gan")]
+_BOUNDED = [*_SAME_WEIGHTS, "sagan", "r3gan"]
 
 
 def _norm(linear: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> float:
@@ -93,6 +100,9 @@ def _shake(network: nn.Module) -> None:
         (lambda k: ResNetDiscriminator(image_size=32, channels=2, width=2, lipschitz=k), (2, 8, 8)),
         (lambda k: ResNetDiscriminator(image_size=48, channels=1, width=1, lipschitz=k), (1, 16, 16)),
         (lambda k: ResNetDiscriminator(image_size=32, width=2, num_classes=3, lipschitz=k), (3, 8, 8)),
+        (lambda k: SAGANDiscriminator(image_size=32, channels=1, width=1, lipschitz=k), (1, 16, 16)),
+        (lambda k: SAGANDiscriminator(image_size=32, width=2, num_classes=3, lipschitz=k), (3, 16, 16)),
+        (lambda k: R3GANDiscriminator(image_size=8, channels=2, width=2, lipschitz=k), (2, 8, 8)),
         (lambda k: MLPDiscriminator(shape=(2,), width=8, lipschitz=k), (2,)),
         (lambda k: MLPDiscriminator(shape=(1, 4, 4), width=8, num_hidden=4, lipschitz=k), (1, 4, 4)),
     ],
@@ -161,7 +171,7 @@ def test_a_bounded_block_is_half_the_sum_of_its_branches_with_unit_pools(downsam
         assert_close(block(maps), plain(maps) / 2)
 
 
-@pytest.mark.parametrize("name", _BOUNDED)
+@pytest.mark.parametrize("name", _SAME_WEIGHTS)
 def test_the_form_with_a_constant_has_the_weights_of_the_published_one(name: str):
     sizes = {"image_size": 32, "channels": 1, "width": 2}
     torch.manual_seed(0)
@@ -171,7 +181,7 @@ def test_the_form_with_a_constant_has_the_weights_of_the_published_one(name: str
     assert_close(bounded.state_dict(), published.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in _BOUNDED if name != "resnet"])
+@pytest.mark.parametrize("name", [name for name in _SAME_WEIGHTS if name != "resnet"])
 def test_a_plain_chain_is_as_published_but_for_the_constant(name: str):
     sizes = {"image_size": 32, "channels": 1, "width": 2}
     networks = [ARCHITECTURES[name].discriminator(**sizes, lipschitz=k) for k in (None, 1.0, 4.0)]
@@ -192,7 +202,8 @@ def test_a_constant_that_is_not_positive_is_refused(name: str, lipschitz: float)
 
 @pytest.mark.parametrize("name", _BOUNDED)
 def test_no_part_of_a_bounded_discriminator_is_steeper_than_one(name: str):
-    known = (nn.Conv2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Flatten, UnitPool2d, UnitGlobalPool)
+    plain = (nn.Conv2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Flatten)
+    known = (*plain, UnitPool2d, UnitGlobalPool, L2Attention, Downsample)
     for image_size in ARCHITECTURES[name].image_sizes:
         with torch.device("meta"):
             network = ARCHITECTURES[name].discriminator(image_size=image_size, channels=3, width=2, lipschitz=1.0)
@@ -200,3 +211,16 @@ def test_no_part_of_a_bounded_discriminator_is_steeper_than_one(name: str):
             if not list(module.children()):
                 assert isinstance(module, known)
                 assert not isinstance(module, nn.LeakyReLU) or 0 <= module.negative_slope <= 1
+                assert not isinstance(module, L2Attention) or module.bounded
+                assert not isinstance(module, Downsample) or module.gain <= 2  # its norm is half of that
+
+
+@pytest.mark.parametrize("name", [*_BOUNDED, "stylegan2"])
+def test_a_certificate_reads_at_most_the_constant(name: str):
+    architecture = ARCHITECTURES[name]
+    shape = (architecture.channels[-1], architecture.image_sizes[0], architecture.image_sizes[0])
+    for lipschitz in (1.0, 7.3):
+        network = architecture.discriminator(image_size=shape[1], channels=shape[0], width=4, lipschitz=lipschitz)
+        normalize(network, "strict", input_shape=shape)
+        found = certify(network.eval(), shape, ascent_steps=2)
+        assert 0 < found.lower_bound <= found.upper_bound <= lipschitz

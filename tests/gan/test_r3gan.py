@@ -94,3 +94,15 @@ def test_it_trains_with_its_own_loss_and_penalty(device: torch.device):
 def test_a_size_that_does_not_halve_evenly_is_refused(build: type[nn.Module]):
     with pytest.raises(UserError, match="image_size must halve evenly"):
         build(image_size=35)
+
+
+def test_the_form_with_a_constant_has_the_parameters_of_the_published_one_and_no_block_that_begins_at_zero():
+    published, bounded = (
+        R3GANDiscriminator(image_size=32, width=4),
+        R3GANDiscriminator(image_size=32, width=4, lipschitz=3.0),
+    )
+    assert {n: p.shape for n, p in published.named_parameters()} == {n: p.shape for n, p in bounded.named_parameters()}
+    for block in _residuals(bounded):
+        assert all(layer.weight.any() for layer in block.layers if isinstance(layer, nn.Conv2d))
+        features = torch.randn(2, block.layers[0].in_channels, 4, 4)
+        assert_close(block(features), (features + block.layers(features)) / 2)

@@ -4,13 +4,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import avg_pool2d, max_pool2d
 from torch.testing import assert_close
 
 from spectralnorm import add_spectral_norm
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.resnet import ResNetGenerator, UpBlock
-from spectralnorm.gan.models.sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
+from spectralnorm.gan.models.sagan import LipschitzSelfAttention2d, SAGANDiscriminator, SAGANGenerator, SelfAttention2d
+from spectralnorm.layers import l2_attention_bound
 
 
 def _num_parameters(network: nn.Module) -> int:
@@ -116,16 +117,35 @@ def test_attention_begins_glorot_uniform():
     assert weight.std().item() == pytest.approx(deviation, rel=4 * 0.45 / math.sqrt(weight.numel()))
 
 
-def test_a_lipschitz_constant_is_refused_in_one_sentence():
-    with pytest.raises(
-        UserError, match="dot-product attention has no Lipschitz constant; take the architecture resnet"
-    ):
-        SAGANDiscriminator(lipschitz=1.0)
+def test_attention_by_distance_is_the_formula_of_its_docstring(device: torch.device):
+    layer = LipschitzSelfAttention2d(16).double().to(device)
+    maps = torch.randn(1, 16, 4, 6, dtype=torch.float64, device=device)
+    queries = layer.query(2 * avg_pool2d(maps, 2))[0]
+    answers = torch.zeros_like(layer.output(queries[None]))
+    for row in range(2):
+        for column in range(3):
+            squares = (queries - queries[:, row : row + 1, column : column + 1]).square().sum(0)
+            shares = torch.softmax(-squares.flatten() / math.sqrt(2), 0).unflatten(0, (2, 3))
+            mean = (shares * queries).sum((1, 2)) / l2_attention_bound(6)
+            answers[0, :, row, column] = layer.output(mean[None, :, None, None])[0, :, 0, 0]
+    repeated = answers.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_close(layer(maps), (maps + repeated / 2) / 2)
+
+
+def test_attention_by_distance_stretches_nothing_if_its_convolutions_do_not(device: torch.device):
+    for scale in (0.1, 1.0, 10.0):
+        layer = LipschitzSelfAttention2d(8).double().to(device)
+        with torch.no_grad():
+            for convolution in (layer.query, layer.output):
+                convolution.weight /= torch.linalg.matrix_norm(convolution.weight[..., 0, 0], 2)
+        maps = scale * torch.randn(8, 4, 4, dtype=torch.float64, device=device)
+        jacobian = torch.autograd.functional.jacobian(lambda x, layer=layer: layer(x[None])[0], maps)
+        assert torch.linalg.matrix_norm(jacobian.reshape(128, 128), 2) <= 1 + 1e-12
 
 
 def test_the_slope_of_attention_grows_with_its_input_at_the_same_weights():
-    # Why it is refused. Kim et al. 2021, proof of Theorem 3.1: where what is asked for is zero, the answers are plain
-    # means, and their derivative is the covariance of keys and values, which grows as the square of the features.
+    # Why it has no certificate. Kim et al. 2021, proof of Theorem 3.1: where what is asked for is zero, the answers are
+    # plain means, and their derivative is the covariance of keys and values, which grows as the square of the features.
     torch.manual_seed(0)
     layer = SelfAttention2d(8).double()
     with torch.no_grad():

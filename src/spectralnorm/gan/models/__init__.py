@@ -6,9 +6,8 @@ they were built with ``num_classes``. Neither is normalized here (`spectralnorm.
 the published number of channels everywhere. A part that makes a logit depend on the other images of the batch has
 the attribute ``mixes_images = True``.
 
-Every discriminator but those of SAGAN and R3GAN takes ``lipschitz=``: a number asks for the form whose parts without
-weights have norm at most 1, so that dividing every weight by a guaranteed bound of its norm makes that number a
-Lipschitz constant of the whole.
+Every discriminator takes ``lipschitz=``: a number asks for the form whose parts without weights have norm at most 1, so
+that dividing every weight by a guaranteed bound of its norm makes that number a Lipschitz constant of the whole.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from spectralnorm.errors import UserError
 from spectralnorm.gan.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from spectralnorm.gan.models.mlp import ImageMLPDiscriminator, ImageMLPGenerator, PointDiscriminator, PointGenerator
 from spectralnorm.gan.models.r3gan import R3GANDiscriminator, R3GANGenerator
@@ -64,12 +62,6 @@ def _stylegan2_discriminator(*, width: int, lipschitz: float | None = None, **si
     return StyleGAN2Discriminator(width=width, max_width=max_width, lipschitz=lipschitz, **groups, **sizes)
 
 
-def _r3gan_discriminator(*, lipschitz: float | None = None, **sizes: int) -> nn.Module:
-    if lipschitz is not None:
-        raise UserError(f"r3gan has no form with a known Lipschitz constant, got lipschitz={lipschitz}; leave it out.")
-    return R3GANDiscriminator(**sizes)
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "dcgan": Architecture(DCGANGenerator, DCGANDiscriminator),
     "sncnn": Architecture(SNCNNGenerator, SNCNNDiscriminator),
@@ -78,7 +70,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sagan": Architecture(SAGANGenerator, SAGANDiscriminator, image_sizes=(32, 64, 128), conditional=True),
     "mlp": Architecture(ImageMLPGenerator, ImageMLPDiscriminator),
     "stylegan2": Architecture(_stylegan2_generator, _stylegan2_discriminator, image_sizes=(32, 64, 128, 256)),
-    "r3gan": Architecture(R3GANGenerator, _r3gan_discriminator, image_sizes=(32, 64, 128)),
+    "r3gan": Architecture(R3GANGenerator, R3GANDiscriminator, image_sizes=(32, 64, 128)),
     "points": Architecture(PointGenerator, PointDiscriminator, image_sizes=(1,), channels=(2,), makes_points=True),
 }
 """Architectures by name."""

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from spectralnorm.gan.models.bounded import output_gain
 from spectralnorm.gan.models.filters import Downsample, Upsample
 from spectralnorm.gan.models.stylegan2_discriminator import channels_by_size
 
@@ -70,33 +71,50 @@ class R3GANGenerator(nn.Module):
 class R3GANDiscriminator(nn.Module):
     """Images ``(batch, channels, size, size)`` to logits ``(batch,)``.
 
+    With ``lipschitz`` a block averages its branches instead of adding them, and downsampling keeps the 2-norm of a
+    smooth image instead of its mean, so that every part has norm at most 1 if every weight has. The last weight of a
+    block then begins as the others, because a weight that is zero has no norm to be divided by.
+
     Args:
         image_size: halves evenly down to 4-7 px, such as 32, 48, 64, 128, 256.
         channels: of the images.
         width: channels of the first feature map; they double downwards, up to 8 x.
         blocks_per_size: residual blocks at each size; 2 in the paper.
+        lipschitz: None for the published network; a number for the one whose Lipschitz constant is at most that if the
+            norm of every weight (for a convolution, of the convolution) is at most 1.
 
     Raises:
-        UserError: the size does not halve evenly.
+        UserError: the size does not halve evenly, or ``lipschitz`` is not a positive number.
     """
 
-    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64, blocks_per_size: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int = 64,
+        channels: int = 3,
+        width: int = 64,
+        blocks_per_size: int = 2,
+        lipschitz: float | None = None,
+    ) -> None:
         super().__init__()
+        self.gain = output_gain(lipschitz)
+        bounded = lipschitz is not None
         sizes = list(channels_by_size(image_size, width=width, max_width=None).items())
         last_size, last = sizes[-1]
         num_blocks = blocks_per_size * len(sizes)
         layers: list[nn.Module] = [_scaled(nn.Conv2d(channels, sizes[0][1], 1, bias=False))]
         for (_, narrow), (_, wide) in pairwise(sizes):
-            layers += [_Residual(narrow, num_blocks) for _ in range(blocks_per_size)]
-            layers += [Downsample(), *_changed(narrow, wide)]
-        layers += [_Residual(last, num_blocks) for _ in range(blocks_per_size)]
+            layers += [_Residual(narrow, num_blocks, bounded=bounded) for _ in range(blocks_per_size)]
+            layers += [Downsample(gain=2.0 if bounded else 1.0), *_changed(narrow, wide)]
+        layers += [_Residual(last, num_blocks, bounded=bounded) for _ in range(blocks_per_size)]
         # A basis over the last map, one filter for each channel, mirrors the generator's.
         layers += [_scaled(nn.Conv2d(last, last, last_size, groups=last, bias=False)), nn.Flatten()]
         self.layers = nn.Sequential(*layers)
         self.dense = _scaled(nn.Linear(last, 1, bias=False))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.dense(self.layers(images)).squeeze(1)
+        logits = self.dense(self.layers(images)).squeeze(1)
+        return logits if self.gain == 1.0 else self.gain * logits
 
 
 class _Residual(nn.Module):
@@ -104,10 +122,10 @@ class _Residual(nn.Module):
 
     The last weight begins at zero, so that the network begins without the blocks, and the others with
     ``num_blocks^(-1/4)`` of the usual deviation: with m = 3 layers in a block the exponent is -1/(2m - 2) (Zhang et al.
-    2019, section 3).
+    2019, section 3). ``bounded``: half of that sum, and the last weight begins as the second.
     """
 
-    def __init__(self, width: int, num_blocks: int) -> None:
+    def __init__(self, width: int, num_blocks: int, *, bounded: bool = False) -> None:
         super().__init__()
         inner = _EXPANSION * width
         groups = inner // math.gcd(inner, _GROUP_WIDTH)
@@ -117,11 +135,13 @@ class _Residual(nn.Module):
             nn.LeakyReLU(0.2),
             _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=groups), gain),
             nn.LeakyReLU(0.2),
-            _scaled(nn.Conv2d(inner, width, 1, bias=False), 0.0),
+            _scaled(nn.Conv2d(inner, width, 1, bias=False), gain if bounded else 0.0),
         )
+        self.share = 0.5 if bounded else None
 
     def forward(self, features: Tensor) -> Tensor:
-        return features + self.layers(features)
+        total = features + self.layers(features)
+        return total if self.share is None else self.share * total
 
 
 def _changed(width: int, new_width: int) -> list[nn.Module]:

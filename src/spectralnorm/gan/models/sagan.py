@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan.models.bounded import UnitGlobalPool, UnitPool2d
 from spectralnorm.gan.models.resnet import DownBlock, GlobalSumPool, ProjectionHead, UpBlock, check_labels, glorot
+from spectralnorm.layers import L2Attention
 
-__all__ = ["SAGANDiscriminator", "SAGANGenerator", "SelfAttention2d"]
+__all__ = ["LipschitzSelfAttention2d", "SAGANDiscriminator", "SAGANGenerator", "SelfAttention2d"]
 
 _LARGEST_ATTENTION = 32
 """Pixels a side; attention at N x N takes memory for N^4 / 4 numbers an image."""
@@ -75,8 +77,9 @@ class SAGANGenerator(nn.Module):
 class SAGANDiscriminator(nn.Module):
     """Images ``(batch, channels, size, size)`` to logits ``(batch,)``.
 
-    This one has no certificate, whatever its weights: dot-product attention is not Lipschitz (Kim et al. 2021, Theorem
-    3.1; its slope grows with the features, and no norm of a weight bounds that).
+    The published one has no certificate, whatever its weights: dot-product attention is not Lipschitz (Kim et al. 2021,
+    Theorem 3.1; its slope grows with the features, and no norm of a weight bounds that). With ``lipschitz`` it attends
+    by distance (`LipschitzSelfAttention2d`), and all else is as in the residual network of that form.
 
     Args:
         image_size: a power of two, at least 32.
@@ -84,11 +87,12 @@ class SAGANDiscriminator(nn.Module):
         width: channels of the first feature map; 64 in the paper (64-128-256-512-1024-1024 at 128 px). At 32 px all
             maps have twice as many, as in the residual network for that size.
         num_classes: None for a network without labels.
-        lipschitz: None; refused otherwise.
+        lipschitz: None for the published network; a number for the one whose Lipschitz constant is at most that if the
+            norm of every weight (for a convolution, of the convolution) is at most 1.
 
     Raises:
-        UserError: the image size is no such power, or ``lipschitz`` is given; when called, labels are missing or not
-            expected.
+        UserError: the image size is no such power, or ``lipschitz`` is not a positive number; when called, labels are
+            missing or not expected.
     """
 
     def __init__(
@@ -101,12 +105,8 @@ class SAGANDiscriminator(nn.Module):
         lipschitz: float | None = None,
     ) -> None:
         super().__init__()
-        if lipschitz is not None:
-            raise UserError(
-                f"lipschitz={lipschitz} was asked of the SAGAN discriminator, whose dot-product attention has no "
-                "Lipschitz constant; take the architecture resnet, or lipschitz=None."
-            )
         _check_size(image_size)
+        bounded = lipschitz is not None
         num_halvings = 2 if image_size == 32 else _num_halvings(image_size)
         multiples = [2, 2, 2, 2] if image_size == 32 else [min(2**k, 16) for k in range(num_halvings)]
         if image_size != 32:
@@ -115,15 +115,15 @@ class SAGANDiscriminator(nn.Module):
         self.num_classes = num_classes
         # The authors' code widens in the first convolution of a block, Miyato et al. in the second.
         blocks: list[nn.Module] = [
-            DownBlock(a, b, hidden_channels=b, is_first=index == 0, downsample=index < num_halvings)
+            DownBlock(a, b, hidden_channels=b, is_first=index == 0, downsample=index < num_halvings, bounded=bounded)
             for index, (a, b) in enumerate(pairwise(widths))
         ]
         self.attention_size = min(image_size // 4, _LARGEST_ATTENTION)
         place = _num_halvings(image_size) - _num_halvings(self.attention_size)
-        blocks.insert(place, SelfAttention2d(widths[place]))
+        blocks.insert(place, (LipschitzSelfAttention2d if bounded else SelfAttention2d)(widths[place]))
         self.blocks = nn.Sequential(*blocks)
-        self.pool = GlobalSumPool()
-        self.head = ProjectionHead(widths[-1], num_classes=num_classes)
+        self.pool = UnitGlobalPool() if bounded else GlobalSumPool()
+        self.head = ProjectionHead(widths[-1], num_classes=num_classes, lipschitz=lipschitz)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """``labels``: ``(batch,)``, int64, for a network with classes; else None."""
@@ -159,6 +159,33 @@ class SelfAttention2d(nn.Module):
         shares = torch.softmax(queries.transpose(1, 2) @ keys, dim=2)
         answers = (values @ shares.transpose(1, 2)).unflatten(2, maps.shape[2:])
         return maps + self.scale * self.output(answers)
+
+
+class LipschitzSelfAttention2d(nn.Module):
+    """Maps ``x`` of shape ``(batch, channels, h, w)`` to ``(x + attention(x)) / 2``, attention by distance.
+
+    Neighbourhoods of 2x2 pixels (scaled to norm 1, and back) ask one another, with ``channels / 8`` features that are
+    query, key and value in one: `spectralnorm.layers.L2Attention`, divided by its Lipschitz constant. So the layer is
+    1-Lipschitz if its two convolutions are. The constant is that of the worst features there could be, 30 for 8x8
+    neighbourhoods and 68 for 16x16, so what attention adds is small.
+
+    Args:
+        num_channels: of the maps, at least 1; height and width must be even.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        narrow = max(1, num_channels // 8)
+        self.pool = UnitPool2d(2)
+        self.query = glorot(nn.Conv2d(num_channels, narrow, 1, bias=False))
+        self.attention = L2Attention(bounded=True)
+        self.output = glorot(nn.Conv2d(narrow, num_channels, 1, bias=False))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        queries = self.query(self.pool(maps))
+        answers = self.attention(queries.flatten(2).mT).mT.unflatten(2, queries.shape[2:])
+        # The adjoint of the pool: half of each answer to each of its four pixels.
+        return 0.5 * (maps + functional.interpolate(0.5 * self.output(answers), scale_factor=2, mode="nearest"))
 
 
 def _check_size(image_size: int) -> None:

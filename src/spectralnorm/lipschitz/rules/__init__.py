@@ -3,6 +3,7 @@
 from spectralnorm.lipschitz.rules import (
     activations,
     arithmetic,
+    attention,
     einsum,
     layers,
     pooling,
@@ -11,4 +12,4 @@ from spectralnorm.lipschitz.rules import (
     shapes,
 )
 
-__all__ = ["activations", "arithmetic", "einsum", "layers", "pooling", "refused", "residual", "shapes"]
+__all__ = ["activations", "arithmetic", "attention", "einsum", "layers", "pooling", "refused", "residual", "shapes"]

@@ -25,7 +25,7 @@ def weight_of(call: Call, weight: Any) -> Tensor:
         call.refuse(
             "its weight depends on the input, as in dot-product attention, and so has no bound for inputs of any "
             "length",
-            "use a constant weight, or register a rule for the layer where its inputs are bounded",
+            "use a constant weight or spectralnorm.layers.L2Attention, or register a rule where its inputs are bounded",
         )
     weight = call.constant(weight)
     if not bool(weight.isfinite().all()):

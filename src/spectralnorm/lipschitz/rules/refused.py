@@ -24,11 +24,11 @@ _REASONS = {
     **dict.fromkeys(("normalize", "local_response_norm", "var", "std", "var_mean", "std_mean"), (_NORMALIZATION, _USE)),
     "scaled_dot_product_attention": (
         _ATTENTION,
-        "use attention whose weights do not depend on the input, or a convolution",
+        "use attention by distance, spectralnorm.layers.L2Attention, or a convolution",
     ),
     "multi_head_attention_forward": (
         _ATTENTION,
-        "use attention whose weights do not depend on the input, or a convolution",
+        "use attention by distance, spectralnorm.layers.L2Attention, or a convolution",
     ),
     **dict.fromkeys(
         ("lstm", "gru", "lstm_cell", "gru_cell"), (_GATE, "use a plain recurrence of linear layers and activations")

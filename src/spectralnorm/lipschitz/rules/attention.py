@@ -1,0 +1,17 @@
+"""Attention by distance: `spectralnorm.layers.attention` derives its constant."""
+
+from __future__ import annotations
+
+from spectralnorm.layers.attention import L2Attention, l2_attention_bound
+from spectralnorm.lipschitz.registry import Call, register_rule
+
+__all__: list[str] = []
+
+
+def _l2_attention(call: Call) -> float:
+    layer = call.module
+    assert isinstance(layer, L2Attention)
+    return 1.0 if layer.bounded else l2_attention_bound(call.input_shape[1])
+
+
+register_rule(L2Attention, _l2_attention)
