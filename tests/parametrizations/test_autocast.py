@@ -56,6 +56,33 @@ def test_gradients_are_those_of_a_weight_that_is_rounded_at_every_use(name, devi
     assert mine.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_vectors_of_a_training_under_autocast_are_not_rounded(name, dtype, device):
+    make, shape = LAYERS[name]
+    layer = spectral_norm(make().to(device))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype):
+            loss = layer(torch.randn(shape, device=device)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.autocast(device.type, dtype):  # written to the buffers in here, at the first use after a step
+        layer(torch.randn(shape, device=device))
+    normalization = layer.parametrizations.weight[0]
+    u, v = normalization._u.double(), normalization._v.double()
+    torch.testing.assert_close(u.norm().item(), 1.0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(v.norm().item(), 1.0, rtol=0, atol=1e-6)
+    weight = raw(layer).detach().double()
+    blocks = normalization.weight_matrix(weight)
+    matrix = blocks if blocks.ndim == 2 else torch.block_diag(*blocks)
+    if normalization.view.groups > 1:  # whole vectors have one part for each block along one side alone
+        v = torch.cat([v if float(part.norm()) > 0.5 else 0 * v for part in u.unflatten(0, (3, -1))])
+    torch.testing.assert_close((u @ matrix @ v).item(), normalization.sigma(raw(layer)).item(), rtol=1e-5, atol=0)
+
+
 def test_separate_backwards_steps_and_evaluation_follow_the_weight(device):
     model = add_spectral_norm(nn.Sequential(nn.Linear(9, 10), nn.Tanh(), nn.Linear(10, 1))).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -365,7 +365,7 @@ class ByKernels:
             return self._plans.store.copy_from(ends, sizes, owners, division.sigmas, buffers, eps=eps)
         owners = [place for place in places for _ in range(2)]
         vectors = [vector for place in places for vector in division.pairs[place]]
-        self._plans.store.copy(vectors, owners, division.sigmas, buffers, eps=eps, are_checked=True)
+        self._plans.store.copy(vectors, owners, division.sigmas, buffers, eps=eps)
 
 
 def _pairs_of(tracking: Any, tracked: Any, out_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

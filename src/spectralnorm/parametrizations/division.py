@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cpu.tables import integers
+from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.memory import Memory
 from spectralnorm.parametrizations.quotient import Quotient, gradients_of
 from spectralnorm.parametrizations.weight_clock import Moment
@@ -74,7 +75,9 @@ class Division:
     def pairs(self) -> _Pairs:
         """The whole vectors u and v of each weight."""
         if self._found_pairs is None:
-            self._found_pairs = self._pairs()
+            # Whoever asks first may do so under autocast, which would round the products that fill up grouped vectors.
+            with plain_arithmetic(self.sigmas):
+                self._found_pairs = self._pairs()
         return self._found_pairs
 
     def quotient(self, place: int, moment: Moment) -> Quotient:

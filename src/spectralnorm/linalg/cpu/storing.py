@@ -31,7 +31,6 @@ class VectorStore:
         targets: Sequence[Tensor],
         *,
         eps: float,
-        are_checked: bool = False,
     ) -> None:
         """Write each vector into its target if ``eps < sigmas[owner] < inf``.
 
@@ -41,14 +40,12 @@ class VectorStore:
             sigmas: float32, 1-D.
             targets: for each where it goes: contiguous, as many entries, float32.
             eps: a norm up to here counts as zero.
-            are_checked: whether the caller knows that vectors and targets fit.
 
         Raises:
             ValueError: a target has another size, another type or gaps.
         """
-        if not are_checked:
-            for vector, target in zip(vectors, targets, strict=True):
-                require_target(vector, target, (torch.float32,))
+        for vector, target in zip(vectors, targets, strict=True):
+            require_target(vector, target, (torch.float32,))
         sources = integers([vector.data_ptr() for vector in vectors])
         sizes = integers([target.numel() for target in targets])
         self.copy_from(sources, sizes, integers(list(owners)), sigmas, targets, eps=eps)

@@ -77,7 +77,6 @@ class VectorStore:
         targets: Sequence[Tensor],
         *,
         eps: float,
-        are_checked: bool = False,
     ) -> None:
         """Write each vector into its target, in the target's type, if ``eps < sigmas[owner] < inf``.
 
@@ -87,7 +86,6 @@ class VectorStore:
             sigmas: float32, 1-D.
             targets: for each where it goes: contiguous, as many entries, of float32, bfloat16 or float16.
             eps: a norm up to here counts as zero.
-            are_checked: as for the kernels of the CPU; here tables are made once, and looking takes no time.
 
         Raises:
             ValueError: a target has another size, another type or gaps.
