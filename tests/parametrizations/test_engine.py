@@ -234,7 +234,7 @@ def test_any_number_of_uses_has_hooks_of_its_own_and_adds_up(num_uses, are_separ
     losses = []
     for use in range(num_uses):
         weight = layers[1].weight
-        weight.register_hook(lambda grad, use=use: seen.append((use, float(grad.mean()))))
+        weight.register_hook(lambda grad, use=use: None if grad is None else seen.append((use, float(grad.mean()))))
         losses.append((weight * (use + 1)).sum() + layers[2].weight.square().sum())
     for loss in losses if are_separate else [sum(losses)]:
         loss.backward()
@@ -243,6 +243,18 @@ def test_any_number_of_uses_has_hooks_of_its_own_and_adds_up(num_uses, are_separ
     assert raw(layers[0]).grad is None
     for place in (1, 2):
         torch.testing.assert_close(raw(layers[place]).grad, raw(plain[place]).grad)
+
+
+def test_hook_on_a_use_that_a_backward_does_not_reach_is_given_none():
+    # As by torch's own functions of several outputs, such as unbind.
+    layer = spectral_norm(nn.Linear(3, 3))
+    first, second = layer.weight, layer.weight
+    seen = []
+    first.register_hook(seen.append)
+    first.retain_grad()
+    second.sum().backward()
+    assert seen == [None]
+    assert first.grad is None
 
 
 def test_second_derivative_after_the_weight_has_changed_is_refused():

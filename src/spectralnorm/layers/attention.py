@@ -6,7 +6,7 @@ its neighbours: of N tokens q_i,
 
     y_i = sum_j P_ij q_j,        P_ij = exp(-t_ij) / sum_k exp(-t_ik),        t_ij = |q_i - q_j|^2 / tau.
 
-Its Lipschitz constant in the 2-norm is at most `l2_attention_bound`, whatever tau, the features and the tokens are: with
+Its Lipschitz constant in the 2-norm is at most `l2_attention_bound`, whatever tau, the features and tokens are: with
 w e^(w + 1) = N - 1 and k e^(k + 1) = 1,
 
     L <= 1 + 2 w + sqrt(N) (1/2 + 2 sqrt(w min(w, k (1 + sqrt(w)))))    for N > 1.
@@ -85,7 +85,7 @@ class L2Attention(nn.Module):
 
 @lru_cache(maxsize=256)
 def l2_attention_bound(num_tokens: int) -> float:
-    """A number that the Lipschitz constant of `L2Attention` in the 2-norm does not exceed: the formula at the file's head.
+    """A number that the Lipschitz constant of `L2Attention` in the 2-norm does not exceed: see the head of this file.
 
     Args:
         num_tokens: N, at least 1; the bound grows with it.

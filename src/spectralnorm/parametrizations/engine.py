@@ -327,15 +327,17 @@ def _stacked(
 
 def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     """The value in the graph, for one use."""
-    if kept.outputs is None:
-        _connect(normalization, kept, weight)
-    assert kept.outputs is not None
     # D(real) and D(fake) take one each: what comes from both is added up where the gradient is computed, and not in a
-    # pass through memory before it.
-    output, other = kept.outputs
-    kept.outputs = other, output
-    # What a user hangs on it (a hook, `retain_grad`) stays with that use. An alias, of the views the cheapest, lets a
-    # sparse gradient through, as that of an embedding may be.
+    # pass through memory before it. What a user hangs on it (a hook, `retain_grad`) stays with that use, so nobody else
+    # is given the same one.
+    if not kept.fresh and kept.shared is None:
+        _connect(normalization, kept, weight)
+    if kept.fresh:
+        return kept.fresh.pop()
+    assert kept.shared is not None
+    output, other = kept.shared
+    kept.shared = other, output
+    # An alias, of the views the cheapest, lets a sparse gradient through, as that of an embedding may be.
     return output[...]
 
 
@@ -347,14 +349,17 @@ def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> None:
         joined = [
             (mate, its)
             for mate, its in mates
-            if mate is kept or (mate.outputs is None and its.requires_grad and its.numel() <= most)
+            if mate is kept or (not mate.fresh and mate.shared is None and its.requires_grad and its.numel() <= most)
         ]
     kepts = [each for each, _ in joined]
     followed = kept.followed
     quotients = followed.some(kepts) if isinstance(followed, ByKernels) else [each.quotient for each in kepts]
     outputs = NormalizedWeights.apply(quotients, *[each for _, each in joined])
     for each, *its_outputs in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
-        each.outputs = tuple(its_outputs)
+        if each.fresh is None:
+            each.fresh = its_outputs
+        else:
+            each.shared = tuple(its_outputs)
 
 
 def _renewed_with(normalization: SpectralNorm, kept: Kept) -> list[tuple[SpectralNorm, Kept]]:

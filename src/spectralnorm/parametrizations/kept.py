@@ -124,7 +124,9 @@ class Kept:
         moment: of the weight, when the value was computed.
         value: the normalized weight.
         value_version: the value's version, by which a write of the user's into it is noticed.
-        outputs: the value as two outputs of one node of the graph, made at the first use under grad.
+        fresh: the value as outputs of a node of the graph that nobody has been given yet; two are made at the first use
+            under grad.
+        shared: as two outputs of another node, made when a third is wanted: what is given out then are aliases.
         followed: where the triplets are to be found.
         age: refreshes since the frames were computed anew.
         is_in_buffers: whether the buffers hold u and v.
@@ -137,7 +139,8 @@ class Kept:
     moment: Moment
     value: Tensor
     value_version: int
-    outputs: tuple[Tensor, Tensor] | None
+    fresh: list[Tensor] | None
+    shared: tuple[Tensor, Tensor] | None
     followed: Followed
     age: int
     is_in_buffers: bool
@@ -153,7 +156,8 @@ class Kept:
             moment=quotient.moment,
             value=quotient.value,
             value_version=quotient.value._version,
-            outputs=None,
+            fresh=None,
+            shared=None,
             followed=followed,
             age=age,
             is_in_buffers=False,
@@ -164,7 +168,7 @@ class Kept:
 
     def forget_graphs(self) -> None:
         """Let the user's graphs be the only ones that hold the value."""
-        self.outputs = self.rounded = None
+        self.fresh = self.shared = self.rounded = None
 
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
@@ -231,7 +235,8 @@ class Kept:
             value=value,
             own_quotient=quotient,
             value_version=value._version,
-            outputs=None,
+            fresh=None,
+            shared=None,
             rounded=None,
             followed=Alone(self.triplets, self.index),
         )

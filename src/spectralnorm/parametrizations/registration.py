@@ -45,6 +45,8 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
     elif normalization.follows_map and normalization.geometry is not None:
         learner = InputSizeLearner(normalization, normalization.geometry.num_axes)
         module.register_forward_pre_hook(learner, with_kwargs=True)
+    if normalization._kept is not None:
+        normalization._kept.forget_graphs()  # torch has read the weight to see that it fits
     share_class(module)
     accept_other_formats(module)
 
