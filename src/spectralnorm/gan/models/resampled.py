@@ -37,7 +37,8 @@ class DoubledConv2d(_Conv3x3):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel = functional.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        # Sums are 4 times averages, to the bit; the pool's own divisor_override is lost on the way to ONNX.
+        kernel = 4 * functional.avg_pool2d(self.weight, 2, stride=1, padding=1)
         turned = kernel.flip(2, 3).transpose(0, 1)
         return functional.conv_transpose2d(input, turned, self.bias, stride=2, padding=1)
 
