@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from spectralnorm.cli import main
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.config import Config
+from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
 
@@ -133,6 +136,31 @@ def test_a_changed_setting_is_refused_with_the_differing_lines(tmp_path: Path):
     _train(tmp_path)
     with pytest.raises(UserError, match=r"batch_size: 4 -> 8; seed: 0 -> 1\)"):
         _train(tmp_path, _config(batch_size=8, seed=1))
+
+
+def test_settings_that_are_refused_leave_no_folder(tmp_path: Path):
+    with pytest.raises(UserError, match="batch_size must be a multiple of 3"):
+        _train(tmp_path / "run", _config(accumulate=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_where_nothing_was_saved_is_taken_with_other_settings(tmp_path: Path):
+    def fail(trainer: Trainer) -> None:
+        raise UserError("no luck")
+
+    with pytest.raises(UserError, match="no luck"):
+        _train(tmp_path, observers=[fail])
+    assert _train(tmp_path, _config(seed=1)).step == 6
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    records = list(read_records(tmp_path / "metrics.jsonl"))
+    assert [type(record) for record in records].count(Session) == 1
+
+
+def test_the_weights_of_a_run_without_checkpoints_are_not_written_over(tmp_path: Path):
+    _train(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="other settings"):
+        _train(tmp_path, _config(seed=1))
 
 
 def test_changed_images_are_refused(tmp_path: Path):
@@ -314,10 +342,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path):
     def second(trainer: Trainer) -> None:
         if trainer.step == 1:
-            with pytest.raises(UserError, match="Another process is training"):
-                _train(tmp_path)
+            for config in (_config(), _config(seed=1)):
+                with pytest.raises(UserError, match="Another process is training"):
+                    _train(tmp_path, config)
 
     assert _train(tmp_path, observers=[second]).step == 6
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_a_run_that_began_since_the_folder_was_checked_keeps_it(tmp_path: Path):
+    class Rival(Display):
+        def data(self, images: ImageSet | ImageStream) -> None:
+            _train(tmp_path)
+
+    with pytest.raises(UserError, match="other settings"):
+        _train(tmp_path, _config(seed=1), display=Rival())
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
 def test_the_config_file_is_plain_json_with_every_setting(tmp_path: Path):

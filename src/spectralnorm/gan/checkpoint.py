@@ -21,7 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Checkpoint", "latest_checkpoint", "read_tensors", "save_checkpoint", "save_tensors", "under"]
+__all__ = [
+    "Checkpoint",
+    "has_checkpoint",
+    "latest_checkpoint",
+    "read_tensors",
+    "save_checkpoint",
+    "save_tensors",
+    "under",
+]
 
 _NUM_KEPT = 2
 
@@ -71,6 +79,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
             continue
     return None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, be it whole or damaged."""
+    return bool(_newest_first(folder))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

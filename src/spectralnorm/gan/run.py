@@ -45,7 +45,7 @@ from spectralnorm.gan.observers import (
     ScalarLog,
     StepSizeDecay,
 )
-from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claim, default_folder, locked
+from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claimed, default_folder
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
@@ -162,15 +162,11 @@ def _train(
         )
     # The caller's global random state is left as it was; inside, it is the run's own and part of its checkpoints.
     with ExitStack() as held, _full_disk_told(folder), torch.random.fork_rng():
-
-        def take() -> None:
-            claim(folder, config)
-            held.enter_context(locked(folder))
-
-        processes.first_does(take)
         extractors = extractors_for(images, device=device) if processes.is_first else []
         torch.manual_seed(config.seed)
         trainer = _build(config, images, device, generator, discriminator, processes)
+        # Last, so that what is refused leaves no folder behind.
+        processes.first_does(partial(_take, folder, config, held))
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is not None:
             _check_data(folder / DATA_FILE, images)
@@ -212,6 +208,10 @@ def _train(
         finally:
             log.close()
     return Run(folder, trainer.step, reason, processes.is_first)
+
+
+def _take(folder: Path, config: Config, held: ExitStack) -> None:
+    held.enter_context(claimed(folder, config))
 
 
 def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:

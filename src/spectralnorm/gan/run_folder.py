@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan.checkpoint import has_checkpoint
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
+from spectralnorm.gan.sampling import GENERATOR_FILE
 from spectralnorm.records import replace_text
 
-__all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "check", "claim", "default_folder", "locked"]
+__all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "check", "claimed", "default_folder", "locked"]
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -33,7 +35,7 @@ def check(folder: Path, config: Config) -> None:
     """Check that a run may begin, or go on, in a folder; changes nothing.
 
     Args:
-        folder: absent, empty, or the folder of a run with the same settings.
+        folder: absent, empty, or the folder of a run with the same settings, or of one that has saved nothing yet.
         config: what is to be trained.
 
     Raises:
@@ -46,7 +48,7 @@ def check(folder: Path, config: Config) -> None:
         raise UserError(f"Cannot use {folder} as a run folder ({error.strerror}); choose another --out.") from error
     if contents and not config_file.exists():
         raise UserError(f"{folder} is not empty and is not a run folder; choose another --out.")
-    if config_file.exists():
+    if config_file.exists() and _holds_weights(folder):
         lines = differing_lines(config_from_json(config_file.read_text(encoding="utf-8")), config)
         if lines:
             raise UserError(
@@ -55,24 +57,30 @@ def check(folder: Path, config: Config) -> None:
             )
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Make a checked folder this run's own: it holds ``config.json`` from now on.
+@contextmanager
+def claimed(folder: Path, config: Config) -> Iterator[None]:
+    """Make a folder this run's own, and this process's alone: it holds ``config.json`` from now on.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, another process trains there, or one has since it was checked.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / CONFIG_FILE, config_to_json(config))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder))
+            # Nobody else writes there now; but somebody may have, between the first check and the lock.
+            check(folder, config)
+            replace_text(folder / CONFIG_FILE, config_to_json(config))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
+        yield
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process from training in the same, claimed folder.
+    """Keep a second process from training in the same folder, which exists.
 
     Raises:
         UserError: another process trains there.
@@ -85,3 +93,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"Another process is training in {folder}; wait for it, or choose another --out."
             ) from error
         yield
+
+
+def _holds_weights(folder: Path) -> bool:
+    return has_checkpoint(folder / CHECKPOINTS) or (folder / GENERATOR_FILE).exists()
