@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tests.gan.test_models import NO_WEIGHTS
 from torch import nn
 
 from spectralnorm.gan.config import Config
@@ -85,10 +86,18 @@ def test_every_architecture_takes_a_step_with_every_normalization_of_its_discrim
     _take_steps(_with(architecture, normalization=setting), device)
 
 
+@pytest.mark.parametrize("setting", ["spectral", "weight"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_generator_can_be_normalized(architecture: str, device: torch.device):
-    trainer = _take_steps(_with(architecture, generator_normalization="spectral"), device)
-    assert any("parametrizations" in name for name, _ in trainer.generator.named_parameters())
+def test_all_weights_of_every_generator_are_normalized(architecture: str, setting: str, device: torch.device):
+    trainer = _take_steps(_with(architecture, generator_normalization=setting), device)
+    parameters = dict(trainer.generator.named_parameters())
+    weights = [name for name, each in parameters.items() if each.ndim > 1 and name not in NO_WEIGHTS]
+    assert all(".parametrizations." in f".{name}" for name in weights)
+
+
+@pytest.mark.parametrize("setting", ["strict", "batch", "layer"])
+def test_the_generator_of_stylegan2_takes_what_is_made_for_other_layers(setting: str, device: torch.device):
+    _take_steps(_with("stylegan2", generator_normalization=setting), device)
 
 
 def _with(architecture: str, **settings: str) -> Config:

@@ -7,10 +7,12 @@ from tests.references.upfirdn import upfirdn
 from torch import nn
 from torch.testing import assert_close
 
+from spectralnorm import add_spectral_norm
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
-from spectralnorm.gan.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, modulated_convolution
+from spectralnorm.gan.models.modulated import ModulatedConv2d, ModulatedConvTranspose2d, modulated_convolution
+from spectralnorm.gan.models.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.penalties import PENALTIES, path_length_penalty, path_lengths
 from spectralnorm.gan.trainer import Trainer
@@ -104,6 +106,41 @@ def test_the_modulated_convolution_is_one_with_modulated_weights(up: bool, devic
         else:
             expected = nn.functional.conv2d(image[None], modulated, padding=1)
         assert_close(output, expected[0])
+
+
+def _modulated(device: torch.device) -> list[tuple[nn.Module, bool]]:
+    layers = [
+        (ModulatedConv2d(4, 6, 3), True),
+        (ModulatedConvTranspose2d(4, 6), True),
+        (ModulatedConv2d(4, 6, 1, demodulate=False), False),
+    ]
+    return [(layer.to(device, torch.float64), is_demodulated) for layer, is_demodulated in layers]
+
+
+def test_a_normalized_kernel_counts_where_it_is_not_demodulated(device: torch.device):
+    features, style = torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    features, style = features.to(device), style.to(device)
+    for layer, is_demodulated in _modulated(device):
+        weight, before = layer.weight.detach().clone(), layer(features, style)
+        add_spectral_norm(layer, n_power_iterations=200)
+        after = layer(features, style)
+        if is_demodulated:
+            assert_close(after, before, rtol=1e-6, atol=1e-6)
+        else:
+            normalized = weight / torch.linalg.matrix_norm(weight.flatten(1), 2)
+            assert_close(after, modulated_convolution(features, normalized, style, demodulate=False))
+
+
+def test_the_strict_bound_of_a_kernel_holds_for_the_map_it_makes(device: torch.device):
+    for layer, _ in _modulated(device):
+        add_spectral_norm(layer, strict=True, input_size=(4, 4))
+        columns = torch.eye(64, dtype=torch.float64, device=device).unflatten(1, (4, 4, 4))
+        weight = layer.weight.detach()
+        if isinstance(layer, ModulatedConvTranspose2d):
+            images = nn.functional.conv_transpose2d(columns, weight, stride=2)
+        else:
+            images = nn.functional.conv2d(columns, weight, padding=weight.shape[-1] // 2)
+        assert 0.5 < torch.linalg.matrix_norm(images.flatten(1), 2).item() <= 1
 
 
 def test_demodulation_gives_independent_inputs_of_variance_one_outputs_of_variance_one(device: torch.device):
@@ -263,7 +300,11 @@ def test_path_lengths_of_the_generator_can_be_differentiated(device: torch.devic
         lengths = path_lengths(generator.synthesize(styles), styles, random=random)
         return path_length_penalty(lengths, torch.full_like(lengths[0], 0.5).detach(), decay=0.0)[0]
 
-    for name in ("mapping.0.weight", "blocks.0.convolutions.0.weight", "blocks.1.convolutions.0.style.weight"):
+    for name in (
+        "mapping.0.weight",
+        "blocks.0.convolutions.0.convolution.weight",
+        "blocks.1.convolutions.0.style.weight",
+    ):
         _check_slope(penalty, generator.get_parameter(name))
 
 

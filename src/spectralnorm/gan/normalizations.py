@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan.models.modulated import MODULATED
 from spectralnorm.gan.spec import Spec, parse_spec
 from spectralnorm.parametrizations.options import Options
 from spectralnorm.transform import add_spectral_norm
@@ -126,7 +127,8 @@ def _insert_after_hidden_layers(
         (parent, name, child)
         for parent in network.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        # What is modulated brings its outputs to unit norm itself, or gives the image.
+        if isinstance(child, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not isinstance(child, MODULATED)
     ]
     # The first layer sees the image, whose own mean and scale tell real from fake; the last one gives the logit.
     for parent, name, child in places[1:]:

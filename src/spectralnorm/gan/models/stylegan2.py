@@ -6,18 +6,17 @@ with ``channel_base=16384``, with ``width=128, max_width=512`` those with 32768.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectralnorm.gan.models.equalized import EqualizedLinear, ScaledLeakyReLU
 from spectralnorm.gan.models.filters import Blur, Upsample
+from spectralnorm.gan.models.modulated import ModulatedConv2d, ModulatedConvTranspose2d
 from spectralnorm.gan.models.stylegan2_discriminator import StyleGAN2Discriminator, channels_by_size
 
-__all__ = ["StyleGAN2Discriminator", "StyleGAN2Generator", "modulated_convolution"]
+__all__ = ["StyleGAN2Discriminator", "StyleGAN2Generator"]
 
 
 class StyleGAN2Generator(nn.Module):
@@ -141,14 +140,17 @@ class _Block(nn.Module):
 
 
 class _StyledConvolution(nn.Module):
-    """3x3 convolution with weights modulated by the style, noise, bias, leaky ReLU."""
+    """3x3 convolution modulated by the style, noise, bias, leaky ReLU."""
 
     fixed_noise: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, *, size: int, style_dim: int, up: bool = False) -> None:
         super().__init__()
         self.style = EqualizedLinear(style_dim, in_channels, bias=1.0)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        if up:
+            self.convolution = ModulatedConvTranspose2d(in_channels, out_channels)
+        else:
+            self.convolution = ModulatedConv2d(in_channels, out_channels, 3)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.register_buffer("fixed_noise", torch.randn(size, size))
@@ -156,8 +158,7 @@ class _StyledConvolution(nn.Module):
         self.activation = ScaledLeakyReLU()
 
     def forward(self, features: Tensor, style: Tensor) -> Tensor:
-        # No gain: demodulation divides every scale of the weight out again.
-        features = modulated_convolution(features, self.weight, self.style(style), up=self.blur is not None)
+        features = self.convolution(features, self.style(style))
         if self.blur is not None:
             features = self.blur(features)
         if self.training:
@@ -173,40 +174,8 @@ class _ToImage(nn.Module):
     def __init__(self, in_channels: int, channels: int, *, style_dim: int) -> None:
         super().__init__()
         self.style = EqualizedLinear(style_dim, in_channels, bias=1.0)
-        self.weight = nn.Parameter(torch.randn(channels, in_channels, 1, 1))
+        self.convolution = ModulatedConv2d(in_channels, channels, 1, demodulate=False)
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.gain = 1 / math.sqrt(in_channels)
 
     def forward(self, features: Tensor, style: Tensor) -> Tensor:
-        image = modulated_convolution(features, self.weight, self.style(style) * self.gain, demodulate=False)
-        return image + self.bias[:, None, None]
-
-
-def modulated_convolution(
-    features: Tensor, weight: Tensor, style: Tensor, *, up: bool = False, demodulate: bool = True
-) -> Tensor:
-    """Convolution whose weight is scaled by the style along its inputs, then to unit norm for each output.
-
-    Karras et al. 2020, eqs. 1 to 3: ``w'_oik = s_i w_oik``, divided by ``sqrt(sum_ik w'_oik^2 + 1e-8)``. Inputs and
-    outputs are scaled in the place of the weights, so that all images share one convolution.
-
-    Args:
-        features: (batch, in, height, width).
-        weight: (out, in, kernel, kernel), kernel odd.
-        style: (batch, in).
-        up: put zeros between the pixels first, ``(batch, out, 2 * height + 1, 2 * width + 1)`` for a 3x3 kernel, which
-            a blur with ``padding=1`` brings to twice the size.
-        demodulate: divide by the norm.
-
-    Returns:
-        (batch, out, height, width) if not ``up``.
-    """
-    features = features * style[:, :, None, None]
-    if up:
-        features = F.conv_transpose2d(features, weight.transpose(0, 1), stride=2)
-    else:
-        features = F.conv2d(features, weight, padding=weight.shape[-1] // 2)
-    if not demodulate:
-        return features
-    square_norms = style.square() @ weight.square().sum((2, 3)).T
-    return features * (square_norms + 1e-8).rsqrt()[:, :, None, None]
+        return self.convolution(features, self.style(style)) + self.bias[:, None, None]
