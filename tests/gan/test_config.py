@@ -25,7 +25,7 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
         ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
         ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
         ({"normalization": "instance"}, "Unknown normalization 'instance'; choose one of spectral, strict, weight"),
-        ({"normalization": "spectral:nrom=matrix"}, "normalization has no option 'nrom'; choose among"),
+        ({"normalization": "spectral:nrom=matrix"}, "normalization 'spectral' has no option 'nrom'; choose among"),
         ({"normalization": "spectral:norm"}, "normalization must read name or name:option=value"),
         ({"normalization": "spectral:eps=1,eps=2"}, "gives the option eps twice"),
         ({"normalization": "batch:eps=1"}, "'batch' takes no options"),

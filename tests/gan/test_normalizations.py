@@ -7,10 +7,11 @@ import torch
 from tests.gan.test_models import NO_WEIGHTS
 from torch import nn
 
+from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.networks import build_discriminator, build_generator
-from spectralnorm.gan.normalizations import NORMALIZATIONS, normalize
+from spectralnorm.gan.normalizations import NORMALIZATIONS, check_normalization, normalize
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.gan.weight_control import OrthonormalPenalty
 from spectralnorm.gan.weight_norms import spectra
@@ -41,6 +42,23 @@ def test_spectral_normalization_takes_the_options_of_the_layer(setting: str, lar
 
 def test_strict_layers_never_exceed_one():
     assert all(values[0] <= 1 for values in spectra(normalize(_discriminator(), "strict")).values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("spectral:update=manual", "would never be renewed in training; choose update=step or forward"),
+        ("spectral:n_power_iterations=x", "n_power_iterations must be a whole number, got 'x'"),
+        ("spectral:n_power_iterations=1.5", "n_power_iterations must be a whole number, got 1.5"),
+        ("strict:strict=false", "'strict' has no option 'strict'; choose among"),
+        ("spectral:strict=maybe", "strict must be true or false, got 'maybe'"),
+        ("spectral:norm=frobenius", "norm must be one of"),
+        ("weight:dim=1", "takes no options"),
+    ],
+)
+def test_an_option_that_cannot_be_is_told_in_one_sentence(setting: str, says: str):
+    with pytest.raises(UserError, match=says):
+        check_normalization("normalization", setting)
 
 
 @pytest.mark.parametrize(

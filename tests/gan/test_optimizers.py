@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectralnorm.gan.optimizers import Muon, make_optimizer, optimizer_names, orthogonalize
+from spectralnorm.errors import UserError
+from spectralnorm.gan.optimizers import Muon, check_optimizer, make_optimizer, optimizer_names, orthogonalize
 
 
 @pytest.mark.parametrize("name", optimizer_names())
@@ -32,6 +33,32 @@ def test_settings_reach_the_optimizer():
     assert optimizer.defaults["betas"] == (0.5, 0.9)
     optimizer = make_optimizer("optimizer", "adam:betas=0/0.95", [parameter], lr=0.1, betas=(0.5, 0.9))
     assert optimizer.defaults["betas"] == (0.0, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("adam:differentiable=true", "has no option 'differentiable'; choose among betas, eps"),
+        ("rmsprop:capturable=true", "has no option 'capturable'"),
+        ("adam:lr=0.1", "the step size is a setting of its own"),
+        ("adam:amsgrad=3", "amsgrad must be true or false, got 3"),
+        ("sgd:momentum=abc", "momentum must be a number, got 'abc'"),
+        ("adam:betas=0.1", "betas must be 2 numbers, such as 0.9/0.999, got 0.1"),
+        ("muon:ns_steps=2.5", "ns_steps must be a whole number, got 2.5"),
+        ("adam:weight_decay=true", "weight_decay must be a number, got True"),
+        ("sgd:nesterov=true", "Nesterov momentum requires a momentum"),
+        ("adam:foreach=7,fused=no", "cannot"),
+    ],
+)
+def test_an_option_that_cannot_be_is_told_in_one_sentence(setting: str, says: str):
+    with pytest.raises(UserError, match=says) as told:
+        check_optimizer("generator_optimizer", setting)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("setting", ["sgd:momentum=0.9,nesterov=true", "adam:amsgrad=true,foreach=true", "adafactor"])
+def test_an_option_that_can_be_is_taken(setting: str):
+    check_optimizer("generator_optimizer", setting)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])

@@ -5,6 +5,7 @@ A setting is a name, or a name with options of `spectralnorm.spectral_norm`: ``s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +15,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.models.modulated import MODULATED
-from spectralnorm.gan.spec import Spec, parse_spec
+from spectralnorm.gan.spec import Spec, check_kinds, parse_spec
+from spectralnorm.parametrizations import SpectralNorm
 from spectralnorm.parametrizations.options import Options
 from spectralnorm.transform import add_spectral_norm
 
@@ -109,15 +111,20 @@ def check_normalization(which: str, setting: str) -> None:
 
 
 def _parse(setting: str, which: str = "normalization") -> Spec:
-    name, options = parse_spec(which, setting)
+    spec = parse_spec(which, setting)
+    name, options = spec
     if name not in NORMALIZATIONS:
         raise UserError(f"Unknown {which} '{name}'; choose one of {', '.join(NORMALIZATIONS)}.")
     if options and name not in ("spectral", "strict"):
         raise UserError(f"{which} '{name}' takes no options, got '{setting}'; spectral and strict do.")
+    known = [option for option in _OPTIONS if option != name]  # strict is so already
     for option in options:
-        if option not in _OPTIONS:
-            raise UserError(f"{which} has no option '{option}'; choose among {', '.join(_OPTIONS)}.")
-    return Spec(name, options)
+        if option not in known:
+            raise UserError(f"{which} '{name}' has no option '{option}'; choose among {', '.join(known)}.")
+    check_kinds(which, spec, inspect.signature(SpectralNorm).parameters)
+    if options.get("update") == "manual":
+        raise UserError(f"{which} '{setting}' would never be renewed in training; choose update=step or forward.")
+    return spec
 
 
 def _insert_after_hidden_layers(

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.spec import parse_spec
+from spectralnorm.gan.spec import check_kinds, parse_spec
 
 __all__ = ["Muon", "check_optimizer", "make_optimizer", "optimizer_names"]
 
 # Of them, L-BFGS asks for the loss again and again, and SparseAdam for sparse gradients.
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}
+# The step size is a setting of its own; steps are neither differentiated nor captured in a graph of CUDA.
+_NO_OPTIONS = {"params", "lr", "differentiable", "capturable"}
 # Those with one kernel for all weights, on CPUs and on GPUs.
 _FUSED = {"adam", "adamw", "sgd", "adagrad"}
 
@@ -144,21 +146,23 @@ def make_optimizer(
     Raises:
         UserError: there is no such optimizer, or it does not take an option.
     """
-    name, given = parse_spec(which, setting)
+    spec = parse_spec(which, setting)
+    name, given = spec
     classes = {key.lower(): value for key, value in _classes().items()}
     if name.lower() not in classes:
         raise UserError(f"Unknown {which} '{name}'; choose one of {', '.join(sorted(classes))}.")
     kind = classes[name.lower()]
     known = inspect.signature(kind).parameters
     for option in given:
-        if option not in known or option in ("params", "lr"):
-            choices = ", ".join(option for option in known if option not in ("params", "lr"))
+        if option not in known or option in _NO_OPTIONS:
+            choices = ", ".join(option for option in known if option not in _NO_OPTIONS)
             advice = "the step size is a setting of its own" if option == "lr" else f"choose among {choices}"
             raise UserError(f"{which} '{name}' has no option '{option}'; {advice}.")
+    check_kinds(which, spec, known)
     options: dict[str, Any] = {"lr": lr}
     if "betas" in known:
         options["betas"] = betas
-    if name.lower() in _FUSED and not given.keys() & {"foreach", "differentiable"}:
+    if name.lower() in _FUSED and "foreach" not in given:
         options["fused"] = True
     try:
         return kind(parameters, **{**options, **given})
@@ -167,12 +171,22 @@ def make_optimizer(
 
 
 def check_optimizer(which: str, setting: str) -> None:
-    """See that there is such an optimizer and that it takes the options.
+    """See that there is such an optimizer, that it takes the options, and can step with them.
 
     Raises:
-        UserError: there is not, or it does not.
+        UserError: there is not, or it does not, or cannot.
     """
-    make_optimizer(which, setting, [nn.Parameter(torch.zeros(2, 2))], lr=1e-3, betas=(0.9, 0.999))
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    optimizer = make_optimizer(which, setting, parameters, lr=1e-3, betas=(0.9, 0.999))
+    if ":" not in setting:
+        return
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever torch meets in a combination that nobody has tried
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{which} '{setting}' cannot take a step: {first}") from error
 
 
 def _classes() -> dict[str, type[torch.optim.Optimizer]]:

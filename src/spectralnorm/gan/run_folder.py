@@ -9,9 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.checkpoint import has_checkpoint
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
-from spectralnorm.gan.sampling import GENERATOR_FILE
 from spectralnorm.records import replace_text
 
 __all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "check", "claimed", "default_folder", "locked"]
@@ -96,4 +94,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _holds_weights(folder: Path) -> bool:
+    # Here, and not above: both come with torch, and a help page needs none of it.
+    from spectralnorm.gan.checkpoint import has_checkpoint
+    from spectralnorm.gan.sampling import GENERATOR_FILE
+
     return has_checkpoint(folder / CHECKPOINTS) or (folder / GENERATOR_FILE).exists()
