@@ -17,6 +17,7 @@ from spectralnorm.records import (
     Scalars,
     Session,
     Spectra,
+    latest_evaluation,
     read_records,
     replace_text,
 )
@@ -163,3 +164,16 @@ def test_nothing_remains_of_text_that_could_not_be_written(tmp_path: Path) -> No
     with pytest.raises(UnicodeEncodeError):
         replace_text(tmp_path / "text", "\ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def _evaluation(step: int, *, final: bool = True, **values: float) -> Evaluation:
+    metrics = [Metric(name=name, value=value, provenance=PROVENANCE) for name, value in values.items()]
+    return Evaluation(step=step, images_seen=0, training_seconds=0.0, final=final, metrics=metrics)
+
+
+def test_what_was_measured_later_joins_the_final_evaluation_of_the_same_step():
+    evaluations = [_evaluation(5, FD=9.0), _evaluation(9, final=False, Old=1.0), _evaluation(9, FD=1.0, KID=2.0)]
+    found = latest_evaluation([*evaluations, _evaluation(9, Copied=3.0, KID=4.0)])
+    assert found is not None
+    assert {metric.name: metric.value for metric in found.metrics} == {"FD": 1.0, "KID": 4.0, "Copied": 3.0}
+    assert latest_evaluation([]) is None

@@ -26,6 +26,7 @@ __all__ = [
     "Scalars",
     "Session",
     "Spectra",
+    "latest_evaluation",
     "metric_fields",
     "read_records",
     "replace_text",
@@ -202,6 +203,25 @@ def read_records(path: Path) -> Iterator[Record]:
                 continue
             if record is not None:
                 yield record
+
+
+def latest_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The last evaluation, together with what others of the same generator measured beside it.
+
+    One that was asked for later may hold a single metric. Where two hold the same, the later one counts.
+
+    Args:
+        evaluations: in the order in which they were recorded.
+
+    Returns:
+        The last one, with every metric of those that are of its step and as final as it is; None: there is none.
+    """
+    if not evaluations:
+        return None
+    last = evaluations[-1]
+    of_one = [one for one in evaluations if (one.step, one.final) == (last.step, last.final)]
+    metrics = {metric.name: metric for one in of_one for metric in one.metrics}
+    return dataclasses.replace(last, metrics=tuple(metrics.values()))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.hub_folder import write_hub_folder
 from spectralnorm.gan.model_card import model_card
+from spectralnorm.gan.scatter import SIDE
 from spectralnorm.records import Evaluation, Metric, Provenance, RecordFile
 
 TINY: dict[str, Any] = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8}
@@ -89,6 +91,36 @@ def test_a_card_tells_metrics_with_floor_and_provenance(run: Path):
         assert told in row
     assert "| Broken | nan |" in card
     assert "at most 8.700000000000001, and at least 3.1" in card
+
+
+def test_a_metric_that_is_measured_later_joins_the_others_of_a_card(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    provenance = Provenance(
+        extractor="Inception", weights_sha256="ab" * 32, num_real=9, num_fake=8, split="held-out", resize="none"
+    )
+    file = RecordFile(tmp_path / "run" / "metrics.jsonl")
+    metrics = [Metric(name="FID", value=55.5, provenance=provenance)]
+    file.append(Evaluation(step=3, images_seen=12, training_seconds=1.0, final=True, metrics=metrics))
+    file.close()
+    card = model_card(tmp_path / "run")
+    assert "| KID | 0.03142 |" in card
+    assert "| FID | 55.5 |" in card
+    assert "Of them only FID is the published one." in card
+    assert "They are not FID" in model_card(run)
+
+
+def test_a_run_on_points_is_told_and_drawn_as_points(tmp_path: Path):
+    run, folder = tmp_path / "run", tmp_path / "hub"
+    train(make_config("toy-ring", steps=2, device="cpu", num_sample_grids=1, batch_size=8), out=run)
+    assert main(["export", str(run), "--format", "huggingface", "--out", str(folder)]) == 0
+    assert Image.open(folder / "samples.png").size == (SIDE, SIDE)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "makes points in the plane from latents" in card
+    assert "image" not in card.split("## Data")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code.replace('"generator.safetensors"', repr(str(folder))), namespace)
+    assert namespace["points"].shape == (16, 2)
 
 
 def test_a_card_says_what_is_not_known(run: Path, tmp_path: Path):

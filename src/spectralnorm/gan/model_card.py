@@ -9,9 +9,10 @@ from typing import Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data import DataSummary
+from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.run_folder import DATA_FILE, RECORDS_FILE
 from spectralnorm.gan.sampling import GENERATOR_FILE
-from spectralnorm.records import Ending, Evaluation, Metric, Session, read_records
+from spectralnorm.records import Ending, Evaluation, Metric, Session, latest_evaluation, read_records
 
 __all__ = ["model_card"]
 
@@ -39,7 +40,7 @@ def model_card(run: Path, *, license: str | None = None, picture: str | None = N
         raise UserError(f"{run} has no readable {RECORDS_FILE} ({error.strerror}); give a run folder.") from error
     sessions = [record for record in records if isinstance(record, Session)]
     endings = [record for record in records if isinstance(record, Ending)]
-    evaluations = [record for record in records if isinstance(record, Evaluation)]
+    evaluation = _final([record for record in records if isinstance(record, Evaluation)])
     sections = [
         _front_matter(config, license),
         f"# {run.resolve().name}",
@@ -53,29 +54,36 @@ def model_card(run: Path, *, license: str | None = None, picture: str | None = N
         "## Training",
         _training(sessions, endings),
         "## Metrics",
-        _metrics(evaluations),
+        _metrics(evaluation),
         *_certificate(run / _CERTIFICATE_FILE),
         "## Limits",
-        _LIMITS,
+        _limits(config, evaluation),
         "## All settings",
         f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-_LIMITS = """\
+def _limits(config: Mapping[str, Any], evaluation: Evaluation | None) -> str:
+    if _makes_points(config):
+        return "- It was trained on points that a formula makes. Intended for study."
+    names = [] if evaluation is None else [metric.name for metric in evaluation.metrics]
+    not_published = "Of them only FID is the published one. They" if "FID" in names else "They are not FID, and they"
+    return f"""\
 - It makes images like those it was trained on, with their gaps and their prejudices; nothing filters them.
 - An image may resemble a training image. The run's report shows the nearest training image of some samples; that is no
   proof for the others.
-- Distances above are measured through the feature extractors named there. They are not FID, and compare only with
+- Distances above are measured through the feature extractors named there. {not_published} compare only with
   numbers of the same extractor, weights and number of images.
 - Intended for research and for study. Who publishes images of it answers for them, under the licence of the data."""
 
 
 def _front_matter(config: Mapping[str, Any], license: str | None) -> str:
     given = f"license: {license}" if license else f"license: {_UNKNOWN}  # yours to choose; see Data below"
-    tags = ["gan", "pytorch", "spectral-normalization", "image-generation", str(config["architecture"])]
-    lines = [given, "library_name: spectralnorm", "pipeline_tag: unconditional-image-generation", "tags:"]
+    of_images = not _makes_points(config)
+    tags = ["gan", "pytorch", "spectral-normalization", *["image-generation"] * of_images, str(config["architecture"])]
+    task = ["pipeline_tag: unconditional-image-generation"] if of_images else []
+    lines = [given, "library_name: spectralnorm", *task, "tags:"]
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
 
@@ -83,17 +91,24 @@ def _what(config: Mapping[str, Any]) -> str:
     size, kind = config["image_size"], "gray" if config["channels"] == 1 else "colour"
     names = config.get("class_names") or ()
     classes = f" of {len(names)} classes ({', '.join(names)})" if config.get("conditional") and names else ""
+    made = "points in the plane" if _makes_points(config) else f"{kind} images of {size} x {size} pixels{classes}"
     return (
-        f"A generative adversarial network (architecture `{config['architecture']}`) that makes {kind} images of "
-        f"{size} x {size} pixels{classes} from latents of {config['latent_dim']} normal numbers. The discriminator's "
-        f"normalization was `{config['normalization']}`, the loss `{config['loss']}`. {GENERATOR_FILE} holds the "
-        "averaged weights of the generator."
+        f"A generative adversarial network (architecture `{config['architecture']}`) that makes {made} from latents of "
+        f"{config['latent_dim']} normal numbers. The discriminator's normalization was `{config['normalization']}`, "
+        f"the loss `{config['loss']}`. {GENERATOR_FILE} holds the averaged weights of the generator."
     )
+
+
+def _makes_points(config: Mapping[str, Any]) -> bool:
+    return config["architecture"] in ARCHITECTURES and ARCHITECTURES[config["architecture"]].makes_points
 
 
 def _use(config: Mapping[str, Any]) -> str:
     names = config.get("class_names") or ()
     label = f", labels={names[0]!r}" if config.get("conditional") and names else ""
+    sample = f"images = generator.sample(16, seed=0{label})  # uint8, (num, channels, height, width)"
+    if _makes_points(config):
+        sample = "points = generator.sample(16, seed=0).flatten(1)  # float32, (num, 2)"
     return f"""\
 ```console
 $ pip install "spectralnorm[gan]"
@@ -103,7 +118,7 @@ $ pip install "spectralnorm[gan]"
 import spectralnorm
 
 generator = spectralnorm.gan.load("{GENERATOR_FILE}")
-images = generator.sample(16, seed=0{label})  # uint8, (num, channels, height, width)
+{sample}
 ```"""
 
 
@@ -129,10 +144,13 @@ def _training(sessions: Sequence[Session], endings: Sequence[Ending]) -> str:
     return _table(("What", "Recorded"), rows)
 
 
-def _metrics(evaluations: Sequence[Evaluation]) -> str:
-    if not evaluations:
+def _final(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    return latest_evaluation([one for one in evaluations if one.final] or evaluations)
+
+
+def _metrics(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
         return "None were measured."
-    evaluation = next((one for one in reversed(evaluations) if one.final), evaluations[-1])
     kind = "final" if evaluation.final else "last"
     head = (
         "Metric",

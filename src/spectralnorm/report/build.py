@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from spectralnorm.errors import UserError
-from spectralnorm.records import Evaluation, replace_text
+from spectralnorm.records import Evaluation, latest_evaluation, replace_text
 from spectralnorm.report import tables
 from spectralnorm.report.charts import Chart, curve_charts, metric_charts, spectrum_chart
 from spectralnorm.report.contents import Contents, read_run
@@ -74,7 +74,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
     """What the template shows: text, images, and what the scripts read."""
     curves = curve_charts(contents)
     spectrum = spectrum_chart(contents.spectra, normalization=contents.config["normalization"])
-    evaluation = contents.evaluations[-1] if contents.evaluations else None
+    evaluation = latest_evaluation(contents.evaluations)
     of_metrics = metric_charts(contents.evaluations)
     guaranteed = _guarantee(contents)
     metric_shares = [
