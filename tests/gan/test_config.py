@@ -88,16 +88,27 @@ def test_the_settings_of_the_paper_are_recipes(recipe: str, adam: tuple[float, f
 
 
 @pytest.mark.parametrize(
-    ("recipe", "image_size", "steps"),
-    [("cifar10", 32, 100_000), ("stl48", 48, 100_000), ("64", 64, 100_000), ("128", 128, 450_000)],
+    ("recipe", "image_size", "falls_from", "steps", "generator_batch_size"),
+    # Miyato et al. 2018 for CIFAR-10 and STL-10; the others as sn_cifar10.yml, sn_projection_64.yml and, for four
+    # processes together, sn_projection.yml of pfnet-research/sngan_projection.
+    [
+        ("resnet-cifar10", 32, 0, 100_000, 128),
+        ("projection-cifar10", 32, 0, 50_000, 128),
+        ("resnet-stl48", 48, 0, 100_000, 128),
+        ("resnet-64", 64, 200_000, 250_000, None),
+        ("resnet-128", 128, 400_000, 450_000, 128),
+    ],
 )
-def test_the_residual_networks_are_recipes_with_the_settings_of_the_paper(recipe: str, image_size: int, steps: int):
-    config = make_config(f"sngan-resnet-{recipe}")
+def test_the_residual_networks_are_recipes_with_the_published_settings(
+    recipe: str, image_size: int, falls_from: int, steps: int, generator_batch_size: int | None
+):
+    config = make_config(f"sngan-{recipe}")
     assert (config.architecture, config.image_size, config.loss) == ("resnet", image_size, "hinge")
-    # Miyato et al. 2018, section 4.1 and Table 1, last row: alpha, beta1, beta2, n_dis; linear decay over all updates.
+    # Miyato et al. 2018, section 4.1 and Table 1, last row: alpha, beta1, beta2, n_dis.
     assert (config.generator_lr, config.beta1, config.beta2, config.num_discriminator_steps) == (2e-4, 0.0, 0.9, 5)
     assert config.discriminator_lr == config.generator_lr
-    assert (config.lr_decay_from, config.steps) == (0.0, steps)
+    assert (config.batch_size, config.generator_batch_size) == (64, generator_batch_size)
+    assert (round(config.lr_decay_from * steps), config.steps) == (falls_from, steps)
 
 
 def test_a_run_without_an_end_is_refused():

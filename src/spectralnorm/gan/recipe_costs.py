@@ -21,7 +21,7 @@ __all__ = ["COSTS_FILE", "Cost", "read_costs", "telling_settings", "write_costs"
 COSTS_FILE = Path(__file__).with_name("recipe_costs.json")
 
 # Neither the pace nor the memory depends on these.
-_IRRELEVANT = {"recipe", "data", "seed"}
+_IRRELEVANT = {"recipe", "data", "seed", "lr_decay_from"}
 
 
 @dataclass(frozen=True, kw_only=True)

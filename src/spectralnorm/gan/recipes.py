@@ -133,7 +133,8 @@ _SNGAN_RESNET: dict[str, Any] = {
 def sngan_resnet_cifar10(**settings: Any) -> Config:
     """The residual networks at 32 px with the settings of Miyato et al. 2018 for CIFAR-10.
 
-    Hinge loss, five updates of D on 64 images for one of G on 128, step sizes that fall from the start.
+    Hinge loss, five updates of D on 64 images for one of G on 128, step sizes that fall from the start. The 100,000
+    updates of G are the paper's; the public code stops after 50,000.
     """
     return _config("sngan-resnet-cifar10", settings, {**_SNGAN_RESNET, "generator_batch_size": 128})
 
@@ -141,9 +142,9 @@ def sngan_resnet_cifar10(**settings: Any) -> Config:
 def sngan_projection_cifar10(**settings: Any) -> Config:
     """As ``sngan-resnet-cifar10`` with labels: projection discriminator and conditional batch normalization.
 
-    Miyato and Koyama 2018; the data must have classes.
+    Miyato and Koyama 2018, with the 50,000 updates of G of their public code; the data must have classes.
     """
-    defaults = {**_SNGAN_RESNET, "generator_batch_size": 128, "conditional": True}
+    defaults = {**_SNGAN_RESNET, "generator_batch_size": 128, "conditional": True, "steps": 50_000}
     return _config("sngan-projection-cifar10", settings, defaults)
 
 
@@ -153,13 +154,30 @@ def sngan_resnet_stl48(**settings: Any) -> Config:
 
 
 def sngan_resnet_64(**settings: Any) -> Config:
-    """The residual networks at 64 px with the settings of Miyato et al. 2018."""
-    return _config("sngan-resnet-64", settings, {**_SNGAN_RESNET, "image_size": 64})
+    """The residual networks at 64 px with the settings of the public code of Miyato and Koyama 2018 for ImageNet.
+
+    The papers have no experiment of this size. Step sizes fall over the last 50,000 of 250,000 updates of G. Theirs is
+    conditional: add ``--conditional`` where the data have classes.
+    """
+    defaults = {**_SNGAN_RESNET, "image_size": 64, "lr_decay_from": 200 / 250, "steps": 250_000}
+    return _config("sngan-resnet-64", settings, defaults)
 
 
 def sngan_resnet_128(**settings: Any) -> Config:
-    """The residual networks at 128 px with the settings of Miyato et al. 2018 for ImageNet, 450,000 updates of G."""
-    return _config("sngan-resnet-128", settings, {**_SNGAN_RESNET, "image_size": 128, "steps": 450_000})
+    """The residual networks at 128 px with the settings of Miyato et al. 2018 for ImageNet, 450,000 updates of G.
+
+    Batches and schedule are those of the public code: four processes with 16 images each for D and 32 for G, and step
+    sizes that fall over the last 50,000 updates. Theirs is conditional: add ``--conditional`` where the data have
+    classes.
+    """
+    defaults = {
+        **_SNGAN_RESNET,
+        "image_size": 128,
+        "generator_batch_size": 128,
+        "lr_decay_from": 400 / 450,
+        "steps": 450_000,
+    }
+    return _config("sngan-resnet-128", settings, defaults)
 
 
 def sagan_128(**settings: Any) -> Config:
