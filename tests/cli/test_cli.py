@@ -106,7 +106,7 @@ def test_evaluate_prints_the_numbers_and_records_them(run: Path, capsys: pytest.
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two folders of noise, dark and bright."""
     folders = []
-    for number, most in enumerate((100, 256)):
+    for number, most in enumerate((60, 256)):
         folder = tmp_path_factory.mktemp("photos")
         generator = torch.Generator().manual_seed(number)
         for index in range(24):
@@ -127,9 +127,11 @@ def test_two_folders_are_compared_and_written_as_json(
     ]
     distance = written["metrics"][0]
     assert distance["provenance"]["num_fake"] == 24
-    assert distance["provenance"]["split"] == f"all of {photos[1].name}"
+    assert distance["provenance"]["split"] == photos[1].name
     assert distance["interval"][0] < distance["value"] < distance["interval"][1]
     printed = capsys.readouterr().out
+    assert f"24 generated against 12 real images ({photos[1].name})" in printed
+    assert "The floor is what real images score that were set aside for it." in printed
     assert "FD-SqueezeNet" in printed
     assert "95 % interval" in printed
     assert distance["value"] > 5 * distance["floor"]
@@ -224,7 +226,11 @@ def files(tmp_path: Path) -> Path:
         ("evaluate {}/empty --data a --against b", "two things to compare with"),
         ("evaluate {}/empty --metrics fd,nope", "Unknown metric 'nope'; choose one of default, all, fd"),
         ("evaluate {}/empty --against {}/texts --metrics ppl", "needs a generator"),
-        ("evaluate {}/empty --against {}/texts", "give --image-size"),
+        ("evaluate {}/empty --against {}/texts", "is empty"),
+        ("evaluate {}/texts --against {}/one", "holds no images, only other files"),
+        ("evaluate {}/one/only.png --against {}/one", "is a single image"),
+        ("evaluate {}/one --against {}/one", "at least two generated images, got 1"),
+        ("evaluate {}/one --against {}/one --metrics ,", "--metrics names none; choose of default"),
         ("report {}/nowhere", "nowhere"),
     ],
 )

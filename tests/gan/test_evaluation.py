@@ -1,5 +1,6 @@
 """Measuring generators: path lengths, and folders of images."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,40 @@ def test_the_size_of_an_array_is_in_its_shape(tmp_path: Path, shape: tuple[int, 
     assert size_of_first(tmp_path / "images.npy") == expected
 
 
-def test_a_size_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give --image-size"):
+def _idx(file: Path, pixels: np.ndarray) -> None:
+    header = bytes([0, 0, 8, pixels.ndim]) + b"".join(size.to_bytes(4, "big") for size in pixels.shape)
+    file.write_bytes(header + pixels.tobytes())
+
+
+def test_the_size_is_that_of_the_first_image_of_any_kind_of_file(tmp_path: Path) -> None:
+    pixels = np.arange(5 * 24 * 20, dtype=np.uint8).reshape(5, 24, 20)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    assert size_of_first(tmp_path / "images.npz") == (20, 1)
+    assert len(all_images(tmp_path / "images.npz", image_size=20, channels=1)) == 5
+    # Padded from 28 to 32 pixels, as for training.
+    _idx(tmp_path / "train-images-idx3-ubyte", np.zeros((5, 28, 28), dtype=np.uint8))
+    assert size_of_first(tmp_path / "train-images-idx3-ubyte") == (32, 1)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    assert size_of_first(tmp_path / "images.tar") == (20, 3)
+
+
+def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty"):
         size_of_first(tmp_path)
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"None of the 1 images in .* can be read"):
+        size_of_first(tmp_path)
+
+
+@pytest.mark.parametrize("num", [1, 120])
+def test_copies_of_one_image_can_be_measured(num: int, tmp_path: Path) -> None:
+    for index in range(num):
+        Image.new("L", (8, 8), 77).save(tmp_path / f"{index}.png")
+    found = all_images(tmp_path, image_size=8, channels=1)
+    assert found.shape == (num, 1, 8, 8)
+    assert (found == 77).all()
 
 
 def test_all_images_of_a_folder_are_measured_in_a_fixed_order(tmp_path: Path) -> None:

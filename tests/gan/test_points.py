@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectralnorm.cli import main
 from spectralnorm.errors import UserError
 from spectralnorm.gan.data.points import MIXTURES, open_points
 from spectralnorm.gan.point_metrics import measure_points
@@ -40,6 +41,7 @@ def test_real_points_cover_every_mode_and_those_of_one_mode_cover_one():
     covered, quality = measure_points(held_out[:2500], held_out, mixture="toy-ring")
     assert (covered.value, covered.floor) == (8, 8)
     assert quality.value > 0.98  # 1 - exp(-9 / 2) of a Gaussian in the plane lies within 3 standard deviations
+    assert measure_points(held_out[:100], held_out, mixture="toy-ring", modes=False) == ()
     covered, quality = measure_points(torch.zeros(100, 2, 1, 1), held_out, mixture="toy-ring")
     assert (covered.value, quality.value) == (0, 0.0)
     one_mode = MIXTURES["toy-ring"].centers[3].view(1, 2, 1, 1).expand(50, -1, -1, -1)
@@ -107,3 +109,20 @@ def test_an_unknown_critic_is_refused():
 def test_points_and_images_do_not_mix(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--metrics fd", "The metric 'fd' is one of images; of points choose default, wasserstein or all"),
+        ("--metrics ppl", "The metric 'ppl' is one of images"),
+        ("--extractor squeezenet", "Points are seen as they are, without SqueezeNet"),
+        ("--data {run}", "compared with toy-ring or toy-grid; leave out --data"),
+    ],
+)
+def test_what_cannot_be_measured_of_points_is_refused(
+    words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train(make_config("toy-ring", steps=2, device="cpu", num_sample_grids=1, batch_size=8), out=tmp_path)
+    assert main(["evaluate", str(tmp_path), "--num", "100", *words.format(run=tmp_path).split()]) == 2
+    assert says in capsys.readouterr().err

@@ -126,6 +126,26 @@ def test_all_leaves_out_what_is_not_possible_and_a_name_does_not() -> None:
         measure(noise(20), noise(40), metrics=("fdd",))
 
 
+@pytest.mark.usefixtures("quick_critic")
+@pytest.mark.parametrize(
+    ("num_fake", "num_real", "left_out"),
+    [
+        (2, 2, {"W1 lower bound-Mean", "Precision-Mean", "Density-Mean"}),
+        (8, 13, {"W1 lower bound-Mean"}),
+        (20, 39, {"W1 lower bound-Mean"}),
+        (2, 40, {"W1 lower bound-Mean", "Precision-Mean"}),
+        (20, 40, set()),
+    ],
+)
+def test_all_leaves_out_what_few_images_do_not_allow(num_fake: int, num_real: int, left_out: set[str]) -> None:
+    some = {"FD-Mean", "KID-Mean", "Diversity-Mean", "W1 lower bound-Mean", "Precision-Mean", "Density-Mean"}
+    found = measure(noise(num_fake), noise(num_real, seed=1), metrics=("all",))
+    assert some - found.keys() == left_out
+    if "W1 lower bound-Mean" in left_out:
+        with pytest.raises(UserError, match="'wasserstein' needs at least 20 generated and 20 real images beside"):
+            measure(noise(num_fake), noise(num_real, seed=1), metrics=("wasserstein",))
+
+
 def test_every_floor_is_what_the_stand_ins_score() -> None:
     real, extractor = noise(100, seed=1), MeanExtractor()
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))

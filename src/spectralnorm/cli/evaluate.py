@@ -30,15 +30,16 @@ class EvaluateOptions:
     """Measure a run's samples, or images in a folder, against real images.
 
     A run is measured against the held-out part of its data, and the numbers are added to its records. Images are
-    measured against the held-out part of --data, or against all that is in --against.
+    measured against the held-out part of --data, or against what is in --against. Of either, at most half is set aside
+    first: it stands in for generated images, and what it scores is the floor.
     """
 
     target: tyro.conf.Positional[Path]
-    """Run folder, generator.safetensors, or images: a folder, ZIP, IDX, .npy or .npz file."""
+    """Run folder, generator.safetensors, or images: whatever train takes as --data."""
     data: Path | None = None
     """Real images, parted as for training; none: a run's own data."""
     against: Path | None = None
-    """Images to compare with, all of them."""
+    """Images to compare with, none held out."""
     metrics: str = "default"
     """Comma-separated: default (fd, kid, classes), is, pr, dc, diversity, copying, ppl, wasserstein; or all."""
     extractor: str = "auto"
@@ -87,6 +88,8 @@ def run(words: list[str]) -> int:
     console.print(table, width=max(width, console.width), crop=False)
     for line in _provenance(metrics):
         console.print(line, markup=False)
+    if any(metric.floor is not None for metric in metrics):
+        console.print(" The floor is what real images score that were set aside for it.", markup=False)
     if "all" in names:
         console.print(" Left out is what these images, extractors and data do not allow.", markup=False)
     if options.json is not None:

@@ -10,6 +10,7 @@ import torch
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
 from spectralnorm.gan.data import load_images
+from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure
 from spectralnorm.gan.image_folders import all_images, size_of_first
 from spectralnorm.gan.inputs import prepare_data
@@ -29,7 +30,10 @@ def metric_names(options: EvaluateOptions) -> tuple[str, ...]:
     names = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
     for name in names:
         choose("metric", name, ("default", "all", *MEASURES, PATH_LENGTH))
-    return (*names, "wasserstein") if options.wasserstein else names
+    names = (*names, "wasserstein") if options.wasserstein else names
+    if not names:
+        raise UserError(f"--metrics names none; choose of default, all, {', '.join(MEASURES)}, {PATH_LENGTH}.")
+    return names
 
 
 def is_run(target: Path) -> bool:
@@ -50,6 +54,8 @@ def measure_run(
     if options.image_size is not None:
         raise UserError("--image-size is for folders of images; a run has its own size.")
     generator = load(options.target, device=str(device))
+    if generator.makes_points and options.data is not None and str(options.data) not in MIXTURES:
+        raise UserError(f"This run makes points, which are compared with {' or '.join(MIXTURES)}; leave out --data.")
     images = prepare_data(generator.config, options.data)
     metrics = measure(
         generator,
@@ -71,7 +77,7 @@ def measure_images(
     if options.data is None and options.against is None:
         raise UserError(
             f"{options.target} is not a run folder; to measure the images in it, say what to compare them with: --data "
-            "(its held-out part) or --against (all of it)."
+            "(what training would hold out of it) or --against (any of it)."
         )
     if PATH_LENGTH in names:
         raise UserError(f"The metric '{PATH_LENGTH}' needs a generator; give a run instead of images.")
@@ -81,7 +87,7 @@ def measure_images(
     progress("reading images", 1, 2)
     if options.against is not None:
         real, training = all_images(options.against, image_size=size, channels=channels), None
-        split = f"all of {options.against.resolve().name}"
+        split = options.against.resolve().name
         class_names: tuple[str, ...] = ()
         extractors = _extractors(options, device) or [load_extractor("squeezenet", device=device)]
     else:

@@ -74,9 +74,15 @@ def measure(
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
     if images.name in MIXTURES:
-        points, own_seed = generator.sample(num, seed=seed), generator.config.seed
-        bounded = "wasserstein" in metrics
-        return measure_points(points, images.held_out, mixture=images.name, seed=own_seed, wasserstein=bounded)
+        _check_possible_of_points(metrics, extractors)
+        return measure_points(
+            generator.sample(num, seed=seed),
+            images.held_out,
+            mixture=images.name,
+            seed=generator.config.seed,
+            modes=not {"default", "all"}.isdisjoint(metrics),
+            wasserstein=not {"wasserstein", "all"}.isdisjoint(metrics),
+        )
     # To read what was trained on may take long, and only one metric needs it.
     searched = images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
@@ -106,6 +112,14 @@ def measure(
     for extractor in able:
         found += _path_lengths(generator, extractor, num=max(2, num // 2), seed=seed, progress=progress)
     return found
+
+
+def _check_possible_of_points(metrics: Sequence[str], extractors: Sequence[FeatureExtractor]) -> None:
+    for name in metrics:
+        if name not in ("default", "all", "wasserstein"):
+            raise UserError(f"The metric '{name}' is one of images; of points choose default, wasserstein or all.")
+    if extractors:
+        raise UserError(f"Points are seen as they are, without {extractors[0].name}; leave the extractor out.")
 
 
 def _path_lengths(

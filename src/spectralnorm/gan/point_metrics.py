@@ -13,7 +13,13 @@ __all__ = ["measure_points"]
 
 
 def measure_points(
-    points: Tensor, held_out: Tensor, *, mixture: str, seed: int = 0, wasserstein: bool = False
+    points: Tensor,
+    held_out: Tensor,
+    *,
+    mixture: str,
+    seed: int = 0,
+    modes: bool = True,
+    wasserstein: bool = False,
 ) -> tuple[Metric, ...]:
     """Count the modes that generated points reach, as the mixtures' publications do.
 
@@ -22,6 +28,7 @@ def measure_points(
         held_out: real, float32 ``(m, 2, 1, 1)``; as many as there are generated ones give the floors.
         mixture: a name in `spectralnorm.gan.data.points.MIXTURES`.
         seed: of the critic.
+        modes: whether to count them.
         wasserstein: whether to bound the Wasserstein-1 distance from below too, in the plane itself.
 
     Returns:
@@ -29,7 +36,6 @@ def measure_points(
         (of the points, those within 3 standard deviations of a mode) and, if asked for, ``W1 lower bound-points``.
     """
     fake, real = points.flatten(1), held_out.flatten(1)
-    found, floor = _modes(fake, mixture), _modes(real[: len(fake)], mixture)
     provenance = Provenance(
         extractor="points",
         weights_sha256="",
@@ -38,7 +44,25 @@ def measure_points(
         split="held-out",
         resize="none",
     )
-    metrics = [
+    metrics: list[Metric] = []
+    if modes:
+        metrics += _coverage(_modes(fake, mixture), _modes(real[: len(fake)], mixture), provenance)
+    if wasserstein:
+        bound = wasserstein_lower_bound(real, fake, seed=seed)
+        details = {"estimate": bound.estimate, "confidence": bound.confidence}
+        metrics.append(
+            Metric(
+                name="W1 lower bound-points",
+                value=bound.lower_confidence_bound,
+                details=details,
+                provenance=provenance,
+            )
+        )
+    return tuple(metrics)
+
+
+def _coverage(found: Modes, floor: Modes, provenance: Provenance) -> list[Metric]:
+    return [
         Metric(
             name="Modes covered",
             value=found.covered,
@@ -55,18 +79,6 @@ def measure_points(
             provenance=provenance,
         ),
     ]
-    if wasserstein:
-        bound = wasserstein_lower_bound(real, fake, seed=seed)
-        details = {"estimate": bound.estimate, "confidence": bound.confidence}
-        metrics.append(
-            Metric(
-                name="W1 lower bound-points",
-                value=bound.lower_confidence_bound,
-                details=details,
-                provenance=provenance,
-            )
-        )
-    return tuple(metrics)
 
 
 def _modes(points: Tensor, mixture: str) -> Modes:

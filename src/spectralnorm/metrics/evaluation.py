@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.metrics.cache import hash_of, remember
-from spectralnorm.metrics.measures import MEASURES, NEEDS, Seen
+from spectralnorm.metrics.measures import MEASURES, Seen
 from spectralnorm.metrics.network_extractor import FeatureExtractor, Features
 from spectralnorm.records import Metric, Provenance
 
@@ -60,7 +60,8 @@ def evaluate(
         real: uint8 (m, channels, height, width), at least 2 images.
         extractors: what they are seen through.
         metrics: of ``fd``, ``kid``, ``wasserstein`` (needs twenty images on each side, and tens of seconds),
-            ``classes`` and ``is`` (need logits), ``pr``, ``dc``, ``diversity`` and ``copying`` (needs ``training``);
+            ``classes`` and ``is`` (need logits), ``pr`` and ``dc`` (need six real images beside those that stand in),
+            ``diversity`` and ``copying`` (needs ``training``);
             ``all`` stands for all that are possible, ``default`` for those of `DEFAULT_METRICS` that are.
         training: images that were trained on, uint8, among which to look for copies.
         split: which real images, for the provenance.
@@ -87,13 +88,16 @@ def evaluate(
     names, named = _chosen(metrics)
     results: list[Metric] = []
     computed: set[str] = set()
+    lacking: dict[str, str] = {}
     for extractor in extractors:
         tell = _told_by(extractor, progress)
         # Looking at all that was trained on takes longest, and only one metric needs it.
         trained_on = training if "copying" in names else None
         seen = _see(extractor, fake, real, trained_on, split=split, seed=seed, progress=tell)
         seen = replace(seen, class_names=class_names, with_intervals=with_intervals)
-        possible = [name for name in names if MEASURES[name].is_possible(seen)]
+        lacked = {name: MEASURES[name].lacks(seen) for name in names}
+        lacking |= {name: lack for name, lack in lacked.items() if lack is not None}
+        possible = [name for name in names if lacked[name] is None]
         for name in possible:
             tell(name, 0, 1)
             results += MEASURES[name].compute(seen)
@@ -101,7 +105,7 @@ def evaluate(
         computed.update(possible)
     for name in names:
         if name in named and name not in computed:
-            raise UserError(f"The metric '{name}' needs {NEEDS[MEASURES[name].needs]}; leave it out.")
+            raise UserError(f"The metric '{name}' needs {lacking.get(name, 'an extractor')}; leave it out.")
     return tuple(results)
 
 

@@ -29,6 +29,7 @@ __all__ = ["MEASURES", "NEEDS", "Measure", "Seen"]
 
 _MANIFOLD_NEIGHBOURS = 3
 _COVERAGE_NEIGHBOURS = 5
+_MOST_NEIGHBOURS = max(_MANIFOLD_NEIGHBOURS, _COVERAGE_NEIGHBOURS)
 _NEARER_THAN = 0.05
 # More than so many cannot all have the share that counts as covered.
 _MOST_CLASSES = round(1 / COVERED_SHARE)
@@ -85,9 +86,7 @@ class Seen:
 
     def reference_radii(self, k: int) -> Tensor:
         """Distance of each reference image to its k-th neighbour among them, kept from one evaluation to the next."""
-        features, most = self.reference.features, max(_MANIFOLD_NEIGHBOURS, _COVERAGE_NEIGHBOURS)
-        if len(features) <= most:
-            raise UserError(f"Nearest neighbours need more than {most} reference images, got {len(features)}.")
+        features, most = self.reference.features, _MOST_NEIGHBOURS
 
         def compute() -> dict[str, Tensor]:
             return {"distances": smallest_distances(features, features, k=most + 1, device=self.device)}
@@ -103,14 +102,28 @@ class Measure:
     compute: Callable[[Seen], list[Metric]]
     needs: str = ""
     """One of `NEEDS`; empty: nothing but features."""
+    fewest: tuple[int, int] = (2, 2)
+    """Generated images, or stand-ins for them, and reference images that it needs."""
 
-    def is_possible(self, seen: Seen) -> bool:
-        """Whether there is what it needs."""
-        if self.needs == "logits":
-            return seen.fake.logits is not None
-        if self.needs == "classes":
-            return seen.fake.logits is not None and seen.fake.logits.shape[1] <= _MOST_CLASSES
-        return self.needs != "training" or seen.training is not None
+    def lacks(self, seen: Seen) -> str | None:
+        """What it needs and is not there, in words; None if it is possible."""
+        logits = seen.fake.logits
+        is_there = {
+            "": True,
+            "logits": logits is not None,
+            "classes": logits is not None and logits.shape[1] <= _MOST_CLASSES,
+            "training": seen.training is not None,
+        }
+        if not is_there[self.needs]:
+            return NEEDS[self.needs]
+        compared = [seen.fake] if seen.stand_ins is None else [seen.fake, seen.stand_ins]
+        generated, reference = min(len(part.features) for part in compared), len(seen.reference.features)
+        if generated >= self.fewest[0] and reference >= self.fewest[1]:
+            return None
+        return (
+            f"at least {self.fewest[0]} generated and {self.fewest[1]} real images beside those set aside for the "
+            f"floor, here {generated} and {reference}"
+        )
 
 
 def _frechet(seen: Seen) -> list[Metric]:
@@ -353,11 +366,11 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         "fd": Measure(compute=_frechet),
         "kid": Measure(compute=_kernel),
-        "wasserstein": Measure(compute=_wasserstein),
+        "wasserstein": Measure(compute=_wasserstein, fewest=(20, 20)),
         "classes": Measure(compute=_classes, needs="classes"),
         "is": Measure(compute=_score, needs="logits"),
-        "pr": Measure(compute=_precision),
-        "dc": Measure(compute=_density),
+        "pr": Measure(compute=_precision, fewest=(_MANIFOLD_NEIGHBOURS + 1, _MOST_NEIGHBOURS + 1)),
+        "dc": Measure(compute=_density, fewest=(2, _MOST_NEIGHBOURS + 1)),
         "diversity": Measure(compute=_diversity),
         "copying": Measure(compute=_copying, needs="training"),
     }

@@ -53,7 +53,7 @@ def open_source(path: Path) -> Source:
     if kind in _OPENERS:
         return _OPENERS[kind](path)
     if kind in IMAGE_EXTENSIONS:
-        raise UserError(f"the data path {text!r} is a single image, and training needs many; give {_KINDS}.")
+        raise UserError(f"the data path {text!r} is a single image, and many are needed; give {_KINDS}.")
     # IDX: two zero bytes and the type of the values, perhaps compressed.
     if is_idx_images(path.name) or head[:3] == b"\0\0\x08" or head[:2] == b"\x1f\x8b":
         return open_idx(path)
