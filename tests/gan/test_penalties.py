@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.penalties import PENALTIES, Lazy, path_length_penalty, path_lengths
+from spectralnorm.gan.penalties import PENALTIES, path_length_penalty, path_lengths
 
 SHAPE = (5, 2, 4, 4)
 
@@ -171,17 +171,3 @@ def test_the_path_length_penalty_trains_the_generator(device: torch.device):
     (gradient,) = torch.autograd.grad(penalty, scale)
     unscaled = lengths.detach() / 2  # lengths are proportional to the scale, the running mean is held fixed
     assert_close(gradient, (2 * (lengths.detach() - average) * unscaled).mean())
-
-
-def test_a_lazy_regularization_keeps_its_mean_weight():
-    lazy = Lazy(weight=10.0, interval=16)
-    taken = [lazy.factor if lazy.is_due(update) else 0.0 for update in range(160)]
-    assert sum(taken) / 160 == 10.0
-    lr, betas = lazy.adam(0.002, (0.0, 0.99))
-    assert lr == 0.002 * 16 / 17
-    assert betas == (0.0, 0.99 ** (16 / 17))
-
-
-def test_a_lazy_interval_below_one_is_refused():
-    with pytest.raises(UserError, match="interval"):
-        Lazy(weight=1.0, interval=0)

@@ -162,6 +162,22 @@ def test_a_penalty_is_taken_at_every_nth_update_and_counts_n_times(
     assert set(calls) == {((4, 1, 8, 8), (4, 1, 8, 8))}
 
 
+def test_a_penalty_of_every_third_update_keeps_its_mean_weight(device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    # Without a gradient, so that both runs go the same way.
+    monkeypatch.setitem(PENALTIES, "r1", lambda discriminator, real, fake, *, random: real.new_tensor(2.0))
+
+    def losses(config: Config) -> torch.Tensor:
+        trainer, found = _trainer(device, config), []
+        monkeypatch.setattr(
+            trainer.means, "add", lambda name, value: found.append(value.item()) if "loss/d" in name else None
+        )
+        trainer.run([])
+        return torch.tensor(found)
+
+    with_penalty = losses(dataclasses.replace(CONFIG, penalty="r1", penalty_weight=0.5, penalty_interval=3))
+    torch.testing.assert_close(with_penalty - losses(CONFIG), torch.tensor([3.0, 0.0, 0.0] * 4))
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_large_penalty_flattens_the_discriminator(penalty: str, device: torch.device):
     settings = {"steps": 40, "loss": "wasserstein", "normalization": "none", "discriminator_lr": 5e-2}

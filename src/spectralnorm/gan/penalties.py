@@ -8,7 +8,6 @@ must be differentiable twice; plain torch layers are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 
-__all__ = ["PENALTIES", "Discriminator", "Lazy", "Penalty", "path_length_penalty", "path_lengths"]
+__all__ = ["PENALTIES", "Discriminator", "Penalty", "path_length_penalty", "path_lengths"]
 
 
 class Discriminator(Protocol):
@@ -119,43 +118,6 @@ def path_length_penalty(lengths: Tensor, average: Tensor, *, decay: float = 0.01
     """
     average = torch.lerp(average, lengths.detach().mean(), decay)
     return (lengths - average).square().mean(), average
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lazy:
-    """A regularization that is taken only at every ``interval``-th update (Karras et al. 2020, section 3.1 and B).
-
-    >>> lazy = Lazy(weight=5.0, interval=16)
-    >>> [step for step in range(40) if lazy.is_due(step)], lazy.factor
-    ([0, 16, 32], 80.0)
-    """
-
-    weight: float
-    """Factor of the regularization, were it taken at every update."""
-    interval: int
-    """Updates from one with the regularization to the next; 16 for R1 and 4 for path lengths in the paper."""
-
-    def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise UserError(f"interval must be a whole number of updates, at least 1, got {self.interval}.")
-
-    def is_due(self, update: int) -> bool:
-        """Whether the update of this number, from 0, takes the regularization."""
-        return update % self.interval == 0
-
-    @property
-    def factor(self) -> float:
-        """Factor of the regularization in the updates that take it, so that its mean over all is ``weight``."""
-        return self.weight * self.interval
-
-    def adam(self, lr: float, betas: tuple[float, float]) -> tuple[float, tuple[float, float]]:
-        """Adam's settings, where the regularization has updates of its own beside those of the loss.
-
-        Each cycle then has ``interval + 1`` updates in the place of ``interval``, and all settings are slowed down by
-        that much.
-        """
-        share = self.interval / (self.interval + 1)
-        return lr * share, (betas[0] ** share, betas[1] ** share)
 
 
 def _gradients(discriminator: Discriminator, images: Tensor) -> Tensor:
