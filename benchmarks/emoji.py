@@ -29,8 +29,7 @@ from spectralnorm.records import Ending, Evaluation, read_records
 
 NETWORKS = {
     "SN-ResNet-64": {},
-    # As the recipe stylegan2-64, made small: narrower networks, fewer latents, batch 16, no path lengths, step
-    # sizes that fall in the end; augmentation and averaging as for the other network.
+    # As the recipe stylegan2-64, made small; the page tells how.
     "StyleGAN2-64": {
         "architecture": "stylegan2",
         "normalization": "none",
@@ -48,6 +47,10 @@ NETWORKS = {
         "lr_decay_from": 0.7,
     },
 }
+MADE_SMALL = (
+    "It is smaller than the recipe `stylegan2-64`: narrower networks, fewer latents and images a batch, no path "
+    "lengths, and step sizes that fall in the end."
+)
 COLOURS = {"SN-ResNet-64": "#1a7f5a", "StyleGAN2-64": "#b3541e"}
 SIDE = 8
 
@@ -108,6 +111,8 @@ def page(folder, data, minutes):
     lines = ["# Emoji at 64 px", "", hardware(), ""]
     lines += [f"`python benchmarks/emoji.py --data {data.name} --minutes {minutes:g}`.", ""]
     lines += [(__doc__ or "").split("\n\n")[1], ""]
+    changed = ", ".join(f"`{setting}={value}`" for setting, value in NETWORKS["StyleGAN2-64"].items())
+    lines += [f"StyleGAN2-64 is the recipe `emoji-64` with {changed}. {MADE_SMALL}", ""]
     lines += [
         f"{images.num_training:,} pictures to train on, {len(images.held_out):,} held out.",
         "",
