@@ -219,6 +219,8 @@ def files(tmp_path: Path) -> Path:
         ("sample {}/empty", "has no trained generator yet"),
         ("sample", "PATH"),
         ("sample {}/empty --format jpeg", "choose one of grid, png"),
+        ("sample {}/empty --out grid.jpg", "--out of a grid must end in .png, got 'grid.jpg'"),
+        ("train --data=", "data is empty; give a path or a name"),
         ("sample {}/empty --num 0", "num must be at least 1, got 0"),
         ("evaluate {}/nowhere", "does not exist"),
         ("evaluate {}/empty --num 5", "num must be at least 100"),

@@ -97,6 +97,10 @@ def _check(options: SampleOptions) -> list[int] | None:
         from spectralnorm.gan.video import check_video
 
         check_video(options.video, fps=options.fps)
+    elif options.format == "grid" and options.out is not None and options.out.suffix.lower() != ".png":
+        raise UserError(
+            f"--out of a grid must end in .png, got '{options.out}'; single images go into a folder with --format png."
+        )
     if options.seeds is None:
         return None
     if options.num is not None or options.seed != 0 or options.interpolate or options.video is not None:

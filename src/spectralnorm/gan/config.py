@@ -171,6 +171,8 @@ class Config:
         from spectralnorm.gan.penalties import PENALTIES
         from spectralnorm.gan.precision import PRECISIONS, STRATEGIES
 
+        if self.data == "":
+            raise UserError("data is empty; give a path or a name, or leave it out for the built-in images.")
         choose("architecture", self.architecture, ARCHITECTURES)
         choose("initialization", self.initialization, INITIALIZATIONS)
         check_normalization("normalization", self.normalization)
