@@ -73,6 +73,28 @@ def test_features_are_normalized_after_hidden_layers_but_the_first(setting: str,
     assert network(torch.randn(3, 1, 8, 8)).shape == (3, 1)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_neither_the_first_layer_nor_the_logit_or_image_is_followed_by_a_normalization(architecture: str):
+    config = _with(architecture, normalization="none", generator_normalization="none")
+    colour = {} if ARCHITECTURES[architecture].makes_points else {"channels": 3}
+    for build in (build_generator, build_discriminator):
+        network = build(dataclasses.replace(config, **colour))
+        ends = _layers(network)[0], _layers(network)[-1]
+        normalize(network, "batch")
+        followed = [each[0] for each in network.modules() if isinstance(each, nn.Sequential) and _is_followed(each)]
+        assert followed
+        assert not any(layer is end for layer in followed for end in ends)
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return [each for each in network.modules() if isinstance(each, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+
+
+def _is_followed(pair: nn.Sequential) -> bool:
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d
+    return len(pair) == 2 and isinstance(pair[1], kinds) and not isinstance(pair[0], kinds)
+
+
 def test_layer_normalization_does_not_mix_images():
     network = normalize(_discriminator(), "layer")
     images = torch.randn(5, 1, 8, 8)

@@ -130,16 +130,19 @@ def _parse(setting: str, which: str = "normalization") -> Spec:
 def _insert_after_hidden_layers(
     network: nn.Module, of_maps: Callable[[int], nn.Module], of_features: Callable[[int], nn.Module]
 ) -> None:
-    places = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        # What is modulated brings its outputs to unit norm itself, or gives the image.
-        if isinstance(child, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not isinstance(child, MODULATED)
+    layers = [
+        (path, module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
     ]
-    # The first layer sees the image, whose own mean and scale tell real from fake; the last one gives the logit.
-    for parent, name, child in places[1:]:
-        num_outputs = child.out_features if isinstance(child, nn.Linear) else child.out_channels
-        if num_outputs > 1:
-            normalization = (of_features if isinstance(child, nn.Linear) else of_maps)(num_outputs)
-            setattr(parent, name, nn.Sequential(child, normalization))
+    # The first layer sees the image, whose own mean and scale tell real from fake; the last one gives the logit, or the
+    # image of a generator.
+    for path, layer in layers[1:-1]:
+        if isinstance(layer, MODULATED):  # brings its outputs to unit norm itself, or gives the image
+            continue
+        num_outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        if num_outputs == 1:  # whose layer normalization would be a constant
+            continue
+        normalization = (of_features if isinstance(layer, nn.Linear) else of_maps)(num_outputs)
+        parent, _, name = path.rpartition(".")
+        setattr(network.get_submodule(parent), name, nn.Sequential(layer, normalization))
