@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "last_reads", "map_structure", "needed", "with_maxima"]
+__all__ = [
+    "FILLED",
+    "METADATA",
+    "TEMPLATED",
+    "Graph",
+    "Node",
+    "canonical",
+    "last_reads",
+    "map_structure",
+    "needed",
+    "with_maxima",
+]
 
 # What a tensor without values answers.
 METADATA = frozenset(
@@ -20,6 +31,8 @@ METADATA = frozenset(
 )
 # What takes from a tensor its shape alone, and what it fills it with.
 FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
+# What makes of a tensor one of another's type or shape.
+TEMPLATED = frozenset("to type_as view_as reshape_as expand_as".split())
 
 # Whether a comparison asks that its first argument be the larger one.
 _IS_LARGER = {"ge": True, "gt": True, "le": False, "lt": False}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure, with_maxima
+from spectralnorm.lipschitz.graph import FILLED, METADATA, TEMPLATED, Graph, Node, canonical, map_structure, with_maxima
 
 __all__ = ["trace"]
 
@@ -97,7 +97,12 @@ class _Tracer:
             return torch.full(meta.shape, FILLED[name], dtype=meta.dtype, device=self.device)
         if name in ("full_like", "new_full"):
             meta = _on_meta(func, args, kwargs | {"device": "meta"})
-            return torch.full(meta.shape, kwargs.get("fill_value", args[-1]), dtype=meta.dtype, device=self.device)
+            value = kwargs["fill_value"] if "fill_value" in kwargs else args[-1]
+            return torch.full(meta.shape, value, dtype=meta.dtype, device=self.device)
+        if name in TEMPLATED and not isinstance(args[0], _Traced):
+            # A constant, made like a value that depends on the input: it stays one.
+            args, kwargs = map_structure((args, kwargs), _Traced, self._template)
+            return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             raise UserError(f"certify cannot follow {self._place()}: {name} writes with out=; use its result instead.")
         target = None
@@ -114,6 +119,11 @@ class _Tracer:
         if target is None:
             return result
         return self._replace(target, result)
+
+    def _template(self, traced: _Traced) -> Tensor:
+        """A constant of the same shape and type, that takes no memory."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.empty((), dtype=traced.dtype, device=self.device).expand(traced.shape)
 
     def _out_of_place(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
         plain = getattr(torch.Tensor, name, None) or getattr(nn.functional, name, None) or getattr(torch, name, None)
