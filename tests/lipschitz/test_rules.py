@@ -111,6 +111,20 @@ LINEAR = {
     "flip and roll": (Lambda(lambda x: x.flip(1).roll(1, dims=1)), (4,)),
     "linear after linear": (nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 6)), (5,)),
     "x + linear": (Lambda(lambda x: x + x @ -torch.eye(3, dtype=x.dtype)), (3,)),
+    **{
+        f"mix of two matrices by {share}": (
+            Lambda(lambda x, share=share: torch.lerp(x @ _matrix_of(3, 2).to(x), x @ _matrix_of(2, 3).T.to(x), share)),
+            (3,),
+        )
+        for share in (-0.5, 0.3, 1.0, 1.5, 100.25)
+    },
+    "mix with a matrix, by a tensor": (
+        Lambda(lambda x: torch.lerp(x, x @ _matrix_of(3, 3).to(x), torch.tensor(1.75).to(x))),
+        (3,),
+    ),
+    "mix with a constant": (Lambda(lambda x: torch.lerp(x, torch.ones(3).to(x), 1.7)), (3,)),
+    "mix of a constant": (Lambda(lambda x: torch.lerp(torch.ones(3).to(x), x, -1.7)), (3,)),
+    "mix with what is repeated": (Lambda(lambda x: torch.lerp(torch.ones(1, 4).to(x), x, 2.5)), (1,)),
     "linear + linear": (
         Lambda(lambda x: x @ torch.eye(3, dtype=x.dtype) - 0.5 * (x @ torch.ones(3, 3, dtype=x.dtype))),
         (3,),
