@@ -46,6 +46,11 @@ REFUSED = {
     "product": (Lambda(lambda x: x * x.sigmoid()), r"mul at '0 \(2\)'.*both depend"),
     "einsum of values": (Lambda(lambda x: torch.einsum("bi,bi->b", x, x)), "einsum at '0'.*multiplies"),
     "einsum over the batch": (Lambda(lambda x: torch.einsum("bi->i", x)), "einsum at '0'.*mixes samples"),
+    "einsum that sums a weight": (Lambda(lambda x: torch.einsum("bi,j->bi", x, torch.ones(2))), "einsum.*weight alone"),
+    "einsum that sums a weight, the input repeated": (
+        Lambda(lambda x: torch.einsum("bji,kji->bi", x[:, None], torch.ones(2, 3, 4))),
+        "einsum.*weight alone",
+    ),
     "einsum with a trace": (Lambda(lambda x: torch.einsum("bi,jj->bi", x, torch.eye(2))), "einsum.*diagonal"),
     "matrix product": (Lambda(lambda x: x[:, :, None] @ x[:, None]), r"matmul at '0 \(3\)'.*attention"),
     "quotient": (Lambda(lambda x: 1 / x), "rdiv.*near to zero"),

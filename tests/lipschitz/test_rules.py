@@ -43,6 +43,23 @@ LINEAR = {
     "einsum, sums": (Lambda(lambda x: torch.einsum("bij->bi", x)), (3, 4)),
     "einsum, sums and a weight": (Lambda(lambda x: torch.einsum("o,bij->bo", _matrix_of(3).to(x.dtype), x)), (2, 4)),
     "einsum, diagonal": (Lambda(lambda x: torch.einsum("bij,j->bji", x, _matrix_of(4).to(x.dtype))), (2, 4)),
+    "einsum, input repeated": (
+        Lambda(lambda x: torch.einsum("bij,ij->bij", x, _matrix_of(4, 3).to(x.dtype))),
+        (1, 3),
+    ),
+    "einsum, input repeated and summed": (
+        Lambda(lambda x: torch.einsum("bij,kij->bik", x, _matrix_of(2, 4, 3).to(x.dtype))),
+        (1, 3),
+    ),
+    "einsum, weight repeated": (Lambda(lambda x: torch.einsum("bi,i->b", x, _matrix_of(1).to(x.dtype))), (9,)),
+    "einsum, weight repeated, dense": (
+        Lambda(lambda x: torch.einsum("bi,io->bo", x, _matrix_of(1, 3).to(x.dtype))),
+        (4,),
+    ),
+    "einsum, both repeated": (
+        Lambda(lambda x: torch.einsum("ij,bij->bji", _matrix_of(4, 1).to(x.dtype), x)),
+        (1, 3),
+    ),
     "linear": (nn.Linear(5, 7), (5,)),
     "linear on sequences": (nn.Linear(5, 7), (3, 5)),
     "identity": (nn.Identity(), (4,)),
