@@ -72,9 +72,14 @@ def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part 
     call = Call(parent, values, graph)
     given = call.bind("input, dim=0" if parent.op == "unbind" else "input, sections, dim=0")
     (dim,) = call.dims(given.dim, len(call.input_shape))
+    entries = range(call.input_shape[dim])
+    if parent.op == "tensor_split" and not isinstance(given.sections, int):
+        # Between indices: these may fall, so that pieces overlap, and may count from the end.
+        start, end = [None, *given.sections, None][position : position + 2]
+        return part_along(call, dim, entries[start:end])
     sizes = [1 if parent.op == "unbind" else shape[dim] for shape in parent.shape]
     start = sum(sizes[:position])
-    return part_along(call, dim, range(start, start + sizes[position]))
+    return part_along(call, dim, entries[start : start + sizes[position]])
 
 
 def _check_constants(node: Node) -> None:
