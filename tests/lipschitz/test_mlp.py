@@ -73,3 +73,9 @@ def test_what_is_no_chain_is_refused_by_name():
             mlp_bound(model, (3,))
     with pytest.raises(sn.UserError, match="steps must be"):
         mlp_bound(nn.Linear(3, 1), (3,), steps=-1)
+
+
+@pytest.mark.parametrize("activation", [nn.Softplus(threshold=0), nn.CELU(-1.0)], ids=["softplus", "celu"])
+def test_activation_without_a_constant_is_refused(activation: nn.Module):
+    with pytest.raises(sn.UserError, match=r"jumps|no bound"):
+        mlp_bound(nn.Sequential(nn.Linear(3, 3), activation, nn.Linear(3, 1)), (3,))

@@ -1,11 +1,14 @@
 """What has no constant, no rule, or mixes samples is refused by name, with what to use instead."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm import layers
 
 
 class Lambda(nn.Module):
@@ -41,6 +44,27 @@ REFUSED = {
     "normalize": (Lambda(F.normalize), "normalize at '0'"),
     "hardshrink": (nn.Hardshrink(), "hardshrink.*jumps.*softshrink"),
     "threshold": (nn.Threshold(0.1, 20), "threshold.*jumps"),
+    "softplus with a threshold at zero": (nn.Softplus(threshold=0), "softplus.*jumps at its threshold"),
+    "softplus with a low threshold": (nn.Softplus(beta=10, threshold=1), "softplus.*jumps at its threshold"),
+    "softplus without a scale": (nn.Softplus(beta=0), "softplus.*jumps at its threshold"),
+    "CELU with a negative alpha": (nn.CELU(-1.0), "celu.*no bound.*positive alpha"),
+    **{
+        f"{name} with a parameter that is no number": (Lambda(function), f"{name}.*not a number")
+        for name, function in {
+            "elu": lambda x: F.elu(x, math.nan),
+            "leaky_relu": lambda x: F.leaky_relu(x, math.nan),
+            "clamp": lambda x: x.clamp(min=math.nan),
+            "pad": lambda x: F.pad(x, (1, 1), value=math.nan),
+        }.items()
+    },
+    "residual layer with softplus that jumps": (
+        layers.SLLLinear(4, activation=nn.Softplus(threshold=1)),
+        "SLLLinear.*not known of Softplus",
+    ),
+    "residual layer with CELU that falls": (
+        layers.CPLLinear(4, activation=nn.CELU(-1.0)),
+        "CPLLinear.*not known of CELU",
+    ),
     "glu": (nn.GLU(), "glu.*multiplies"),
     "bilinear": (Lambda(lambda x: F.bilinear(x, x, torch.ones(2, 4, 4))), "bilinear.*multiplies"),
     "product": (Lambda(lambda x: x * x.sigmoid()), r"mul at '0 \(2\)'.*both depend"),

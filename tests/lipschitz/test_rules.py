@@ -196,6 +196,7 @@ ATTAINED = {
     "selu": (nn.SELU(), (3,), 1.7581),
     "hardswish": (nn.Hardswish(), (3,), 1.5),
     "softplus": (nn.Softplus(), (3,), 1.0),
+    "softplus, falling": (nn.Softplus(beta=-2.0, threshold=25), (3,), 1.0),
     "abs": (Lambda(torch.abs), (3,), 1.0),
     "sin": (Lambda(torch.sin), (3,), 1.0),
     "erf": (Lambda(torch.erf), (3,), 2 / math.pi**0.5),

@@ -92,7 +92,12 @@ def _check_constants(node: Node) -> None:
                 "entries that are not finite; load weights that are."
             )
 
+    def check_number(number: float) -> None:
+        if math.isnan(number):
+            raise UserError(f"certify refuses {node.op} at {node.name!r}: an argument of it is not a number.")
+
     map_structure((node.args, node.kwargs), Tensor, check)
+    map_structure((node.args, node.kwargs), float, check_number)
     if node.module is not None:
         for tensor in (*node.module.parameters(), *node.module.buffers()):
             check(tensor)
