@@ -262,6 +262,21 @@ def test_pixel_that_four_windows_read_attains_the_bound_of_a_max_pool():
     assert sn.certify(model, (1, 5, 5), ascent_steps=0).upper_bound == change == 2
 
 
+@pytest.mark.parametrize(("size", "out"), [(2, 82), (12, 492)])
+def test_nearest_upsampling_is_bounded_for_the_pixels_that_each_type_copies(size: int, out: int):
+    # 41 copies each in float64; in float32 the last bit of 1 / 41 makes it 42 of some.
+    model = nn.Upsample(size=out)
+    images = torch.eye(size)[:, None]
+
+    copies = {
+        dtype: model(images.to(dtype)).square().sum((1, 2)).max().item() for dtype in (torch.float32, torch.float64)
+    }
+
+    assert copies == {torch.float32: 42, torch.float64: 41}
+    assert sn.certify(model, (1, size), ascent_steps=0).upper_bound == pytest.approx(42**0.5, rel=1e-12)
+    assert sn.certify(model, (1, size, size), ascent_steps=0).upper_bound == pytest.approx(42, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", SLOPES)
 def test_constant_of_an_activation_is_above_every_slope(name: str):
     model, _ = SLOPES[name]
