@@ -78,6 +78,11 @@ LINEAR = {
     "average pool, padding not counted": (nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), (1, 7, 7)),
     "average pool, ceil": (nn.AvgPool1d(3, stride=2, ceil_mode=True), (2, 8)),
     "average pool, divisor": (nn.AvgPool2d(2, divisor_override=3), (1, 4, 4)),
+    "average pool, negative divisor": (nn.AvgPool2d(3, stride=1, divisor_override=-4), (2, 4, 5)),
+    "average pool, negative divisor, padded": (
+        nn.AvgPool3d(2, padding=1, ceil_mode=True, divisor_override=-2),
+        (1, 3, 2, 4),
+    ),
     "adaptive average pool": (nn.AdaptiveAvgPool2d((3, 2)), (2, 7, 5)),
     "global mean": (Lambda(lambda x: x.mean((2, 3))), (2, 3, 3)),
     "global sum": (Lambda(lambda x: x.sum(dim=(1, 2, 3))), (2, 3, 3)),

@@ -101,7 +101,7 @@ def _average_pool(call: Call) -> Step:
             divisors = [max(1, min(end, size) - max(start, 0)) for start, end in zip(starts, ends, strict=True)]
         factor = mul_up(factor, _averaging_norm(size, list(zip(starts, ends, strict=True)), divisors))
     if given.divisor_override:
-        factor = math.nextafter(mul_up(factor, math.nextafter(1 / given.divisor_override, math.inf)), math.inf)
+        factor = math.nextafter(mul_up(factor, math.nextafter(abs(1 / given.divisor_override), math.inf)), math.inf)
     padding = _each(given.padding, axes)
     side = math.isqrt(math.prod(kernel))
     is_exact = side * side == math.prod(kernel) and side & (side - 1) == 0 and not given.divisor_override

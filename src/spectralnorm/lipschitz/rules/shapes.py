@@ -39,6 +39,8 @@ def as_is(call: Call) -> Step:
 def _same_entries(call: Call) -> Step:
     if not call.node.is_float:
         call.refuse("it rounds to whole numbers, which jumps", "keep floating point")
+    if call.node.op == "view" and isinstance((*call.node.args, *call.node.kwargs.values())[1], torch.dtype):
+        call.refuse("it reads the bits of a number as another type", "convert with .to")
     return as_is(call)
 
 
