@@ -85,6 +85,7 @@ REFUSED = {
     "rounding": (Lambda(lambda x: x.to(torch.int64).float()), "whole numbers"),
     "bits": (Lambda(lambda x: x.view(torch.float16).float()), "view at '0'.*bits"),
     "bits, by name": (Lambda(lambda x: x.view(dtype=torch.float32)), "view at '0'.*bits"),
+    "padding that crops": (Lambda(lambda x: F.pad(x[:, None], (1, -1), mode="circular")), "pad at.*crops"),
     "unknown": (Lambda(torch.special.bessel_j0), "no rule for .*bessel_j0 at '0'.*register_rule"),
     "branch on values": (Lambda(_branch), "needs the values"),
     "values": (Lambda(lambda x: x * x.max().item()), "needs the values"),

@@ -124,6 +124,8 @@ LINEAR = {
     "constant of each channel": (Lambda(lambda x: x - torch.ones(1, 3, 1, 1).to(x)), (3, 2, 2)),
     "mask of the input's type": (Lambda(lambda x: x * torch.tensor([0.5, 0.0, 2.0]).to(x)), (3,)),
     "input to a constant's type": (Lambda(lambda x: 2 * x.to(torch.ones(1, dtype=x.dtype))), (3,)),
+    "input like another value": (Lambda(lambda x: x[:, :1].expand_as(2 * x).view_as(x).type_as(x.sum(1))), (3,)),
+    "area of no pixel": (Lambda(lambda x: F.interpolate(x, scale_factor=0.3, mode="area")), (1, 3)),
     "difference from a constant input": (
         Lambda(lambda x: x @ _matrix_of(3, 2).to(x) - torch.zeros(x.shape).type_as(x) @ _matrix_of(3, 2).to(x)),
         (3,),

@@ -198,6 +198,8 @@ def _with_length(batch: Tensor, lengths: Tensor) -> Tensor:
 def operation_lower_bound(graph: Graph, node: Node, *, upper_bound: float, steps: int = 60) -> float:
     """Of the norm of one operation that is linear up to a constant: power iteration, rounding taken off."""
     (source,) = node.inputs
+    if 0 in node.shape:
+        return 0.0
     generator = torch.Generator().manual_seed(_SEED)
     vector = torch.randn(source.shape, generator=generator, dtype=torch.float64).to(graph.device)
     with torch.enable_grad():

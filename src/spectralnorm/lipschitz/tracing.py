@@ -99,10 +99,12 @@ class _Tracer:
             meta = _on_meta(func, args, kwargs | {"device": "meta"})
             value = kwargs["fill_value"] if "fill_value" in kwargs else args[-1]
             return torch.full(meta.shape, value, dtype=meta.dtype, device=self.device)
-        if name in TEMPLATED and not isinstance(args[0], _Traced):
-            # A constant, made like a value that depends on the input: it stays one.
-            args, kwargs = map_structure((args, kwargs), _Traced, self._template)
-            return func(*args, **kwargs)
+        if name in TEMPLATED:
+            # What a tensor is made like counts by its shape and type alone; and a constant stays one.
+            others, kwargs = map_structure((args[1:], kwargs), _Traced, self._template)
+            args = (args[0], *others)
+            if not isinstance(args[0], _Traced):
+                return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             raise UserError(f"certify cannot follow {self._place()}: {name} writes with out=; use its result instead.")
         target = None
@@ -123,7 +125,7 @@ class _Tracer:
     def _template(self, traced: _Traced) -> Tensor:
         """A constant of the same shape and type, that takes no memory."""
         with torch._C.DisableTorchFunctionSubclass():
-            return torch.empty((), dtype=traced.dtype, device=self.device).expand(traced.shape)
+            return torch.zeros((), dtype=traced.dtype, device=self.device).expand(traced.shape)
 
     def _out_of_place(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
         plain = getattr(torch.Tensor, name, None) or getattr(nn.functional, name, None) or getattr(torch, name, None)

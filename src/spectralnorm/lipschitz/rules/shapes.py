@@ -199,6 +199,8 @@ def padding_sources(call: Call) -> list[tuple[int, Tensor]]:
     pairs = list(zip(given.pad[::2], given.pad[1::2], strict=True))
     if len(pairs) == len(shape) and any(pairs[-1]):
         call.refuse("it pads the batch", "pad the dimensions after the first")
+    if given.mode != "constant" and any(end < 0 for end in given.pad):
+        call.refuse("it crops at one end and copies at another", "crop in a step of its own")
     found = []
     for axis, ends in zip(range(len(shape) - 1, -1, -1), pairs, strict=False):
         size = shape[axis]
