@@ -101,11 +101,16 @@ REFUSED = {
     "batch against features": (Lambda(lambda x: x[:, :1] + x[:, 0]), "batch"),
     "matrix on the batch": (Lambda(lambda x: torch.ones(3, len(x)) @ x), "batch"),
     "repeated batch": (Lambda(lambda x: x.repeat(2, 1)), "batch"),
+    "repeated first sample": (
+        Lambda(lambda x: x.repeat_interleave(torch.tensor([len(x)] + [0] * (len(x) - 1)), 0, output_size=len(x))),
+        "mixes samples",
+    ),
     "divided by zero": (Lambda(lambda x: x / 0), "divides by zero"),
     "added infinity": (Lambda(lambda x: x + float("inf")), "add at '0'.*not finite"),
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }
 

@@ -150,11 +150,10 @@ class Call:
         """A number or tensor that does not depend on the input, in float64."""
         if isinstance(value, Node):
             self.refuse("it multiplies values that both depend on the input, so no factor bounds it")
+        if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+            self.refuse("it has complex numbers", "certify the real form")
         if isinstance(value, Tensor):
-            value = value.detach()
-            if value.is_complex():
-                self.refuse("it has complex numbers", "certify the real form")
-            return value.to(torch.float64)
+            return value.detach().to(torch.float64)
         return torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
 
     def refuse(self, reason: str, remedy: str = "") -> NoReturn:
@@ -165,7 +164,7 @@ class Call:
 
 Rule = Callable[[Call], "Step | float"]
 
-_IGNORED = frozenset({"dtype", "_stacklevel", "inplace", "memory_format"})
+_IGNORED = frozenset({"dtype", "_stacklevel", "inplace", "memory_format", "out"})
 _RULES: dict[str, Rule] = {}
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 

@@ -49,7 +49,7 @@ def _linear(call: Call) -> Step:
     weight = weight_of(call, given.weight)
     if isinstance(given.bias, Node):
         call.refuse("its bias depends on the input", "add it in a step of its own")
-    return _matrix_step(call, weight)
+    return _matrix_step(call, weight if weight.ndim == 2 else weight[None])
 
 
 @rule("addmm")

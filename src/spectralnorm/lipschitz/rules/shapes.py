@@ -143,7 +143,8 @@ def _check_index(call: Call, index: Any) -> None:
 def _index_select(call: Call) -> Step:
     given = call.bind("input, dim, index")
     call.dims(given.dim, len(call.input_shape))
-    return Step(root_up(float(torch.bincount(given.index).max())), is_linear=True)
+    counts = torch.bincount(given.index.flatten(), minlength=1)
+    return Step(root_up(float(counts.max())), is_linear=True)
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
@@ -152,7 +153,8 @@ def _repeated(call: Call) -> Step:
     if len(before) != len(after) or before[0] != after[0]:
         call.refuse("it repeats or moves the batch", "repeat along the dimensions after the first")
     if call.node.op == "repeat_interleave":
-        given = call.bind("input, repeats, dim=None")
+        given = call.bind("input, repeats, dim=None, output_size=None")
+        call.dims(given.dim, len(before))
         if isinstance(given.repeats, Tensor):
             return Step(root_up(float(given.repeats.max())), is_linear=True)
     return Step(root_up(float(math.prod(after) // max(1, math.prod(before)))), is_linear=True)
