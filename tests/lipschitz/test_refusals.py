@@ -33,6 +33,13 @@ def _stale_view(inputs: Tensor) -> Tensor:
     return view
 
 
+def _changed_constant(inputs: Tensor) -> Tensor:
+    constant = torch.full((4,), 5.0)
+    scaled = inputs * constant[:]
+    constant.zero_()
+    return scaled
+
+
 def _branch(inputs: Tensor) -> Tensor:
     return inputs if inputs.sum() > 0 else -inputs
 
@@ -92,6 +99,8 @@ REFUSED = {
     "random numbers": (Lambda(lambda x: x + torch.randn(4)), "random numbers"),
     "written into a constant": (Lambda(_write), "writes|__setitem__"),
     "stale view": (Lambda(_stale_view), "view of a tensor that was changed"),
+    "constant changed after its use": (Lambda(_changed_constant), "mul at '0'.*changed in place afterwards"),
+    "copy of the input without a record": (Lambda(lambda x: x + torch.tensor(x)), "add at '0'.*hidden"),
     "mean over the batch": (Lambda(lambda x: x - x.mean(0)), "mixes samples"),
     "softmax over the batch": (nn.Softmax(dim=0), "mixes samples"),
     "total": (Lambda(lambda x: x.sum()), "mixes samples"),

@@ -86,6 +86,11 @@ def _check_constants(node: Node) -> None:
     """Nothing can be proved of a function whose values are not numbers."""
 
     def check(tensor: Tensor) -> None:
+        if tensor.is_meta:
+            raise UserError(
+                f"certify lost track of the input before {node.op} at {node.name!r}: an operation there is hidden from "
+                "torch's function protocol; register a rule for the module that does it."
+            )
         if (tensor.is_floating_point() or tensor.is_complex()) and not bool(tensor.isfinite().all()):
             raise UserError(
                 f"certify refuses {node.op} at {node.name!r}: its weight, bias, statistic or another constant has "

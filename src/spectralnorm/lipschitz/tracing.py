@@ -60,6 +60,7 @@ class _Tracer:
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
         self._names: dict[str, int] = {}
+        self._constants: list[tuple[Tensor, int, Node]] = []  # with the version that was read
 
     def wrap(self, meta: Tensor, node: Node) -> _Traced:
         traced = torch.Tensor._make_subclass(_Traced, meta)
@@ -192,7 +193,21 @@ class _Tracer:
     ) -> Node:
         node = Node(self._unused_name(name), name, func, args, kwargs, shape, module, sample.is_floating_point())
         self.nodes.append(node)
+        map_structure((args, kwargs), Tensor, lambda tensor: self._watch(tensor, node))
         return node
+
+    def _watch(self, constant: Tensor, node: Node) -> None:
+        if not constant.is_inference():
+            self._constants.append((constant, constant._version, node))
+
+    def check_constants(self) -> None:
+        """Refuse what was changed in place after an operation had read it: its value then is not known any more."""
+        for constant, version, node in self._constants:
+            if constant._version != version:
+                raise UserError(
+                    f"certify cannot follow {node.op} at {node.name!r}: a tensor that it reads was changed in place "
+                    "afterwards; use the operation that is not in place."
+                )
 
     def _unused_name(self, op: str) -> str:
         name, is_leaf = self._stack[-1] if self._stack else ("", False)
@@ -334,6 +349,7 @@ def _trace_once(
         inputs.append(torch.arange(batch_size, device=device) % num_classes)
     with _recorded(model, tracer), _keeping_random_numbers(device), torch.no_grad(), parametrize.cached():
         result = model(*inputs)
+    tracer.check_constants()
     outputs: list[Node] = []
     map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
     tracer.active = False
