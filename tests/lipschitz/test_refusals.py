@@ -119,6 +119,7 @@ REFUSED = {
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
     "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }

@@ -103,6 +103,14 @@ LINEAR = {
     "circular padding": (nn.CircularPad2d((1, 0, 1, 1)), (1, 3, 3)),
     "crop": (Lambda(lambda x: x[:, :, 1:-1, 1:]), (1, 4, 4)),
     "batch norm": (nn.BatchNorm2d(3), (3, 2, 2)),
+    "batch norm, weight first": (
+        Lambda(
+            lambda x: torch.ops.aten.batch_norm(
+                x, *(_matrix_of(4, 3).exp().to(x.dtype)[[2, 3, 1, 0]]), False, 0.1, 1e-3, False
+            )
+        ),
+        (3, 2),
+    ),
     "batch norm after conv": (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
     "batch norm before conv": (nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3)), (2, 4, 4)),
     "batch norm after transposed": (
@@ -212,6 +220,7 @@ ATTAINED = {
     "hardswish": (nn.Hardswish(), (3,), 1.5),
     "softplus": (nn.Softplus(), (3,), 1.0),
     "softplus, falling": (nn.Softplus(beta=-2.0, threshold=25), (3,), 1.0),
+    "logsigmoid": (nn.LogSigmoid(), (3,), 1.0),
     "abs": (Lambda(torch.abs), (3,), 1.0),
     "sin": (Lambda(torch.sin), (3,), 1.0),
     "erf": (Lambda(torch.erf), (3,), 2 / math.pi**0.5),

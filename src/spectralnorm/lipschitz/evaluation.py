@@ -178,7 +178,7 @@ def _batch_norm_size(node: Node, inputs: Tensor, graph: Graph) -> float:
 
 def _negated_means(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("input", "running_mean", "running_var", "weight", "bias")
-    if node.function is torch.batch_norm:
+    if node.function is not nn.functional.batch_norm:
         names = ("input", "weight", "bias", "running_mean", "running_var")
     change = {"running_mean": lambda mean: -mean.abs(), "weight": torch.abs, "bias": torch.abs}
 

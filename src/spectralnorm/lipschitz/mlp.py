@@ -42,7 +42,8 @@ _RATE = 0.05
 _MARGIN = 1e-7  # of L - P, so that rounding cannot make it indefinite
 # Ops whose slopes lie between zero and their constant, which is 1.
 _RISING = frozenset(
-    "relu relu6 hardtanh tanh celu logsigmoid softsign softplus softshrink tanhshrink atan arctan asinh arcsinh".split()
+    "relu relu6 hardtanh tanh celu log_sigmoid softsign softplus softshrink tanhshrink atan arctan asinh "
+    "arcsinh".split()
 )
 _MOVING = frozenset("view reshape flatten squeeze unsqueeze contiguous clone detach view_as reshape_as".split())
 

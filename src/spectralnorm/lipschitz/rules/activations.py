@@ -12,7 +12,7 @@ __all__ = ["is_continuous_softplus"]
 # Suprema of the derivative's modulus, computed to 30 digits and rounded up in the last digit shown.
 _SLOPES = {
     **dict.fromkeys(
-        "relu relu6 hardtanh tanh logsigmoid softsign tanhshrink softshrink abs absolute sin cos atan arctan "
+        "relu relu6 hardtanh tanh log_sigmoid softsign tanhshrink softshrink abs absolute sin cos atan arctan "
         "asinh arcsinh identity".split(),
         1.0,
     ),
