@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import spectralnorm as sn
 from spectralnorm import layers
@@ -180,6 +181,29 @@ def test_scripted_and_hidden_operations_cannot_pass_for_constants():
         sn.certify(nn.Sequential(scripted), (4,))
     with pytest.raises(sn.UserError):
         sn.certify(Lambda(lambda x: scripted(x) + 1), (4,))
+
+
+def relu(inputs: Tensor) -> Tensor:
+    if has_torch_function_unary(inputs):
+        return handle_torch_function(relu, (inputs,), inputs)
+    return 3 * F.relu(inputs)
+
+
+def test_operation_of_another_library_is_not_taken_for_torchs_of_the_same_name():
+    tripled = torch.library.custom_op(
+        "spectralnorm_test::relu", lambda inputs: 3 * inputs, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    tripled.register_fake(torch.empty_like)
+
+    for function, name in (
+        (relu, r"test_refusals\.relu"),
+        (torch.ops.spectralnorm_test.relu, r"spectralnorm_test\.relu"),
+    ):
+        with pytest.raises(sn.UserError, match=f"no rule for .*{name}"):
+            sn.certify(Lambda(function), (4,), ascent_steps=0)
+        sn.register_rule(function, lambda call: 3.0)
+        assert sn.certify(Lambda(function), (4,), ascent_steps=0).upper_bound == 3
+    assert sn.certify(Lambda(torch.ops.aten.relu), (4,), ascent_steps=0).upper_bound == 1
 
 
 def test_wrong_options_are_told():

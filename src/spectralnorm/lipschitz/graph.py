@@ -156,8 +156,14 @@ def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) ->
 
 
 def canonical(func: Callable[..., Any]) -> tuple[str, bool]:
-    """The operation's name without the forms it can be called in, and whether it works in place."""
+    """The operation's name without the forms it can be called in, and whether it works in place.
+
+    Of an operation that is not torch's own the name tells where it comes from as well: its `relu` may be another.
+    """
     name = getattr(func, "__name__", type(func).__name__)
+    module = getattr(func, "__module__", None) or "torch"
+    if module.split(".")[0] != "torch" or (module.startswith("torch._ops.") and module != "torch._ops.aten"):
+        return f"{module.removeprefix('torch._ops.')}.{name.removesuffix('_')}", name.endswith("_")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "attribute")
         return (attribute, False) if name == "__get__" else (f"setting of .{attribute}", False)
