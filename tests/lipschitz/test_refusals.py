@@ -1,5 +1,7 @@
 """What has no constant, no rule, or mixes samples is refused by name, with what to use instead."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,11 @@ REFUSED = {
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
+    "generator of outputs": (Lambda(lambda x: (each for each in [x])), "look into the generator"),
+    "namespace of outputs": (Lambda(lambda x: SimpleNamespace(outputs=x)), "look into the SimpleNamespace"),
+    "hidden output": (Lambda(lambda x: (x, [SimpleNamespace(outputs=x)])), "look into the SimpleNamespace"),
+    "nothing": (Lambda(lambda x: None), r"no tensor in what the model returns \(NoneType\)"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }
 

@@ -81,9 +81,8 @@ def evaluate(graph: Graph, steps: Mapping[Node, Step], inputs: Tensor) -> Evalua
         del result
         for read in last[node]:
             del known[read]
-    outputs = list(dict.fromkeys(graph.outputs))
-    joined = torch.cat([known[node].reshape(graph.batch_size, -1) for node in outputs], dim=1)
-    return Evaluated(joined, root_of_sum_up(errors[node] for node in outputs))
+    joined = torch.cat([known[node].reshape(graph.batch_size, -1) for node in graph.outputs], dim=1)
+    return Evaluated(joined, root_of_sum_up(errors[node] for node in graph.outputs))
 
 
 def _carried(node: Node, step: Step, errors: Mapping[Node, float], graph: Graph) -> float:

@@ -88,7 +88,7 @@ def _run(graph: Graph, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         known[node] = perform(node, known, dtype)
         for read in last[node]:
             del known[read]
-    return torch.cat([known[node].reshape(graph.batch_size, -1) for node in dict.fromkeys(graph.outputs)], dim=1)
+    return torch.cat([known[node].reshape(graph.batch_size, -1) for node in graph.outputs], dim=1)
 
 
 class _Pairs(NamedTuple):

@@ -12,6 +12,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ __all__ = ["trace"]
 # Batch sizes to record with. No other size may be a multiple of it, or samples could be mixed unseen; and the last ones
 # divide by four, for layers that form groups of samples.
 _BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
+
+# What may stand beside the tensors that a model returns: none of it can be made of values.
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class _Traced(torch.Tensor):
@@ -322,11 +326,10 @@ def _trace_once(
         inputs.append(torch.arange(batch_size, device=device) % num_classes)
     with _recorded(model, tracer), _keeping_random_numbers(device), torch.no_grad(), parametrize.cached():
         result = model(*inputs)
-    outputs: list[Node] = []
-    map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
+    tensors = _returned(result)
+    outputs = tuple(tracer.node_of(tensor) for tensor in tensors if isinstance(tensor, _Traced))
     tracer.active = False
-    _refuse_escaped(result)
-    graph = with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device, dtype))
+    graph = with_maxima(Graph(tuple(tracer.nodes), outputs, batch_size, device, dtype))
     return graph, tracer.ambiguous
 
 
@@ -370,9 +373,33 @@ def _keeping_random_numbers(device: torch.device) -> Iterator[None]:
         )
 
 
-def _refuse_escaped(result: Any) -> None:
-    def check(tensor: Tensor) -> None:
-        if not isinstance(tensor, _Traced) and tensor.is_meta:
-            raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
+def _returned(result: Any) -> list[Tensor]:
+    """All tensors of what the model returned."""
+    tensors = list(_tensors_in(result))
+    if not tensors:
+        raise UserError(
+            f"certify found no tensor in what the model returns ({type(result).__name__}); let forward return the "
+            "tensor that it computes."
+        )
+    if any(tensor.is_meta and not isinstance(tensor, _Traced) for tensor in tensors):
+        raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
+    return tensors
 
-    map_structure(result, Tensor, check)
+
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for each in result:
+            yield from _tensors_in(each)
+    elif is_dataclass(result) and not isinstance(result, type):
+        for each in fields(result):
+            yield from _tensors_in(getattr(result, each.name))
+    elif isinstance(result, dict):
+        for each in result.values():
+            yield from _tensors_in(each)
+    elif not isinstance(result, _CONSTANTS):
+        raise UserError(
+            f"certify cannot look into the {type(result).__name__} that the model returns; let forward return a "
+            "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
+        )
