@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm.layers import SLLLinear
 
 
 class Lambda(nn.Module):
@@ -156,6 +157,68 @@ def test_wrong_options_are_told():
         sn.certify(model, 3)
     with pytest.raises(sn.UserError, match="could not run the model"):
         sn.certify(model, (4,))
+
+
+class _Clipped(nn.Module):
+    def forward(self, inputs):
+        return self.limit(inputs)
+
+    def limit(self, inputs):
+        return inputs.clamp(-1, 1)
+
+
+sn.register_rule(_Clipped, lambda call: 1.0)
+
+
+class _ByAnotherName(_Clipped):
+    def __init__(self):
+        super().__init__()
+
+
+class _Steeper(_Clipped):
+    def forward(self, inputs):
+        return 10 * super().forward(inputs)
+
+
+class _SteeperMethod(_Clipped):
+    def limit(self, inputs):
+        return 10 * super().limit(inputs)
+
+
+class _Mixin:
+    def forward(self, inputs):
+        return 10 * inputs
+
+
+class _Mixed(_Mixin, _Clipped):
+    pass
+
+
+def _replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda inputs: 10 * inputs
+    return module
+
+
+OF_OTHERS = {
+    "subclass that changes nothing": (_ByAnotherName(), 1),
+    "subclass with another forward": (_Steeper(), 10),
+    "subclass with another method": (_SteeperMethod(), 10),
+    "forward of a mixin": (_Mixed(), 10),
+    "forward of the instance": (_replaced(_Clipped()), 10),
+    "forward of an instance with a rule of this package": (_replaced(SLLLinear(4)), 10),
+    "forward of a plain layer": (_replaced(nn.Linear(4, 4)), 10),
+    "parametrized": (sn.spectral_norm(SLLLinear(4)), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_rule_of_a_class_is_not_that_of_what_computes_something_else(name: str):
+    module, constant = OF_OTHERS[name]
+
+    certificate = sn.certify(nn.Sequential(module), (4,))
+
+    assert certificate.upper_bound == pytest.approx(constant, rel=1e-12)
+    assert 0 < certificate.lower_bound <= certificate.upper_bound
 
 
 def test_registered_rule_is_used_and_checked():
