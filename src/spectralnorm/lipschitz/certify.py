@@ -47,7 +47,7 @@ def certify(
     Args:
         model: its weights are read as its layers use them, through any parametrization. It stays as it is.
         input_shape: of one sample, without the batch.
-        mode: ``"eval"``, or ``"train"`` for dropout as in training; weights are those of eval mode in both.
+        mode: ``"eval"``, or ``"train"`` for dropout and RReLU as in training; weights are those of eval mode in both.
         num_classes: the model takes labels ``0 ... num_classes - 1`` as its second argument, and the bound holds for
             each of them; None: it takes the input alone.
         input_sizes: ``"given"``: convolutions are bounded for the sizes that they meet; ``"all"``: for every size.

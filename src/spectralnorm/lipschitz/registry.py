@@ -17,7 +17,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.graph import Graph, Node, canonical
 from spectralnorm.lipschitz.parts import Part, joint_bound
 
-__all__ = ["Call", "Part", "Path", "Step", "Value", "module_rule_of", "register_rule", "rule", "rule_of"]
+__all__ = ["Call", "Part", "Path", "Step", "Value", "is_of_user", "module_rule_of", "register_rule", "rule", "rule_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +232,13 @@ def register_rule(op: Callable[..., Any] | type[nn.Module] | str, rule: Callable
 def rule_of(node: Node) -> Rule | None:
     """The rule for a node; None where there is none."""
     return module_rule_of(node.module) if node.module is not None else _RULES.get(node.op)
+
+
+def is_of_user(node: Node) -> bool:
+    """Whether its rule comes from outside of this package."""
+    found = rule_of(node)
+    module = getattr(found, "__module__", None) or type(found).__module__
+    return found is not None and module.partition(".")[0] != __name__.partition(".")[0]
 
 
 def module_rule_of(module: nn.Module) -> Rule | None:

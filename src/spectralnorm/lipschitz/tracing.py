@@ -348,11 +348,20 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Those of a layer are recorded beside it; the ones of torch that set its weight stay."""
+    module._forward_hooks.clear()
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if not type(hook).__module__.startswith("torch.nn.utils"):
+            del module._forward_pre_hooks[key]
+    return module
+
+
 @contextmanager
 def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Let every module of ``model``, a copy, tell the tracer when it runs."""
     for name, module in list(model.named_modules()):
-        pristine = copy.deepcopy(module) if tracer.is_whole(module) else None
+        pristine = _without_hooks(copy.deepcopy(module)) if tracer.is_whole(module) else None
         object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, pristine))
     with torch.compiler.set_stance("force_eager"):
         yield
