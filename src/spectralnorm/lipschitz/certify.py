@@ -41,8 +41,8 @@ def certify(
     """Bound the Lipschitz constant of what ``model`` computes, from a sample to its output, in the 2-norm.
 
     The bound is rigorous: it holds for the real-arithmetic function that the weights define as they are stored, and all
-    rounding on the way to it is upward. ``forward`` is run once, without values, and every operation that it performs
-    is bounded by its rule; one without a rule is refused by name. docs/library/certificates.md derives the rules.
+    rounding on the way to it is upward. ``forward`` is run without values, and every operation that it performs is
+    bounded by its rule; one without a rule is refused by name. docs/library/certificates.md derives the rules.
 
     Args:
         model: its weights are read as its layers use them, through any parametrization. It stays as it is.
@@ -83,9 +83,9 @@ def certify(
     num_values = sum(map(math.prod, whole))
     with contextlib.suppress(UserError), torch.no_grad():
         if ascent_steps and num_values <= _SMALL:
-            searched = trace(model, input_shape, **options, batch_sizes=_MANY)
+            searched = trace(model, input_shape, **options, batch_sizes=_MANY, is_known=True)
         elif ascent_steps and num_values > _LARGE:
-            searched = trace(model, input_shape, **options, batch_sizes=_FEW, may_be_ambiguous=True)
+            searched = trace(model, input_shape, **options, batch_sizes=_FEW, is_known=True)
             rounds = _ROUNDS
     lower = network_lower_bound(
         graph, steps, upper_bound=upper, ascent_steps=ascent_steps, searched=searched, rounds=rounds
