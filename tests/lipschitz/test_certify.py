@@ -166,6 +166,8 @@ def test_picture_has_a_bar_for_each_bound(tmp_path: Path):
     assert len(titles) == 5
     with pytest.raises(sn.UserError, match=r"ends in .svg"):
         certificate.draw(tmp_path / "bounds.png")
+    with pytest.raises(sn.UserError, match=r"Cannot write .*choose another path"):
+        certificate.draw(tmp_path / "nowhere" / "bounds.svg")
 
 
 @pytest.mark.parametrize("name", ["dcgan", "sncnn"])

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import spectralnorm as sn
 from spectralnorm.layers import SLLLinear
+from spectralnorm.lipschitz import mlp_bound
 
 
 class Lambda(nn.Module):
@@ -143,20 +144,64 @@ def test_scripted_and_hidden_operations_cannot_pass_for_constants():
         sn.certify(Lambda(lambda x: scripted(x) + 1), (4,))
 
 
-def test_wrong_options_are_told():
+@pytest.mark.parametrize("bound", [sn.certify, mlp_bound], ids=["certify", "mlp_bound"])
+def test_wrong_arguments_are_told(bound):
     model = nn.Linear(3, 3)
-    for options, message in (
-        ({"mode": "test"}, "mode must be"),
-        ({"input_sizes": "some"}, "input_sizes must be"),
-        ({"num_classes": 0}, "num_classes must be"),
-        ({"ascent_steps": -1}, "ascent_steps must be"),
+    for given, shape, message in (
+        ("model", (3,), "takes a torch.nn.Module, got str"),
+        (model, 3, "input_shape must be"),
+        (model, "3", "input_shape must be"),
+        (model, (3.0,), "input_shape must be"),
+        (model, (4,), "could not run the model"),
+        (nn.LazyLinear(3), (3,), "'weight' gets its shape from the first input; run the model once"),
+        (nn.Linear(3, 3, device="meta"), (3,), "'weight' is on the meta device; load"),
+        (nn.Linear(3, 3).to(torch.float8_e4m3fn), (3,), "'weight' is torch.float8_e4m3fn; convert"),
     ):
         with pytest.raises(sn.UserError, match=message):
-            sn.certify(model, (3,), **options)
-    with pytest.raises(sn.UserError, match="input_shape must be"):
-        sn.certify(model, 3)
-    with pytest.raises(sn.UserError, match="could not run the model"):
-        sn.certify(model, (4,))
+            bound(given, shape)
+    with torch.device("meta"), pytest.raises(sn.UserError, match=r"outside of torch\.device"):
+        bound(model, (3,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "test"}, "mode must be"),
+        ({"input_sizes": "some"}, "input_sizes must be"),
+        *(({"num_classes": value}, "num_classes must be a whole number from 1 up") for value in (0, "2", 1.5, True)),
+        *(({"ascent_steps": value}, "ascent_steps must be a whole number from 0 up") for value in (-1, "a", None, 1.5)),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told(options: dict, message: str):
+    with pytest.raises(sn.UserError, match=message):
+        sn.certify(nn.Linear(3, 3), (3,), **options)
+
+
+@pytest.mark.parametrize("steps", [-1, "a", None])
+def test_wrong_steps_of_mlp_bound_are_told(steps):
+    with pytest.raises(sn.UserError, match="steps must be a whole number from 0 up"):
+        mlp_bound(nn.Linear(3, 3), (3,), steps=steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_model_that_keeps_a_history_is_told_to_be_run_without():
+    model = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(sn.UserError, match=r"could not copy the model .*torch.no_grad"):
+        sn.certify(model, (3,))
+
+    with torch.no_grad():
+        model(torch.zeros(1, 3))
+
+    assert sn.certify(model, (3,)).upper_bound > 0
+
+
+def test_weights_of_torchs_older_spectral_norm_are_those_of_eval_mode_in_training_too():
+    model = nn.utils.spectral_norm(nn.Linear(3, 3))
+
+    bounds = [sn.certify(model, (3,), mode=mode, ascent_steps=0).upper_bound for mode in ("eval", "train")]
+
+    assert bounds[0] == bounds[1]
 
 
 class _Clipped(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spectralnorm.errors import UserError
+from spectralnorm.lipschitz.arguments import check_count, check_input_shape, check_model
 from spectralnorm.lipschitz.certificate import Certificate, LayerBound
 from spectralnorm.lipschitz.graph import Graph
 from spectralnorm.lipschitz.lower import network_lower_bound, operation_lower_bound
@@ -67,7 +68,15 @@ def certify(
     >>> round(sn.certify(torch.nn.Sequential(layer, torch.nn.Sigmoid()), (2,)).upper_bound, 6)
     1.0
     """
-    _check_options(model, input_shape, mode, num_classes, input_sizes, ascent_steps)
+    check_model(model, function="certify")
+    check_input_shape(input_shape)
+    if mode not in ("eval", "train"):
+        raise UserError(f"mode must be 'eval' or 'train', got {mode!r}.")
+    if input_sizes not in ("given", "all"):
+        raise UserError(f"input_sizes must be 'given' or 'all', got {input_sizes!r}.")
+    if num_classes is not None:
+        check_count("num_classes", num_classes, least=1)
+    check_count("ascent_steps", ascent_steps, least=0)
     begin = time.perf_counter()
     with torch.no_grad():
         options: dict[str, Any] = {"mode": mode, "num_classes": num_classes, "is_whole": _is_whole}
@@ -106,23 +115,6 @@ def certify(
 
 def _is_whole(module: nn.Module) -> bool:
     return module_rule_of(module) is not None
-
-
-def _check_options(
-    model: object, input_shape: object, mode: str, num_classes: int | None, input_sizes: str, ascent_steps: int
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"certify takes a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in input_shape):
-        raise UserError(f"input_shape must be the sizes of one sample, such as (3, 32, 32), got {input_shape!r}.")
-    if mode not in ("eval", "train"):
-        raise UserError(f"mode must be 'eval' or 'train', got {mode!r}.")
-    if input_sizes not in ("given", "all"):
-        raise UserError(f"input_sizes must be 'given' or 'all', got {input_sizes!r}.")
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"num_classes must be 1 or more, got {num_classes}.")
-    if ascent_steps < 0:
-        raise UserError(f"ascent_steps must be 0 or more, got {ascent_steps}.")
 
 
 def _line(bounded: Bounded, graph: Graph) -> LayerBound:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.agreement import refuse_disagreement
@@ -378,13 +379,20 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
             raise UserError(
                 f"certify cannot look into the scripted module {name!r}; give it the module it was made from."
             )
-    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    try:
+        copied = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    except Exception as error:  # torch's older weight_norm keeps one that has a gradient's history
+        raise UserError(
+            f"certify could not copy the model ({type(error).__name__}: {error}); make the tensors that it keeps under "
+            "torch.no_grad(), by calling it there once."
+        ) from error
     if mode == "train":
-        model.train()
-        for module in model.modules():
-            if isinstance(module, parametrize.ParametrizationList):
+        copied.train()
+        for module in copied.modules():
+            hooks = module._forward_pre_hooks.values()
+            if isinstance(module, parametrize.ParametrizationList) or any(isinstance(h, SpectralNorm) for h in hooks):
                 module.eval()
-    return model
+    return copied
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
