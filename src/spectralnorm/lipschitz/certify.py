@@ -55,7 +55,8 @@ def certify(
         ascent_steps: of the search for a pair of inputs that shows how large the constant is at least; 0: none.
 
     Returns:
-        The bound, from below as well, with a line for each layer.
+        The bound, from below as well, with a line for each layer. A weight that is zero makes a constant of its layer,
+        of which 0 is the bound.
 
     Raises:
         UserError: an option is wrong, or something in the model has no Lipschitz constant or no rule; the message names

@@ -382,8 +382,9 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
     try:
         copied = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
     except Exception as error:  # torch's older weight_norm keeps one that has a gradient's history
+        reason = str(error).partition(". ")[0]
         raise UserError(
-            f"certify could not copy the model ({type(error).__name__}: {error}); make the tensors that it keeps under "
+            f"certify could not copy the model ({reason}); make the tensors that it keeps under "
             "torch.no_grad(), by calling it there once."
         ) from error
     if mode == "train":
