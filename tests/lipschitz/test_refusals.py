@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
-from spectralnorm.layers import SLLLinear
+from spectralnorm.layers import CPLLinear, SLLLinear
 from spectralnorm.lipschitz import mlp_bound
 
 
@@ -133,6 +133,21 @@ def test_bias_or_statistic_that_is_not_finite_is_refused_by_name(name: str):
 
     with pytest.raises(sn.UserError, match=f"(?s)'{name[0]}'.*not finite"):
         sn.certify(model, (2, 3, 3))
+
+
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+def test_layer_whose_step_is_out_of_range_is_refused(kind: type[nn.Module]):
+    layer = kind(4)
+    with torch.no_grad():
+        layer.weight.div_(layer.weight.abs().max()).mul_(1e18)
+    assert sn.certify(layer, (4,), ascent_steps=0).upper_bound == 1
+
+    with torch.no_grad():
+        layer.weight.mul_(100)
+
+    assert not bool(layer(torch.randn(2, 4)).isfinite().all())
+    with pytest.raises(sn.UserError, match=f"{kind.__name__}.*beyond the range of torch.float32"):
+        sn.certify(layer, (4,))
 
 
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():
