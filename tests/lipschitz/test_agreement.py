@@ -56,12 +56,12 @@ _calls = iter(range(1000))
 _generator = torch.Generator().manual_seed(0)
 
 REFUSED = {
-    "buffer changed in place": (_changing("buffer", lambda buffer: buffer.add_(1)), "mul.*forward changes a tensor"),
+    "buffer changed in place": (_changing("buffer", lambda buffer: buffer.add_(1)), "mul.*changed in place afterwards"),
     "buffer replaced": (_changing("buffer", lambda buffer: buffer + 1), "mul.*something else"),
-    "data of a buffer": (_in_data, "mul.*forward changes a tensor"),
-    "tensor changed in place": (_changing("tensor", lambda tensor: tensor.add_(1)), "mul.*forward changes a tensor"),
+    "data of a buffer": (_in_data, "mul.*changed in place afterwards"),
+    "tensor changed in place": (_changing("tensor", lambda tensor: tensor.add_(1)), "mul.*changed in place afterwards"),
     "number": (_changing("number", lambda number: number + 1), "mul.*something else"),
-    "constant that is changed after its use": (_after_use, "mul.*forward changes a tensor"),
+    "constant that is changed after its use": (_after_use, "mul.*changed in place afterwards"),
     "number of calls": (lambda model, x: x * (1 + next(_calls)), "mul.*something else"),
     "Python's random numbers": (lambda model, x: x * random.random(), "random numbers"),
     "numpy's random numbers": (_with_numpy(lambda random: float(random.rand())), "random numbers"),

@@ -435,8 +435,8 @@ def _refuse_changed(buffers: Sequence[tuple[Tensor, Tensor]], tracers: Sequence[
         for node, tensor, version in tracer.constants:
             if _version(tensor) != version or (changed and _memory(tensor) in changed):
                 raise UserError(
-                    f"certify refuses {node.op} at {node.name!r}: forward changes a tensor that it reads there, so "
-                    "every call would compute something else; keep buffers still in eval mode."
+                    f"certify refuses {node.op} at {node.name!r}: a tensor that it reads is changed in place "
+                    "afterwards, in this call or the next; use operations not in place, and keep buffers still."
                 )
 
 
