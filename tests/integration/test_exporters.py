@@ -62,7 +62,12 @@ MODELS = {
     "volumes": (VolumeModel, torch.linspace(-1, 1, 54).view(1, 2, 3, 3, 3)),
 }
 each_model = pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
-OPTIONS = {"cap": {"mode": "cap", "coefficient": 0.7}, "forward": {"update": "forward"}}
+OPTIONS = {
+    "cap": {"mode": "cap", "coefficient": 0.7},
+    "learnable": {"mode": "learnable", "coefficient": 2.0},
+    "bidirectional": {"norm": "bidirectional"},
+    "forward": {"update": "forward"},
+}
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -105,6 +110,12 @@ class TestOnnx:
         model = normalized(make, inputs).eval()
         outputs = self.run(model, inputs, tmp_path / "model.onnx", dynamo=True, verbose=False)
         torch.testing.assert_close(outputs, model(inputs), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["learnable", "bidirectional"])
+    def test_exporter_of_captured_programs_with_options(self, name, tmp_path):
+        model = normalized(images_model, IMAGES, **OPTIONS[name]).eval()
+        outputs = self.run(model, IMAGES, tmp_path / "model.onnx", dynamo=True, verbose=False)
+        torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-5, atol=1e-5)
 
     def test_exporter_of_captured_programs_folds_the_norm_away(self, tmp_path):
         onnx = pytest.importorskip("onnx")
@@ -189,6 +200,11 @@ class TestFx:
         traced = torch.fx.symbolic_trace(model)
         for each in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
             torch.testing.assert_close(each(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("options", [*OPTIONS.values(), {"strict": True}], ids=[*OPTIONS, "strict"])
+    def test_with_options_computes_the_same(self, options):
+        model = normalized(images_model, IMAGES, **options).eval()
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
 
     def test_layers_stay_whole_as_without_normalization(self):
         def steps(model: nn.Module) -> list[tuple[str, str]]:

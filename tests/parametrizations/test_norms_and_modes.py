@@ -128,6 +128,12 @@ class TestLearnable:
         assert layer.parametrizations.weight[0].scale is scale
         assert scale.item() == 4.0
 
+    def test_use_in_inference_mode_computes_the_same(self):
+        layer, inputs = spectral_norm(nn.Linear(6, 5), mode="learnable", coefficient=3.0), torch.ones(1, 6)
+        with torch.inference_mode():
+            outputs = layer(inputs)
+        torch.testing.assert_close(layer(inputs), outputs.clone())
+
     def test_writing_into_the_weight_reaches_the_parameter(self):
         layer = spectral_norm(nn.Linear(6, 5), mode="learnable", coefficient=2.0)
         written = nn.init.orthogonal_(layer.weight, gain=7.0).detach().clone()

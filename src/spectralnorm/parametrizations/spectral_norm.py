@@ -426,12 +426,15 @@ class SpectralNorm(nn.Module):
         if self.scale is None:
             return self._divided(weight)
         norm_alone.refuse_sharded(weight, 'mode="learnable"')
+        if not self._can_keep(weight):
+            return self._divided(weight) * self.scale
         handed, version = self._handed
-        if handed is not None and handed._version != version and self._can_keep(weight):
+        if handed is not None and handed._version != version:
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
                 weight.copy_(handed)
         value = self._divided(weight) * self.scale
-        self._handed = (value.detach(), value._version) if self._can_keep(weight) else (None, 0)
+        # What comes of inference mode has no version; a write into it stays unseen.
+        self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
