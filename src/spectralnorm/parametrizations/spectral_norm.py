@@ -419,7 +419,9 @@ class SpectralNorm(nn.Module):
             return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
         if self._can_keep(weight):
             return self._current(weight).quotient.pairs[0]
-        return self._u, self._v
+        if self.follows_map:
+            return self._u, self._v
+        return unkept.turned(self.views, whole(weight), self.pairs())[0]
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
