@@ -56,6 +56,7 @@ _are_transforms_active, _tracing_state = torch._C._are_functorch_transforms_acti
 _is_autocast_enabled, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
+_States = list[tuple[int, int]]
 
 
 class SpectralNorm(nn.Module):
@@ -147,8 +148,12 @@ class SpectralNorm(nn.Module):
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
         self.keeps_value_when_sharded = False
-        # The last weight that was handed out scaled, and its version, by which a user's write into it is noticed.
+        # The last value that was handed out without being kept, and its version, by which a user's write is noticed.
         self._handed: tuple[Tensor | None, int] = (None, 0)
+        # States of the buffers, as `_state_of_buffers` has them: one in which they are known to hold unit vectors, and
+        # one in which they hold the start alone, because their memory came after construction.
+        self._known_state: _States | None = None
+        self._start_state: _States | None = None
         self.scale: nn.Parameter | None = None
         if mode == "learnable":
             dtype = weight.real.dtype if weight.is_complex() else weight.dtype
@@ -425,18 +430,25 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
-        if self.scale is None:
+        if self.scale is None and self._keeps:
             return self._divided(weight)
-        norm_alone.refuse_sharded(weight, 'mode="learnable"')
-        if not self._can_keep(weight):
-            return self._divided(weight) * self.scale
+        if self.scale is not None:
+            norm_alone.refuse_sharded(weight, 'mode="learnable"')
+        is_ordinary = is_eager(weight) and _is_ordinary(weight) and weight.numel() > 0
         handed, version = self._handed
-        if handed is not None and handed._version != version:
+        if is_ordinary and handed is not None and handed._version != version:
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
                 weight.copy_(handed)
-        value = self._divided(weight) * self.scale
-        # What comes of inference mode has no version; a write into it stays unseen.
-        self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
+            self._restore_scale()
+            if self._start_state is not None:  # what was found since was of memory that held anything
+                self._start_state = None
+                self._find_vectors(weight)
+        value = self._divided(weight)
+        if self.scale is not None:
+            value = value * self.scale
+        if is_ordinary:
+            # What comes of inference mode has no version; a write into it stays unseen.
+            self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
         return value
 
     def _divided(self, weight: Tensor) -> Tensor:
@@ -484,6 +496,7 @@ class SpectralNorm(nn.Module):
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
         self._norm_alone = None
+        self._handed = (None, 0)
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""
@@ -514,8 +527,7 @@ class SpectralNorm(nn.Module):
 
     def _is_own(self, weight: Tensor) -> bool:
         """What `_can_keep` asks of the weight itself; all that may have changed of one of which something is kept."""
-        # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
-        return self._keeps and type(weight) is nn.Parameter and sharded_of(weight) is None
+        return self._keeps and _is_ordinary(weight)
 
     def _changing_parameter(self, weight: Tensor) -> Tensor | None:
         """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
@@ -536,6 +548,7 @@ class SpectralNorm(nn.Module):
             if kept is not None and self.kept_to_follow(clock) is kept:
                 engine.refresh_together(engine.stepped_together(self, weight, kept))
             else:
+                self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
                 engine.keep_triplets(self, weight, found, age=0)
         assert self._kept is not None
@@ -609,12 +622,14 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         """Power iteration now, whatever the update rule: `spectralnorm.update_` calls it."""
+        self._restore_scale()
         if self._is_vector:
             return
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.advance(self, weight, parameter)
         if not self._can_keep(weight) or weight.is_complex():
+            self.require_vectors(weight)
             return self.write_vectors(*unkept.iterated(self, whole(weight), self.pairs(), self.n_power_iterations))
         kept = self._current(weight)
         with plain_arithmetic(weight):
@@ -644,20 +659,76 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def write_vectors(self, *pairs: tuple[Tensor, Tensor]) -> None:
         """Write u and v of each view into the buffers."""
+        are_known = is_eager(self._u) and self._known_state == self._state_of_buffers()
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
         for buffers, vectors in zip(self.pairs(), pairs, strict=True):
             for buffer, vector in zip(buffers, vectors, strict=True):
                 buffer.copy_(vector)
+        if are_known:
+            self._known_state = self._state_of_buffers()
+
+    @torch.no_grad()
+    def require_vectors(self, weight: Tensor) -> None:
+        """Put vectors of ``weight`` into buffers that hold none, because they are zero, not finite or a mere start.
+
+        It is looked at after somebody else has written into them: a GPU is waited for then.
+        """
+        if not is_eager(self._u) or self.__dict__.get("_is_replica", False):
+            return
+        state = self._state_of_buffers()
+        if state == self._known_state:
+            return
+        lengths = [torch.linalg.vector_norm(buffer) for buffer in self.buffers_of_views()]
+        if state == self._start_state or not all(0 < length < float("inf") for length in torch.stack(lengths).tolist()):
+            self._find_vectors(whole(weight))
+        else:
+            self._known_state = self._state_of_buffers()
+
+    @torch.no_grad()
+    def _find_vectors(self, weight: Tensor) -> None:
+        """Put vectors into the buffers, from the whole ``weight`` alone; if it has no norm, another time."""
+        if 0 < float(torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))) < float("inf"):
+            self.write_vectors(*self.cold_vectors(weight))
+            self._known_state = self._state_of_buffers()
+            self._restore_scale()
+
+    def _state_of_buffers(self) -> _States:
+        """The version and the address of each buffer."""
+        return [(buffer._version, buffer.data_ptr()) for buffer in self.buffers_of_views()]
+
+    @torch.no_grad()
+    def _restore_scale(self) -> None:
+        """Set a learned scale that is not finite back to the coefficient."""
+        if self.scale is not None and not self.scale.isfinite():
+            self.scale.fill_(self._coefficient)
+
+    @torch.no_grad()
+    def _start_afresh(self) -> None:
+        """Fill memory that came after construction as construction does without a weight."""
+        if not self._is_vector:
+            for name, buffer in zip(self._buffer_names, self.buffers_of_views(), strict=True):
+                buffer.copy_(seeded_direction(f"{self.name}.{name[1:]}", len(buffer), buffer))
+            self._start_state = self._state_of_buffers()
+        if self.scale is not None:
+            self.scale.fill_(self._coefficient)
 
     # Copying and moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.
         self.invalidate()
-        return super()._apply(fn, recurse)
+        was_meta = self._is_meta()
+        super()._apply(fn, recurse)
+        if was_meta and not self._is_meta():
+            self._start_afresh()
+        return self
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_norm_alone": None, "_handed": (None, 0)}
+        forgotten = {"_kept": None, "_norm_alone": None, "_handed": (None, 0)}
+        return {**self.__dict__, **forgotten, "_known_state": None, "_start_state": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
@@ -670,6 +741,12 @@ class SpectralNorm(nn.Module):
                 copied._kept = kept.for_copy(weight)
                 copied.watched(weight)
         return copied
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    """Whether ``weight`` is a parameter that is all here."""
+    # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
+    return type(weight) is nn.Parameter and sharded_of(weight) is None
 
 
 def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:

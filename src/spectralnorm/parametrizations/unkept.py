@@ -92,6 +92,7 @@ def iterated(
 
 def _pairs_for_use(normalization: SpectralNorm, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
+    normalization.require_vectors(weight)
     pairs = normalization.pairs()
     if normalization.training and (
         normalization.update == "forward" or (normalization.update == "step" and torch.is_grad_enabled())
