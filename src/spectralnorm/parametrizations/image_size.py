@@ -6,13 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.patches import patches_of_any_size
 
-__all__ = ["InputSizeCheck", "InputSizeLearner", "checked_input_size", "gain_of", "geometry_of", "usual_input_size"]
+__all__ = [
+    "InputSizeCheck",
+    "InputSizeLearner",
+    "checked_input_size",
+    "forget_input_size",
+    "gain_of",
+    "geometry_of",
+    "usual_input_size",
+]
 
 # Where no image has been seen: so large that most of it is far from the edges.
 _USUAL_SIZE = 16
@@ -70,7 +79,9 @@ class InputSizeLearner:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the first image."""
-        if self.normalization.learned_size is None:
+        # What is traced has sizes that are no numbers.
+        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if self.normalization.learned_size is None and not is_traced:
             images = args[0] if args else kwargs["input"]
             self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
 
@@ -105,3 +116,11 @@ class InputSizeCheck:
                 "A transposed convolution that is normalized for one input_size has one size of its output, too; leave "
                 "output_size or input_size out."
             )
+
+
+def forget_input_size(module: nn.Module) -> None:
+    """Take the hooks of this module's two classes off a convolution."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, (InputSizeCheck, InputSizeLearner)):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

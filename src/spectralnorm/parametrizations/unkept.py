@@ -44,14 +44,14 @@ def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
 
 def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     """As `use`, for ``norm="operator"``."""
-    if weight.numel() == 0:
-        return weight
     norm_alone.refuse_sharded(weight, 'norm="operator"')
     if not is_eager(weight):
         raise UserError(
-            'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
-            "its weight by remove_spectral_norm first, or use strict=True."
+            'norm="operator" of a convolution needs ordinary execution, not a graph by torch.compile, vmap or export; '
+            "bake its weight by remove_spectral_norm first."
         )
+    if weight.numel() == 0:
+        return weight
     found = normalization.map_of(weight)
     sigma = (found.direction * weight.to(found.direction.dtype)).sum()
     return normalization.quotient(weight, sigma)
@@ -59,6 +59,11 @@ def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
 
 def use_strict(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     """As `use`, for ``strict=True``. The bound is that of the weight that came, whoever put it there."""
+    if torch._C._get_tracing_state() is not None:
+        raise UserError(
+            "strict=True cannot be traced by torch.jit.trace or exported to ONNX, which have no operation for the "
+            "rounding of its bound; bake the weight by remove_spectral_norm first."
+        )
     if weight.numel() == 0:
         return weight
     norm_alone.refuse_sharded(weight, "strict=True")
