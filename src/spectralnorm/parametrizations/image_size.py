@@ -80,7 +80,7 @@ class InputSizeLearner:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the first image."""
         # What is traced has sizes that are no numbers.
-        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        is_traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         if self.normalization.learned_size is None and not is_traced:
             images = args[0] if args else kwargs["input"]
             self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
