@@ -16,10 +16,11 @@ from spectralnorm.linalg.patches import patches_of_any_size
 __all__ = [
     "InputSizeCheck",
     "InputSizeLearner",
-    "checked_input_size",
     "forget_input_size",
     "gain_of",
     "geometry_of",
+    "require_input_size_of",
+    "takes_input_size",
     "usual_input_size",
 ]
 
@@ -37,18 +38,22 @@ def geometry_of(module: nn.Module, name: str, weight: Tensor) -> ConvolutionGeom
     return geometry if tuple(weight.shape[2:]) == geometry.kernel_size else None
 
 
-def checked_input_size(input_size: Any) -> tuple[int, ...] | None:
-    """``input_size`` as a tuple.
+def takes_input_size(module: nn.Module, name: str, *, norm: str, strict: bool) -> bool:
+    """Whether the norm of a weight is one for images of some size; the weight of a lazy layer needs no shape yet."""
+    return isinstance(module, _CONVOLUTIONS) and name == "weight" and (strict or norm == "operator")
+
+
+def require_input_size_of(geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> None:
+    """Refuse an ``input_size`` that is none of the convolution's inputs.
 
     Raises:
-        UserError: it is no sequence of one to three positive integers.
+        UserError: it has another number of axes, or the kernel does not fit into it.
     """
-    if input_size is None:
-        return None
-    is_one_of_sizes = isinstance(input_size, Sequence) and 1 <= len(input_size) <= 3
-    if is_one_of_sizes and all(isinstance(size, int) and size > 0 for size in input_size):
-        return tuple(input_size)
-    raise UserError(f"input_size must be None or one positive integer for each axis of the image, got {input_size!r}.")
+    if len(input_size) != geometry.num_axes or min(geometry.output_size(input_size)) < 1:
+        raise UserError(
+            f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
+            f"{geometry.kernel_size}, got {input_size}."
+        )
 
 
 def gain_of(geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> float:

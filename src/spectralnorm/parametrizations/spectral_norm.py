@@ -19,7 +19,6 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
-from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
@@ -27,10 +26,16 @@ from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
-from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
+from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
-from spectralnorm.parametrizations.options import Options, check_options
+from spectralnorm.parametrizations.options import (
+    Options,
+    check_dim,
+    check_options,
+    checked_input_size,
+    plain_value,
+)
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
@@ -124,6 +129,7 @@ class SpectralNorm(nn.Module):
             input_size=input_size,
             update=update,
         )
+        check_dim(dim)
         weight = _weight_of(module, name)
         self.name = name
         self.strict = strict
@@ -137,11 +143,17 @@ class SpectralNorm(nn.Module):
         if self.geometry is not None:
             if weight.is_complex():
                 raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
-            self.require_size_of(self.geometry)
+            if self.input_size is not None:
+                require_input_size_of(self.geometry, self.input_size)
             self._refuse_other_updates(update)
             self._gain = gain_of(self.geometry, self.input_size)
-        self.n_power_iterations = n_power_iterations
-        self.eps = eps
+        elif self.input_size is not None:
+            raise UserError(
+                f'input_size is for convolutions with strict=True or norm="operator", not for {name!r} of this '
+                f"{type(module).__name__} with strict={strict} and norm={norm!r}; leave it out."
+            )
+        self.n_power_iterations: int = plain_value("n_power_iterations", n_power_iterations)
+        self.eps: float = plain_value("eps", eps)
         self.norm = norm
         self.mode = mode
         self.update = update
@@ -199,6 +211,8 @@ class SpectralNorm(nn.Module):
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
         check_options(**changes)
+        if "input_size" in changes:
+            changes["input_size"] = checked_input_size(changes["input_size"])
         for option in ("norm", "strict", "input_size"):
             if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
                 raise UserError(
@@ -233,8 +247,7 @@ class SpectralNorm(nn.Module):
         if changes.get("eps", self.eps) != self.eps:
             self.invalidate()
         for option, value in changes.items():
-            setattr(self, "_coefficient" if option == "coefficient" else option, value)
-        self._coefficient = float(self._coefficient)
+            setattr(self, "_coefficient" if option == "coefficient" else option, plain_value(option, value))
         if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
                 self.scale.fill_(self._coefficient)
@@ -384,17 +397,6 @@ class SpectralNorm(nn.Module):
         if self.follows_map and update != "step":
             raise UserError(
                 f'norm="operator" of a convolution is offered with update="step" alone, got {update!r}; leave it out.'
-            )
-
-    def require_size_of(self, geometry: ConvolutionGeometry) -> None:
-        """Refuse an ``input_size`` that is none of the convolution's inputs."""
-        size = self.input_size
-        if size is None:
-            return
-        if len(size) != geometry.num_axes or min(geometry.output_size(size)) < 1:
-            raise UserError(
-                f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
-                f"{geometry.kernel_size}, got {size}."
             )
 
     def read(self, weight: Tensor) -> Tensor:
