@@ -30,8 +30,8 @@ def spectral_norm(
     """Normalize one weight of a layer by its spectral norm, at every use.
 
     The raw weight stays the same parameter object, under ``module.parametrizations[name].original``; an optimizer that
-    holds it stays valid. A lazy layer's weight, which has no shape yet, is normalized when its first forward gives it
-    one, and for that forward already.
+    holds it stays valid (it does not have the scale of ``mode="learnable"``). A lazy layer's weight, which has no shape
+    yet, is normalized when its first forward gives it one, and for that forward already.
 
     Args:
         module: any layer; one of your own too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import Any, Unpack
 
@@ -40,7 +41,7 @@ from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.unkept import COLD_ITERATIONS
-from spectralnorm.parametrizations.weight_clock import WeightClock, watch
+from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
@@ -78,7 +79,8 @@ class SpectralNorm(nn.Module):
             image, else the same. ``"bidirectional"``: the mean of that and the norm of the weight
             reshaped with inputs first (Lin, Sekar and Fanti 2021).
         mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
-            trained parameter ``scale``, which starts at ``coefficient``.
+            trained parameter ``scale``, which starts at ``coefficient``. An optimizer made before does not have it,
+            which the first step that leaves it behind warns of.
         coefficient: the norm that is wanted.
         strict: divide by a guaranteed upper bound of the norm in place of an estimate, so that the norm of the weight
             that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
@@ -166,6 +168,9 @@ class SpectralNorm(nn.Module):
         # one in which they hold the start alone, because their memory came after construction.
         self._known_state: _States | None = None
         self._start_state: _States | None = None
+        # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
+        self._first_moments: tuple[Moment, Moment] | None = None
+        self._has_seen_step = False
         self.scale: nn.Parameter | None = None
         if mode == "learnable":
             dtype = weight.real.dtype if weight.is_complex() else weight.dtype
@@ -448,10 +453,30 @@ class SpectralNorm(nn.Module):
         value = self._divided(weight)
         if self.scale is not None:
             value = value * self.scale
+            if is_ordinary and not self._has_seen_step:
+                self._look_for_step_without(self.scale, weight)
         if is_ordinary:
             # What comes of inference mode has no version; a write into it stays unseen.
             self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
         return value
+
+    def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
+        """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
+        moments = self._first_moments
+        if moments is None or moments[0].clock.weight is not weight or moments[1].clock.weight is not scale:
+            self._first_moments = watch(weight).now(), watch(scale).now()
+            return
+        of_weight, of_scale = moments
+        if of_weight.clock.steps == of_weight.steps:
+            return
+        self._has_seen_step, self._first_moments = True, None
+        if scale.requires_grad and of_scale.clock.steps == of_scale.steps:
+            warnings.warn(
+                f"An optimizer has moved the weight {self.name!r} and not its learned scale, which it does not have if "
+                "it was made before the normalization. Make the optimizer afterwards, or give it the parameter "
+                f"parametrizations.{self.name}.0.scale by add_param_group.",
+                stacklevel=2,
+            )
 
     def _divided(self, weight: Tensor) -> Tensor:
         if weight.is_meta and (self.strict or self.follows_map):
@@ -729,8 +754,8 @@ class SpectralNorm(nn.Module):
         return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = {"_kept": None, "_norm_alone": None, "_handed": (None, 0)}
-        return {**self.__dict__, **forgotten, "_known_state": None, "_start_state": None}
+        held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments")
+        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)

@@ -43,7 +43,8 @@ def add_spectral_norm(
     The weights of Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, Embedding and EmbeddingBag, the in and out projections
     of MultiheadAttention, every matrix of RNN, LSTM, GRU and their cells; of subclasses and lazy layers too. Any other
     matrix where ``include`` names it. A weight that several layers share is normalized once. Parameters stay the same
-    objects, so optimizers made before stay valid. `summary` tells what was done.
+    objects, so optimizers made before stay valid; but they do not have the scales that ``mode="learnable"`` adds, which
+    the first step that leaves one behind warns of. `summary` tells what was done.
 
     What is normalized already stays, and only the options that are given change, in place. What torch's two functions
     have normalized is taken over, with their options where none are given.
