@@ -45,6 +45,14 @@ class TestCopies:
         assert norm_of(copied[2].weight) == pytest.approx(1, rel=1e-4)
         assert torch.equal(model(INPUTS), before)
 
+    def test_deepcopy_of_a_layer_that_learns_the_size_of_its_images_has_the_same_value(self):
+        layer = spectral_norm(nn.Conv2d(3, 4, 3), norm="operator")
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        layer(INPUTS).square().sum().backward()
+        optimizer.step()
+        expected = layer.weight
+        assert torch.equal(copy.deepcopy(layer).weight, expected)
+
     def test_deepcopy_trains_on_its_own(self):
         model = make()
         copied = copy.deepcopy(model)

@@ -170,6 +170,7 @@ def _reader_of_table(name: str) -> Callable[[Any], Any]:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     replica = self.__class__.__new__(self.__class__)
     memo[id(self)] = replica
+    deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
     replica.__dict__.update(deepcopy(self.__dict__, memo))
     return replica
 
