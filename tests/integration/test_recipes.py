@@ -62,9 +62,9 @@ def test_a_recipe_trains_goes_on_samples_and_certifies_or_says_why_not(recipe: s
     assert len(samples.flatten(1).unique(dim=0)) == 3
 
     discriminator, config = discriminator_of_run(folder)
-    if config.conditional:
-        discriminator = of_steepest_class(discriminator)
-    found = _certificate(discriminator, (config.channels, config.image_size, config.image_size))
+    shape = (config.channels, config.image_size, config.image_size)
+    model, num_classes = of_steepest_class(discriminator) if config.conditional else (discriminator, None)
+    found = _certificate(model, shape, num_classes)
     if recipe in UNCERTIFIED:
         assert isinstance(found, str)
         assert UNCERTIFIED[recipe] in found
@@ -73,10 +73,13 @@ def test_a_recipe_trains_goes_on_samples_and_certifies_or_says_why_not(recipe: s
         assert 0 < found.lower_bound <= found.upper_bound < float("inf")
         if config.normalization == "strict" and config.lipschitz is not None:
             assert found.upper_bound <= config.lipschitz
+        if config.conditional:
+            every = certify(discriminator, shape, num_classes=len(config.class_names), ascent_steps=0)
+            assert found.upper_bound == pytest.approx(every.upper_bound, rel=1e-9)
 
 
-def _certificate(discriminator: torch.nn.Module, shape: tuple[int, int, int]) -> Certificate | str:
+def _certificate(model: torch.nn.Module, shape: tuple[int, int, int], num_classes: int | None) -> Certificate | str:
     try:
-        return certify(discriminator, shape)
+        return certify(model, shape, num_classes=num_classes)
     except UserError as error:
         return str(error)

@@ -1,6 +1,9 @@
 """Dense networks as a whole: between what inputs show and the product of the norms, with every multiplier."""
 
+import importlib.util
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -62,6 +65,31 @@ def test_each_step_is_above_the_inequality_for_every_diagonal_of_slopes(slopes: 
         slope = low + (high - low) * torch.rand(6, dtype=torch.float64).round()
         gap = above - slope[:, None] * matrix * slope
         assert torch.linalg.eigvalsh(gap)[0] > -1e-9
+
+
+def _script() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "dense_networks.py"
+    specification = importlib.util.spec_from_file_location("dense_networks", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("widths", [(3, 12, 1), (2, 8, 8, 2), (3, 6, 6, 6, 1)], ids=str)
+def test_bound_comes_to_the_optimum_of_a_solver_and_is_below_eclipse(widths: tuple[int, ...]):
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("eclipse_nn")
+    script = _script()
+    model = script.network(widths)
+
+    found = mlp_bound(model, widths[:1], steps=2000)
+
+    # The solver's optimum is the least bound of this kind, to its own accuracy.
+    optimum = script.lipsdp(model)
+    assert optimum * (1 - 1e-5) <= found <= 1.002 * optimum
+    assert found <= script.ours(model) < script.eclipse_fast(model)
 
 
 def test_what_is_no_chain_is_refused_by_name():

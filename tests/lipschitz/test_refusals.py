@@ -1,6 +1,7 @@
 """What has no constant, no rule, or mixes samples is refused by name, with what to use instead."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import spectralnorm as sn
-from spectralnorm import layers
+from spectralnorm.layers import CPLLinear, SLLLinear
+from spectralnorm.lipschitz import mlp_bound
 
 
 class Lambda(nn.Module):
@@ -66,11 +68,11 @@ REFUSED = {
         }.items()
     },
     "residual layer with softplus that jumps": (
-        layers.SLLLinear(4, activation=nn.Softplus(threshold=1)),
+        SLLLinear(4, activation=nn.Softplus(threshold=1)),
         "SLLLinear.*not known of Softplus",
     ),
     "residual layer with CELU that falls": (
-        layers.CPLLinear(4, activation=nn.CELU(-1.0)),
+        CPLLinear(4, activation=nn.CELU(-1.0)),
         "CPLLinear.*not known of CELU",
     ),
     "glu": (nn.GLU(), "glu.*multiplies"),
@@ -113,7 +115,7 @@ REFUSED = {
     "repeated batch": (Lambda(lambda x: x.repeat(2, 1)), "batch"),
     "repeated first sample": (
         Lambda(lambda x: x.repeat_interleave(torch.tensor([len(x)] + [0] * (len(x) - 1)), 0, output_size=len(x))),
-        "mixes samples",
+        "repeat_interleave at .*something else",
     ),
     "divided by zero": (Lambda(lambda x: x / 0), "divides by zero"),
     "added infinity": (Lambda(lambda x: x + float("inf")), "add at '0'.*not finite"),
@@ -122,6 +124,11 @@ REFUSED = {
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
     "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
     "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
+    "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
+    "generator of outputs": (Lambda(lambda x: (each for each in [x])), "look into the generator"),
+    "namespace of outputs": (Lambda(lambda x: SimpleNamespace(outputs=x)), "look into the SimpleNamespace"),
+    "hidden output": (Lambda(lambda x: (x, [SimpleNamespace(outputs=x)])), "look into the SimpleNamespace"),
+    "nothing": (Lambda(lambda x: None), r"no tensor in what the model returns \(NoneType\)"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }
 
@@ -174,6 +181,21 @@ def test_bias_or_statistic_that_is_not_finite_is_refused_by_name(name: str):
         sn.certify(model, (2, 3, 3))
 
 
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+def test_layer_whose_step_is_out_of_range_is_refused(kind: type[nn.Module]):
+    layer = kind(4)
+    with torch.no_grad():
+        layer.weight.div_(layer.weight.abs().max()).mul_(1e18)
+    assert sn.certify(layer, (4,), ascent_steps=0).upper_bound == 1
+
+    with torch.no_grad():
+        layer.weight.mul_(100)
+
+    assert not bool(layer(torch.randn(2, 4)).isfinite().all())
+    with pytest.raises(sn.UserError, match=f"{kind.__name__}.*beyond the range of torch.float32"):
+        sn.certify(layer, (4,))
+
+
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():
     scripted = torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))
 
@@ -206,20 +228,126 @@ def test_operation_of_another_library_is_not_taken_for_torchs_of_the_same_name()
     assert sn.certify(Lambda(torch.ops.aten.relu), (4,), ascent_steps=0).upper_bound == 1
 
 
-def test_wrong_options_are_told():
+@pytest.mark.parametrize("bound", [sn.certify, mlp_bound], ids=["certify", "mlp_bound"])
+def test_wrong_arguments_are_told(bound):
     model = nn.Linear(3, 3)
-    for options, message in (
-        ({"mode": "test"}, "mode must be"),
-        ({"input_sizes": "some"}, "input_sizes must be"),
-        ({"num_classes": 0}, "num_classes must be"),
-        ({"ascent_steps": -1}, "ascent_steps must be"),
+    for given, shape, message in (
+        ("model", (3,), "takes a torch.nn.Module, got str"),
+        (model, 3, "input_shape must be"),
+        (model, "3", "input_shape must be"),
+        (model, (3.0,), "input_shape must be"),
+        (model, (4,), "could not run the model"),
+        (nn.LazyLinear(3), (3,), "'weight' gets its shape from the first input; run the model once"),
+        (nn.Linear(3, 3, device="meta"), (3,), "'weight' is on the meta device; load"),
+        (nn.Linear(3, 3).to(torch.float8_e4m3fn), (3,), "'weight' is torch.float8_e4m3fn; convert"),
     ):
         with pytest.raises(sn.UserError, match=message):
-            sn.certify(model, (3,), **options)
-    with pytest.raises(sn.UserError, match="input_shape must be"):
-        sn.certify(model, 3)
-    with pytest.raises(sn.UserError, match="could not run the model"):
-        sn.certify(model, (4,))
+            bound(given, shape)
+    with torch.device("meta"), pytest.raises(sn.UserError, match=r"outside of torch\.device"):
+        bound(model, (3,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "test"}, "mode must be"),
+        ({"input_sizes": "some"}, "input_sizes must be"),
+        *(({"num_classes": value}, "num_classes must be a whole number from 1 up") for value in (0, "2", 1.5, True)),
+        *(({"ascent_steps": value}, "ascent_steps must be a whole number from 0 up") for value in (-1, "a", None, 1.5)),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told(options: dict, message: str):
+    with pytest.raises(sn.UserError, match=message):
+        sn.certify(nn.Linear(3, 3), (3,), **options)
+
+
+@pytest.mark.parametrize("steps", [-1, "a", None])
+def test_wrong_steps_of_mlp_bound_are_told(steps):
+    with pytest.raises(sn.UserError, match="steps must be a whole number from 0 up"):
+        mlp_bound(nn.Linear(3, 3), (3,), steps=steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_model_that_keeps_a_history_is_told_to_be_run_without():
+    model = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(sn.UserError, match=r"could not copy the model .*torch.no_grad"):
+        sn.certify(model, (3,))
+
+    with torch.no_grad():
+        model(torch.zeros(1, 3))
+
+    assert sn.certify(model, (3,)).upper_bound > 0
+
+
+def test_weights_of_torchs_older_spectral_norm_are_those_of_eval_mode_in_training_too():
+    model = nn.utils.spectral_norm(nn.Linear(3, 3))
+
+    bounds = [sn.certify(model, (3,), mode=mode, ascent_steps=0).upper_bound for mode in ("eval", "train")]
+
+    assert bounds[0] == bounds[1]
+
+
+class _Clipped(nn.Module):
+    def forward(self, inputs):
+        return self.limit(inputs)
+
+    def limit(self, inputs):
+        return inputs.clamp(-1, 1)
+
+
+sn.register_rule(_Clipped, lambda call: 1.0)
+
+
+class _ByAnotherName(_Clipped):
+    def __init__(self):
+        super().__init__()
+
+
+class _Steeper(_Clipped):
+    def forward(self, inputs):
+        return 10 * super().forward(inputs)
+
+
+class _SteeperMethod(_Clipped):
+    def limit(self, inputs):
+        return 10 * super().limit(inputs)
+
+
+class _Mixin:
+    def forward(self, inputs):
+        return 10 * inputs
+
+
+class _Mixed(_Mixin, _Clipped):
+    pass
+
+
+def _replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda inputs: 10 * inputs
+    return module
+
+
+OF_OTHERS = {
+    "subclass that changes nothing": (_ByAnotherName(), 1),
+    "subclass with another forward": (_Steeper(), 10),
+    "subclass with another method": (_SteeperMethod(), 10),
+    "forward of a mixin": (_Mixed(), 10),
+    "forward of the instance": (_replaced(_Clipped()), 10),
+    "forward of an instance with a rule of this package": (_replaced(SLLLinear(4)), 10),
+    "forward of a plain layer": (_replaced(nn.Linear(4, 4)), 10),
+    "parametrized": (sn.spectral_norm(SLLLinear(4)), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_rule_of_a_class_is_not_that_of_what_computes_something_else(name: str):
+    module, constant = OF_OTHERS[name]
+
+    certificate = sn.certify(nn.Sequential(module), (4,))
+
+    assert certificate.upper_bound == pytest.approx(constant, rel=1e-12)
+    assert 0 < certificate.lower_bound <= certificate.upper_bound
 
 
 def test_registered_rule_is_used_and_checked():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Graph:
 
     Attributes:
         nodes: those that the outputs depend on, each after its inputs; the first is the input.
-        outputs: what `forward` returned, those that depend on the input.
+        outputs: what `forward` returned, those that depend on the input; one that is returned twice comes twice.
         batch_size: it was recorded with; a first dimension is a multiple of it.
         device: where the constants are.
         dtype: of the model's first floating tensor.
@@ -141,7 +142,7 @@ def last_reads(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The same tuples, lists and dictionaries, with ``function`` of every leaf that is a ``kind``."""
+    """The same tuples, lists, dictionaries and dataclasses, with ``function`` of every leaf that is a ``kind``."""
     if isinstance(structure, kind):
         return function(structure)
     if isinstance(structure, tuple | list):
@@ -150,6 +151,12 @@ def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) ->
             return mapped
         is_named = hasattr(structure, "_fields")
         return type(structure)(*mapped) if is_named else tuple(mapped)
+    if is_dataclass(structure) and not isinstance(structure, type | Node):
+        mapped = copy.copy(structure)
+        for each in fields(structure):
+            # Also of one that is frozen.
+            object.__setattr__(mapped, each.name, map_structure(getattr(structure, each.name), kind, function))
+        return mapped
     if isinstance(structure, dict):
         return {key: map_structure(each, kind, function) for key, each in structure.items()}
     return structure

@@ -59,7 +59,7 @@ def propagate(graph: Graph, *, mode: str, sizes: str) -> tuple[float, list[Bound
         if not isinstance(node.shape[0] if node.shape else 0, tuple):
             _check_batch(graph, node)
         found.append(bounded)
-    return joint_bound(list(dict.fromkeys(graph.outputs)), values), found
+    return joint_bound(graph.outputs, values), found
 
 
 def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part | None:

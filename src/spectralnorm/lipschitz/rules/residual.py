@@ -41,6 +41,12 @@ def _never_stretches(call: Call) -> float:
             f"it is 1-Lipschitz for activations with slopes in [0, 1], which is not known of {activation}",
             "use ReLU, LeakyReLU, tanh, sigmoid or softplus",
         )
+    layer = call.module
+    assert isinstance(layer, SLLLinear | SLLConv2d | CPLLinear | CPLConv2d)
+    if not bool(layer._steps().isfinite().all()):
+        call.refuse(
+            f"its weights are so large that a step is beyond the range of {layer.weight.dtype}", "scale them down"
+        )
     return 1.0
 
 
