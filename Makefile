@@ -19,7 +19,7 @@ RECIPE_INPUTS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs benchmark clean
+.PHONY: help demo test lint oldest docs benchmark clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,15 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
+
+# What comes with it: a newer numpy is more than the interpreter of its Triton knows.
+OLDEST := torch==2.6.0 numpy==2.2.6
+
+oldest:  ## The tests with the oldest torch that is supported, in .venv-oldest (a download of gigabytes).
+	$(PYTHON) -m venv .venv-oldest
+	{ grep -Ev '^(torch|triton|numpy)==' constraints.txt; printf '%s\n' $(OLDEST); } > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e ".[gan,dev]"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(DISTRIBUTION) $(ARGS)
 
 docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -3,8 +3,9 @@
     python benchmarks/soundness_networks.py [NETWORKS] [STEPS]
 
 Chains of linear layers, convolutions of all kinds, transposed and grouped ones, blurs, norms, pools, strides,
-activations, residuals, concatenations, shared modules, layers that never stretch, parts and functional calls. Each is
-certified, and searched by gradient ascent in float64 on the model itself, not on what was recorded of it.
+activations, residuals, concatenations, shared modules, layers that never stretch, parts, labels and functional calls,
+some of them with rare arguments. Each is certified, and searched by gradient ascent in float64 on the model itself, not
+on what was recorded of it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Concatenation(nn.Module):
 class Functional(nn.Module):
     def __init__(self, draw: random.Random) -> None:
         super().__init__()
-        self.choice = draw.randrange(10)
+        self.choice = draw.randrange(16)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.choice == 0:
@@ -70,8 +71,40 @@ class Functional(nn.Module):
             # In float32 first: the certificate is of the function with these numbers.
             weight = torch.linspace(-1, 1, inputs.shape[1] ** 2).reshape(inputs.shape[1], -1).to(inputs.dtype)
             return torch.einsum("bi...,oi->bo...".replace("...", "hw"[: inputs.ndim - 2]), inputs, weight)
+        if self.choice == 9:
+            return inputs - torch.ones(inputs.shape).type_as(inputs)
+        if self.choice == 10:
+            slope = torch.linspace(-1, 1, inputs.shape[1]).reshape(-1, *[1] * (inputs.ndim - 2)).to(inputs)
+            return inputs * slope.expand_as(inputs)
+        if self.choice == 11:
+            # Of two matrices of the same value, where the input is flat.
+            weight = torch.linspace(-1, 1, inputs.shape[1] ** 2).reshape(inputs.shape[1], -1).to(inputs.dtype)
+            mixed = torch.einsum("bi...,io->bo...".replace("...", "hw"[: inputs.ndim - 2]), inputs, weight)
+            return torch.lerp(torch.lerp(-mixed, mixed, 1.5), inputs, -0.25)
+        if self.choice == 12:
+            weight = torch.linspace(1, 2, 3 * inputs[0].numel()).reshape(3, -1).to(inputs.dtype)
+            return torch.einsum("bkn,kn->bkn", inputs.flatten(1)[:, None], weight).mean(1).reshape(inputs.shape)
+        if self.choice == 13:
+            weight = torch.linspace(-1, 1, inputs[0].numel())[None].to(inputs.dtype)
+            return torch.einsum("bn,nk->bk", inputs.flatten(1), weight).reshape(inputs.shape)
+        if self.choice == 14:
+            # Pieces that overlap.
+            first, _, last = inputs.tensor_split((-1, 1), dim=1)
+            return torch.cat([first, 1.5 * last.relu()], dim=1)[:, : inputs.shape[1]]
         half = inputs.shape[1] // 2
         return torch.cat([2 * inputs[:, :half].relu(), inputs[:, half:].sin()], dim=1)
+
+
+class Labelled(nn.Module):
+    """A network whose input is scaled, channel by channel, as its label says."""
+
+    def __init__(self, network: nn.Module, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.network, self.scales = network, nn.Embedding(num_classes, channels)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        scales = self.scales(labels)
+        return self.network(inputs * scales.reshape(*scales.shape, *[1] * (inputs.ndim - 2)))
 
 
 class Blur(nn.Module):
@@ -222,8 +255,8 @@ def _vector_network(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*layers), (width,)
 
 
-def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
-    """A network and the shape of a sample; the same for the same seed."""
+def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...], int | None]:
+    """A network, the shape of a sample and how many labels it takes, if it does; the same for the same seed."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     model, shape = draw.choice((_image_network, _vector_network))(draw)
@@ -234,10 +267,15 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.running_var.uniform_(0.3, 2)  # type: ignore[union-attr]
                 module.weight.uniform_(-2, 2)
-    return model, shape
+    if draw.random() < 0.2:
+        num_classes = draw.choice((2, 3))
+        return Labelled(model, shape[0], num_classes).eval(), shape, num_classes
+    return model, shape, None
 
 
-def largest_stretch(model: nn.Module, shape: tuple[int, ...], *, steps: int, pairs: int = 32) -> float:
+def largest_stretch(
+    model: nn.Module, shape: tuple[int, ...], num_classes: int | None = None, *, steps: int, pairs: int = 32
+) -> float:
     """The largest quotient of a search over pairs of inputs, in float64 on the model itself."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
@@ -252,10 +290,11 @@ def largest_stretch(model: nn.Module, shape: tuple[int, ...], *, steps: int, pai
     scales = torch.logspace(-2, 0.7, pairs, dtype=torch.float64).reshape(-1, *[1] * len(shape))
     base = scales * torch.randn(pairs, *shape, generator=generator, dtype=torch.float64)
     offset = 0.01 * scales * torch.randn(pairs, *shape, generator=generator, dtype=torch.float64)
+    labels = () if num_classes is None else (torch.arange(pairs) % num_classes,)
     best = 0.0
     for step in range(steps):
         base, offset = base.detach().requires_grad_(), offset.detach().requires_grad_()
-        change = (model(base + offset) - model(base)).flatten(1).norm(dim=1)
+        change = (model(base + offset, *labels) - model(base, *labels)).flatten(1).norm(dim=1)
         ratio = change / offset.flatten(1).norm(dim=1)
         best = max(best, ratio.max().item())
         direction, motion = torch.autograd.grad(ratio.clamp_min(1e-300).log().sum(), (offset, base))
@@ -278,9 +317,9 @@ def main() -> None:
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 60
     begin, violations, ratios = time.perf_counter(), [], []
     for seed in range(networks):
-        model, shape = random_network(seed)
-        upper = sn.certify(model, shape, ascent_steps=0).upper_bound
-        stretch = largest_stretch(model, shape, steps=steps)
+        model, shape, num_classes = random_network(seed)
+        upper = sn.certify(model, shape, num_classes=num_classes, ascent_steps=0).upper_bound
+        stretch = largest_stretch(model, shape, num_classes, steps=steps)
         # 1e-9: what rounding of a float64 evaluation may add to a quotient.
         if stretch > upper * (1 + 1e-9) + 1e-12:
             violations.append(seed)

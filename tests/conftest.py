@@ -3,8 +3,13 @@
 import os
 import random
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine is no defect.
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 # Two workers with two threads each on two cores wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -74,11 +74,22 @@ def test_training_is_one_graph_and_the_same_as_torchs_algorithm(counter):
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"mode": "cap", "coefficient": 0.7}, {"update": "forward"}, {"update": "manual"}])
+OPTIONS = {
+    "cap": {"mode": "cap", "coefficient": 0.7},
+    "learnable": {"mode": "learnable", "coefficient": 2.0},
+    "bidirectional": {"norm": "bidirectional"},
+    "forward": {"update": "forward"},
+    "manual": {"update": "manual"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_are_one_graph_too(counter, options):
     model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(12, 3))
     add_spectral_norm(model, **options)
     eager, inputs = copy.deepcopy(model), torch.randn(2, 4, 4)
+    if "mode" in options:
+        model(inputs)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     compiled(inputs).sum().backward()
     eager(inputs).sum().backward()

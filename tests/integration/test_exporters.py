@@ -13,9 +13,10 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations as torch_parametrizations
 
-from spectralnorm import add_spectral_norm, remove_spectral_norm, spectral_norm, update_
+from spectralnorm import UserError, add_spectral_norm, remove_spectral_norm, spectral_norm, update_
 from spectralnorm.parametrizations import is_normalized
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -62,7 +63,12 @@ MODELS = {
     "volumes": (VolumeModel, torch.linspace(-1, 1, 54).view(1, 2, 3, 3, 3)),
 }
 each_model = pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=MODELS)
-OPTIONS = {"cap": {"mode": "cap", "coefficient": 0.7}, "forward": {"update": "forward"}}
+OPTIONS = {
+    "cap": {"mode": "cap", "coefficient": 0.7},
+    "learnable": {"mode": "learnable", "coefficient": 2.0},
+    "bidirectional": {"norm": "bidirectional"},
+    "forward": {"update": "forward"},
+}
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -105,6 +111,12 @@ class TestOnnx:
         model = normalized(make, inputs).eval()
         outputs = self.run(model, inputs, tmp_path / "model.onnx", dynamo=True, verbose=False)
         torch.testing.assert_close(outputs, model(inputs), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["learnable", "bidirectional"])
+    def test_exporter_of_captured_programs_with_options(self, name, tmp_path):
+        model = normalized(images_model, IMAGES, **OPTIONS[name]).eval()
+        outputs = self.run(model, IMAGES, tmp_path / "model.onnx", dynamo=True, verbose=False)
+        torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-5, atol=1e-5)
 
     def test_exporter_of_captured_programs_folds_the_norm_away(self, tmp_path):
         onnx = pytest.importorskip("onnx")
@@ -190,6 +202,11 @@ class TestFx:
         for each in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
             torch.testing.assert_close(each(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("options", [*OPTIONS.values(), {"strict": True}], ids=[*OPTIONS, "strict"])
+    def test_with_options_computes_the_same(self, options):
+        model = normalized(images_model, IMAGES, **options).eval()
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
     def test_layers_stay_whole_as_without_normalization(self):
         def steps(model: nn.Module) -> list[tuple[str, str]]:
             return [(node.op, str(node.target)) for node in torch.fx.symbolic_trace(model).graph.nodes]
@@ -208,6 +225,45 @@ class TestFx:
             assert torch.equal(grad, parameter.grad)
 
 
+def by_vmap(model: nn.Module) -> Tensor:
+    state, skeleton = stack_module_state([model, copy.deepcopy(model)]), copy.deepcopy(model)
+    return vmap(lambda parameters, buffers: functional_call(skeleton, (parameters, buffers), IMAGES))(*state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestRefusals:
+    @staticmethod
+    def model(**options) -> nn.Module:
+        return nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3), **options)).eval()
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda model: torch.export.export(model, (IMAGES,)),
+            lambda model: torch.jit.trace(model, (IMAGES,)),
+            lambda model: torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False),
+            by_vmap,
+        ],
+        ids=["export", "trace", "tracing ONNX exporter", "vmap"],
+    )
+    def test_operator_norm_is_refused_in_one_sentence(self, use):
+        model = self.model(norm="operator")
+        with pytest.raises(UserError, match=r'^norm="operator" of a convolution needs ordinary execution.*[^.]+\.$'):
+            use(model)
+        model(IMAGES)
+        assert model[0].parametrizations.weight[0].learned_size == (8, 8)
+
+    def test_operator_norm_is_computed_outside_of_a_compiled_graph(self):
+        torch._dynamo.reset()
+        model = self.model(norm="operator")
+        model[0].forward = torch.compiler.disable(model[0].forward)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(IMAGES), model(IMAGES))
+
+    def test_trace_of_a_strict_norm_is_refused_in_one_sentence(self):
+        with pytest.raises(UserError, match=r"^strict=True cannot be traced by torch\.jit\.trace.*[^.]+\.$"):
+            torch.jit.trace(self.model(strict=True), (IMAGES,))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestTorchScript:
     @pytest.mark.filterwarnings("ignore:torch.jit.script compiles normalized layers:UserWarning")
@@ -219,6 +275,17 @@ class TestTorchScript:
         torch.testing.assert_close(scripted(inputs), expected, rtol=1e-5, atol=1e-5)
         names = {name for name, _ in scripted.named_parameters()}
         assert names == {name for name, _ in make().named_parameters()}
+
+    @pytest.mark.filterwarnings("ignore:torch.jit.script compiles normalized layers:UserWarning")
+    @pytest.mark.parametrize(
+        "options",
+        [{"strict": True, "input_size": (8, 8)}, {"norm": "operator"}, {"norm": "operator", "input_size": (8, 8)}],
+        ids=["strict, sized", "operator", "operator, sized"],
+    )
+    def test_script_of_a_convolution_that_looks_at_its_images(self, options):
+        layer = spectral_norm(nn.Conv2d(3, 4, 3, padding=1), **options).eval()
+        expected = layer(IMAGES)
+        torch.testing.assert_close(torch.jit.script(nn.Sequential(layer))(IMAGES), expected, rtol=1e-5, atol=1e-5)
 
     def test_user_is_told_that_scripting_bakes_the_model_it_is_given(self):
         with pytest.warns(UserWarning, match=r"script remove_spectral_norm\(copy\.deepcopy\(model\)\)"):

@@ -291,9 +291,12 @@ def test_functional_call_computes_with_the_given_weights_and_their_gradients(tra
         torch.testing.assert_close(given[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "learnable"}, {"norm": "bidirectional"}], ids=["matrix", "learnable", "bidirectional"]
+)
 @pytest.mark.parametrize("kind", ["conv2d", "grouped conv", "grouped transposed"])
-def test_stacked_layers_under_vmap_give_each_ones_outputs_and_gradients(kind):
-    layers, inputs = [spectral_norm(LAYERS[kind]()) for _ in range(3)], torch.randn(2, 4, 5, 5)
+def test_stacked_layers_under_vmap_give_each_ones_outputs_and_gradients(kind, options):
+    layers, inputs = [spectral_norm(LAYERS[kind](), **options) for _ in range(3)], torch.randn(2, 4, 5, 5)
     state, skeleton = stack_module_state(layers), copy.deepcopy(layers[0]).to("meta")
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,10 @@
 """What is certified is what `forward` computes with the weights that the layers use."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
@@ -91,6 +94,49 @@ def test_concatenation_is_the_root_of_the_sum_of_squares():
     assert sn.certify(Both(), (4,)).upper_bound == pytest.approx(13**0.5, rel=1e-12)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    first: torch.Tensor
+    others: tuple
+    name: str = "outputs"
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None
+
+
+class Returning(nn.Module):
+    def __init__(self, make: Callable[[torch.Tensor], Any]):
+        super().__init__()
+        self.make = make
+
+    def forward(self, inputs):
+        return self.make(inputs)
+
+
+RETURNED = {
+    "dataclass": (lambda x: Outputs(3 * x, (4 * x.tanh(), None)), 5),
+    "dataclass that is passed on": (lambda x: (lambda outputs: outputs.first)(Outputs(2 * x, ())), 2),
+    "named tuple": (lambda x: Pair(3 * x, 4 * x.tanh()), 5),
+    "named tuple with nothing": (lambda x: Pair(3 * x, None), 3),
+    "dictionary": (lambda x: {"a": [3 * x], "b": {"c": 4 * x.tanh()}, "d": 1.0}, 5),
+    "same twice": (lambda x: (x, x), 2**0.5),
+    "same three times": (lambda x: {"a": x, "b": [x, x]}, 3**0.5),
+    "tensor that does not depend on the input": (lambda x: torch.ones(len(x), 2), 0),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_all_that_is_returned_counts(name: str):
+    make, constant = RETURNED[name]
+
+    certificate = sn.certify(Returning(make), (4,))
+
+    assert certificate.upper_bound == pytest.approx(constant, rel=1e-12)
+    assert certificate.lower_bound == pytest.approx(constant, rel=1e-2)
+
+
 def test_certificate_survives_json_exactly():
     certificate = sn.certify(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (3,))
 
@@ -120,6 +166,8 @@ def test_picture_has_a_bar_for_each_bound(tmp_path: Path):
     assert len(titles) == 5
     with pytest.raises(sn.UserError, match=r"ends in .svg"):
         certificate.draw(tmp_path / "bounds.png")
+    with pytest.raises(sn.UserError, match=r"Cannot write .*choose another path"):
+        certificate.draw(tmp_path / "nowhere" / "bounds.svg")
 
 
 @pytest.mark.parametrize("name", ["dcgan", "sncnn"])

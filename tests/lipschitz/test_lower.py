@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectralnorm as sn
+from spectralnorm.layers import SLLLinear
 from spectralnorm.lipschitz import lower
 from spectralnorm.lipschitz.evaluation import evaluate
 from spectralnorm.lipschitz.graph import last_reads
@@ -192,6 +193,46 @@ def test_values_are_kept_until_they_were_read_for_the_last_time():
     kept = {node for node in graph.nodes if node not in released}
     assert kept == {*graph.outputs}
     assert all(place == max(readers[node]) for node, place in released.items())
+
+
+class Halved(nn.Module):
+    def forward(self, inputs):
+        return inputs / 2
+
+
+sn.register_rule(Halved, lambda call: 0.5)
+
+
+@pytest.mark.parametrize("layer", [Halved(), SLLLinear(4)], ids=["rule of one's own", "rule of this package"])
+def test_hooks_of_a_layer_with_a_rule_run_once(layer: nn.Module):
+    expected = 3 * (0.5 if isinstance(layer, Halved) else 1.0)
+    layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(1),))
+
+    certificate = sn.certify(layer, (4,))
+
+    assert certificate.upper_bound == pytest.approx(expected, rel=1e-12)
+    assert certificate.lower_bound == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("slopes", [(0.1, 5.0), (-4.0, 0.5)], ids=str)
+def test_rrelu_in_training_is_searched_with_its_largest_slope(slopes: tuple[float, float]):
+    model = nn.Sequential(nn.RReLU(*slopes), nn.Linear(4, 4))
+
+    certificate = sn.certify(model, (4,), mode="train")
+
+    assert 0.5 * certificate.upper_bound < certificate.lower_bound <= certificate.upper_bound
+
+
+def test_rule_of_the_user_that_is_contradicted_is_named():
+    class TooSmall(nn.Module):
+        def forward(self, inputs):
+            return 2 * inputs
+
+    sn.register_rule(TooSmall, lambda call: 1.0)
+
+    with pytest.raises(sn.UserError, match="registered for TooSmall at '1' gives too small a constant"):
+        sn.certify(nn.Sequential(nn.Linear(4, 4), TooSmall()), (4,))
 
 
 def test_layers_that_never_stretch_have_a_rule_and_a_lower_bound():

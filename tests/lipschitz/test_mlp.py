@@ -1,6 +1,9 @@
 """Dense networks as a whole: between what inputs show and the product of the norms, with every multiplier."""
 
+import importlib.util
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -64,6 +67,31 @@ def test_each_step_is_above_the_inequality_for_every_diagonal_of_slopes(slopes: 
         assert torch.linalg.eigvalsh(gap)[0] > -1e-9
 
 
+def _script() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "dense_networks.py"
+    specification = importlib.util.spec_from_file_location("dense_networks", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("widths", [(3, 12, 1), (2, 8, 8, 2), (3, 6, 6, 6, 1)], ids=str)
+def test_bound_comes_to_the_optimum_of_a_solver_and_is_below_eclipse(widths: tuple[int, ...]):
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("eclipse_nn")
+    script = _script()
+    model = script.network(widths)
+
+    found = mlp_bound(model, widths[:1], steps=2000)
+
+    # The solver's optimum is the least bound of this kind, to its own accuracy.
+    optimum = script.lipsdp(model)
+    assert optimum * (1 - 1e-5) <= found <= 1.002 * optimum
+    assert found <= script.ours(model) < script.eclipse_fast(model)
+
+
 def test_what_is_no_chain_is_refused_by_name():
     for model, message in (
         (nn.Sequential(nn.Linear(3, 4), nn.Softmax(dim=1)), "softmax at '1'"),
@@ -73,3 +101,9 @@ def test_what_is_no_chain_is_refused_by_name():
             mlp_bound(model, (3,))
     with pytest.raises(sn.UserError, match="steps must be"):
         mlp_bound(nn.Linear(3, 1), (3,), steps=-1)
+
+
+@pytest.mark.parametrize("activation", [nn.Softplus(threshold=0), nn.CELU(-1.0)], ids=["softplus", "celu"])
+def test_activation_without_a_constant_is_refused(activation: nn.Module):
+    with pytest.raises(sn.UserError, match=r"jumps|no bound"):
+        mlp_bound(nn.Sequential(nn.Linear(3, 3), activation, nn.Linear(3, 1)), (3,))

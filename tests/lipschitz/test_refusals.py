@@ -1,11 +1,17 @@
 """What has no constant, no rule, or mixes samples is refused by name, with what to use instead."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import spectralnorm as sn
+from spectralnorm.layers import CPLLinear, SLLLinear
+from spectralnorm.lipschitz import mlp_bound
 
 
 class Lambda(nn.Module):
@@ -30,6 +36,13 @@ def _stale_view(inputs: Tensor) -> Tensor:
     return view
 
 
+def _changed_constant(inputs: Tensor) -> Tensor:
+    constant = torch.full((4,), 5.0)
+    scaled = inputs * constant[:]
+    constant.zero_()
+    return scaled
+
+
 def _branch(inputs: Tensor) -> Tensor:
     return inputs if inputs.sum() > 0 else -inputs
 
@@ -41,11 +54,37 @@ REFUSED = {
     "normalize": (Lambda(F.normalize), "normalize at '0'"),
     "hardshrink": (nn.Hardshrink(), "hardshrink.*jumps.*softshrink"),
     "threshold": (nn.Threshold(0.1, 20), "threshold.*jumps"),
+    "softplus with a threshold at zero": (nn.Softplus(threshold=0), "softplus.*jumps at its threshold"),
+    "softplus with a low threshold": (nn.Softplus(beta=10, threshold=1), "softplus.*jumps at its threshold"),
+    "softplus without a scale": (nn.Softplus(beta=0), "softplus.*jumps at its threshold"),
+    "CELU with a negative alpha": (nn.CELU(-1.0), "celu.*no bound.*positive alpha"),
+    **{
+        f"{name} with a parameter that is no number": (Lambda(function), f"{name}.*not a number")
+        for name, function in {
+            "elu": lambda x: F.elu(x, math.nan),
+            "leaky_relu": lambda x: F.leaky_relu(x, math.nan),
+            "clamp": lambda x: x.clamp(min=math.nan),
+            "pad": lambda x: F.pad(x, (1, 1), value=math.nan),
+        }.items()
+    },
+    "residual layer with softplus that jumps": (
+        SLLLinear(4, activation=nn.Softplus(threshold=1)),
+        "SLLLinear.*not known of Softplus",
+    ),
+    "residual layer with CELU that falls": (
+        CPLLinear(4, activation=nn.CELU(-1.0)),
+        "CPLLinear.*not known of CELU",
+    ),
     "glu": (nn.GLU(), "glu.*multiplies"),
     "bilinear": (Lambda(lambda x: F.bilinear(x, x, torch.ones(2, 4, 4))), "bilinear.*multiplies"),
     "product": (Lambda(lambda x: x * x.sigmoid()), r"mul at '0 \(2\)'.*both depend"),
     "einsum of values": (Lambda(lambda x: torch.einsum("bi,bi->b", x, x)), "einsum at '0'.*multiplies"),
     "einsum over the batch": (Lambda(lambda x: torch.einsum("bi->i", x)), "einsum at '0'.*mixes samples"),
+    "einsum that sums a weight": (Lambda(lambda x: torch.einsum("bi,j->bi", x, torch.ones(2))), "einsum.*weight alone"),
+    "einsum that sums a weight, the input repeated": (
+        Lambda(lambda x: torch.einsum("bji,kji->bi", x[:, None], torch.ones(2, 3, 4))),
+        "einsum.*weight alone",
+    ),
     "einsum with a trace": (Lambda(lambda x: torch.einsum("bi,jj->bi", x, torch.eye(2))), "einsum.*diagonal"),
     "matrix product": (Lambda(lambda x: x[:, :, None] @ x[:, None]), r"matmul at '0 \(3\)'.*attention"),
     "quotient": (Lambda(lambda x: 1 / x), "rdiv.*near to zero"),
@@ -54,12 +93,17 @@ REFUSED = {
     "comparison": (Lambda(lambda x: (x > 0).float()), "gt.*jumps"),
     "positions": (Lambda(lambda x: x.sort(dim=1).indices.float()), "positions"),
     "rounding": (Lambda(lambda x: x.to(torch.int64).float()), "whole numbers"),
+    "bits": (Lambda(lambda x: x.view(torch.float16).float()), "view at '0'.*bits"),
+    "bits, by name": (Lambda(lambda x: x.view(dtype=torch.float32)), "view at '0'.*bits"),
+    "padding that crops": (Lambda(lambda x: F.pad(x[:, None], (1, -1), mode="circular")), "pad at.*crops"),
     "unknown": (Lambda(torch.special.bessel_j0), "no rule for .*bessel_j0 at '0'.*register_rule"),
     "branch on values": (Lambda(_branch), "needs the values"),
     "values": (Lambda(lambda x: x * x.max().item()), "needs the values"),
     "random numbers": (Lambda(lambda x: x + torch.randn(4)), "random numbers"),
     "written into a constant": (Lambda(_write), "writes|__setitem__"),
     "stale view": (Lambda(_stale_view), "view of a tensor that was changed"),
+    "constant changed after its use": (Lambda(_changed_constant), "mul at '0'.*changed in place afterwards"),
+    "copy of the input without a record": (Lambda(lambda x: x + torch.tensor(x)), "add at '0'.*hidden"),
     "mean over the batch": (Lambda(lambda x: x - x.mean(0)), "mixes samples"),
     "softmax over the batch": (nn.Softmax(dim=0), "mixes samples"),
     "total": (Lambda(lambda x: x.sum()), "mixes samples"),
@@ -69,11 +113,22 @@ REFUSED = {
     "batch against features": (Lambda(lambda x: x[:, :1] + x[:, 0]), "batch"),
     "matrix on the batch": (Lambda(lambda x: torch.ones(3, len(x)) @ x), "batch"),
     "repeated batch": (Lambda(lambda x: x.repeat(2, 1)), "batch"),
+    "repeated first sample": (
+        Lambda(lambda x: x.repeat_interleave(torch.tensor([len(x)] + [0] * (len(x) - 1)), 0, output_size=len(x))),
+        "repeat_interleave at .*something else",
+    ),
     "divided by zero": (Lambda(lambda x: x / 0), "divides by zero"),
     "added infinity": (Lambda(lambda x: x + float("inf")), "add at '0'.*not finite"),
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
+    "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
+    "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
+    "generator of outputs": (Lambda(lambda x: (each for each in [x])), "look into the generator"),
+    "namespace of outputs": (Lambda(lambda x: SimpleNamespace(outputs=x)), "look into the SimpleNamespace"),
+    "hidden output": (Lambda(lambda x: (x, [SimpleNamespace(outputs=x)])), "look into the SimpleNamespace"),
+    "nothing": (Lambda(lambda x: None), r"no tensor in what the model returns \(NoneType\)"),
     "multiplied by infinity": (Lambda(lambda x: x * float("inf")), "not finite"),
 }
 
@@ -126,6 +181,21 @@ def test_bias_or_statistic_that_is_not_finite_is_refused_by_name(name: str):
         sn.certify(model, (2, 3, 3))
 
 
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+def test_layer_whose_step_is_out_of_range_is_refused(kind: type[nn.Module]):
+    layer = kind(4)
+    with torch.no_grad():
+        layer.weight.div_(layer.weight.abs().max()).mul_(1e18)
+    assert sn.certify(layer, (4,), ascent_steps=0).upper_bound == 1
+
+    with torch.no_grad():
+        layer.weight.mul_(100)
+
+    assert not bool(layer(torch.randn(2, 4)).isfinite().all())
+    with pytest.raises(sn.UserError, match=f"{kind.__name__}.*beyond the range of torch.float32"):
+        sn.certify(layer, (4,))
+
+
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():
     scripted = torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4))
 
@@ -135,20 +205,149 @@ def test_scripted_and_hidden_operations_cannot_pass_for_constants():
         sn.certify(Lambda(lambda x: scripted(x) + 1), (4,))
 
 
-def test_wrong_options_are_told():
+def relu(inputs: Tensor) -> Tensor:
+    if has_torch_function_unary(inputs):
+        return handle_torch_function(relu, (inputs,), inputs)
+    return 3 * F.relu(inputs)
+
+
+def test_operation_of_another_library_is_not_taken_for_torchs_of_the_same_name():
+    tripled = torch.library.custom_op(
+        "spectralnorm_test::relu", lambda inputs: 3 * inputs, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    tripled.register_fake(torch.empty_like)
+
+    for function, name in (
+        (relu, r"test_refusals\.relu"),
+        (torch.ops.spectralnorm_test.relu, r"spectralnorm_test\.relu"),
+    ):
+        with pytest.raises(sn.UserError, match=f"no rule for .*{name}"):
+            sn.certify(Lambda(function), (4,), ascent_steps=0)
+        sn.register_rule(function, lambda call: 3.0)
+        assert sn.certify(Lambda(function), (4,), ascent_steps=0).upper_bound == 3
+    assert sn.certify(Lambda(torch.ops.aten.relu), (4,), ascent_steps=0).upper_bound == 1
+
+
+@pytest.mark.parametrize("bound", [sn.certify, mlp_bound], ids=["certify", "mlp_bound"])
+def test_wrong_arguments_are_told(bound):
     model = nn.Linear(3, 3)
-    for options, message in (
-        ({"mode": "test"}, "mode must be"),
-        ({"input_sizes": "some"}, "input_sizes must be"),
-        ({"num_classes": 0}, "num_classes must be"),
-        ({"ascent_steps": -1}, "ascent_steps must be"),
+    for given, shape, message in (
+        ("model", (3,), "takes a torch.nn.Module, got str"),
+        (model, 3, "input_shape must be"),
+        (model, "3", "input_shape must be"),
+        (model, (3.0,), "input_shape must be"),
+        (model, (4,), "could not run the model"),
+        (nn.LazyLinear(3), (3,), "'weight' gets its shape from the first input; run the model once"),
+        (nn.Linear(3, 3, device="meta"), (3,), "'weight' is on the meta device; load"),
+        (nn.Linear(3, 3).to(torch.float8_e4m3fn), (3,), "'weight' is torch.float8_e4m3fn; convert"),
     ):
         with pytest.raises(sn.UserError, match=message):
-            sn.certify(model, (3,), **options)
-    with pytest.raises(sn.UserError, match="input_shape must be"):
-        sn.certify(model, 3)
-    with pytest.raises(sn.UserError, match="could not run the model"):
-        sn.certify(model, (4,))
+            bound(given, shape)
+    with torch.device("meta"), pytest.raises(sn.UserError, match=r"outside of torch\.device"):
+        bound(model, (3,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "test"}, "mode must be"),
+        ({"input_sizes": "some"}, "input_sizes must be"),
+        *(({"num_classes": value}, "num_classes must be a whole number from 1 up") for value in (0, "2", 1.5, True)),
+        *(({"ascent_steps": value}, "ascent_steps must be a whole number from 0 up") for value in (-1, "a", None, 1.5)),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told(options: dict, message: str):
+    with pytest.raises(sn.UserError, match=message):
+        sn.certify(nn.Linear(3, 3), (3,), **options)
+
+
+@pytest.mark.parametrize("steps", [-1, "a", None])
+def test_wrong_steps_of_mlp_bound_are_told(steps):
+    with pytest.raises(sn.UserError, match="steps must be a whole number from 0 up"):
+        mlp_bound(nn.Linear(3, 3), (3,), steps=steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_model_that_keeps_a_history_is_told_to_be_run_without():
+    model = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(sn.UserError, match=r"could not copy the model .*torch.no_grad"):
+        sn.certify(model, (3,))
+
+    with torch.no_grad():
+        model(torch.zeros(1, 3))
+
+    assert sn.certify(model, (3,)).upper_bound > 0
+
+
+def test_weights_of_torchs_older_spectral_norm_are_those_of_eval_mode_in_training_too():
+    model = nn.utils.spectral_norm(nn.Linear(3, 3))
+
+    bounds = [sn.certify(model, (3,), mode=mode, ascent_steps=0).upper_bound for mode in ("eval", "train")]
+
+    assert bounds[0] == bounds[1]
+
+
+class _Clipped(nn.Module):
+    def forward(self, inputs):
+        return self.limit(inputs)
+
+    def limit(self, inputs):
+        return inputs.clamp(-1, 1)
+
+
+sn.register_rule(_Clipped, lambda call: 1.0)
+
+
+class _ByAnotherName(_Clipped):
+    def __init__(self):
+        super().__init__()
+
+
+class _Steeper(_Clipped):
+    def forward(self, inputs):
+        return 10 * super().forward(inputs)
+
+
+class _SteeperMethod(_Clipped):
+    def limit(self, inputs):
+        return 10 * super().limit(inputs)
+
+
+class _Mixin:
+    def forward(self, inputs):
+        return 10 * inputs
+
+
+class _Mixed(_Mixin, _Clipped):
+    pass
+
+
+def _replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda inputs: 10 * inputs
+    return module
+
+
+OF_OTHERS = {
+    "subclass that changes nothing": (_ByAnotherName(), 1),
+    "subclass with another forward": (_Steeper(), 10),
+    "subclass with another method": (_SteeperMethod(), 10),
+    "forward of a mixin": (_Mixed(), 10),
+    "forward of the instance": (_replaced(_Clipped()), 10),
+    "forward of an instance with a rule of this package": (_replaced(SLLLinear(4)), 10),
+    "forward of a plain layer": (_replaced(nn.Linear(4, 4)), 10),
+    "parametrized": (sn.spectral_norm(SLLLinear(4)), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_rule_of_a_class_is_not_that_of_what_computes_something_else(name: str):
+    module, constant = OF_OTHERS[name]
+
+    certificate = sn.certify(nn.Sequential(module), (4,))
+
+    assert certificate.upper_bound == pytest.approx(constant, rel=1e-12)
+    assert 0 < certificate.lower_bound <= certificate.upper_bound
 
 
 def test_registered_rule_is_used_and_checked():

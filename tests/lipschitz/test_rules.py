@@ -43,7 +43,26 @@ LINEAR = {
     "einsum, sums": (Lambda(lambda x: torch.einsum("bij->bi", x)), (3, 4)),
     "einsum, sums and a weight": (Lambda(lambda x: torch.einsum("o,bij->bo", _matrix_of(3).to(x.dtype), x)), (2, 4)),
     "einsum, diagonal": (Lambda(lambda x: torch.einsum("bij,j->bji", x, _matrix_of(4).to(x.dtype))), (2, 4)),
+    "einsum, input repeated": (
+        Lambda(lambda x: torch.einsum("bij,ij->bij", x, _matrix_of(4, 3).to(x.dtype))),
+        (1, 3),
+    ),
+    "einsum, input repeated and summed": (
+        Lambda(lambda x: torch.einsum("bij,kij->bik", x, _matrix_of(2, 4, 3).to(x.dtype))),
+        (1, 3),
+    ),
+    "einsum, weight repeated": (Lambda(lambda x: torch.einsum("bi,i->b", x, _matrix_of(1).to(x.dtype))), (9,)),
+    "einsum, weight repeated, dense": (
+        Lambda(lambda x: torch.einsum("bi,io->bo", x, _matrix_of(1, 3).to(x.dtype))),
+        (4,),
+    ),
+    "einsum, both repeated": (
+        Lambda(lambda x: torch.einsum("ij,bij->bji", _matrix_of(4, 1).to(x.dtype), x)),
+        (1, 3),
+    ),
     "linear": (nn.Linear(5, 7), (5,)),
+    "linear, a vector as weight": (Lambda(lambda x: F.linear(x, _matrix_of(3).to(x.dtype))), (2, 3)),
+    "linear, a vector as weight, one entry": (Lambda(lambda x: F.linear(x, _matrix_of(1).to(x.dtype))), (1,)),
     "linear on sequences": (nn.Linear(5, 7), (3, 5)),
     "identity": (nn.Identity(), (4,)),
     "conv1d circular": (nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), (2, 8)),
@@ -61,6 +80,11 @@ LINEAR = {
     "average pool, padding not counted": (nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), (1, 7, 7)),
     "average pool, ceil": (nn.AvgPool1d(3, stride=2, ceil_mode=True), (2, 8)),
     "average pool, divisor": (nn.AvgPool2d(2, divisor_override=3), (1, 4, 4)),
+    "average pool, negative divisor": (nn.AvgPool2d(3, stride=1, divisor_override=-4), (2, 4, 5)),
+    "average pool, negative divisor, padded": (
+        nn.AvgPool3d(2, padding=1, ceil_mode=True, divisor_override=-2),
+        (1, 3, 2, 4),
+    ),
     "adaptive average pool": (nn.AdaptiveAvgPool2d((3, 2)), (2, 7, 5)),
     "global mean": (Lambda(lambda x: x.mean((2, 3))), (2, 3, 3)),
     "global sum": (Lambda(lambda x: x.sum(dim=(1, 2, 3))), (2, 3, 3)),
@@ -79,6 +103,14 @@ LINEAR = {
     "circular padding": (nn.CircularPad2d((1, 0, 1, 1)), (1, 3, 3)),
     "crop": (Lambda(lambda x: x[:, :, 1:-1, 1:]), (1, 4, 4)),
     "batch norm": (nn.BatchNorm2d(3), (3, 2, 2)),
+    "batch norm, weight first": (
+        Lambda(
+            lambda x: torch.ops.aten.batch_norm(
+                x, *(_matrix_of(4, 3).exp().to(x.dtype)[[2, 3, 1, 0]]), False, 0.1, 1e-3, False
+            )
+        ),
+        (3, 2),
+    ),
     "batch norm after conv": (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
     "batch norm before conv": (nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3)), (2, 4, 4)),
     "batch norm after transposed": (
@@ -89,14 +121,50 @@ LINEAR = {
     "scaling": (Lambda(lambda x: -3 * x / 2 + 1), (4,)),
     "scaling of channels": (Lambda(lambda x: x * torch.tensor([1.0, -4.0])[:, None]), (2, 3)),
     "repetition": (Lambda(lambda x: x[:, :, None].expand(-1, -1, 5)), (3,)),
+    "repetition by numbers": (
+        Lambda(lambda x: x.repeat_interleave(torch.tensor([3, 0, 1]), 1, output_size=4)),
+        (3,),
+    ),
     "repetition by adding": (Lambda(lambda x: x[:, :, None] + torch.zeros(5)), (3,)),
     "repetition by multiplying": (Lambda(lambda x: x[:, :, None] * torch.tensor([1.0, 2.0])), (3,)),
     "matrix from the right": (Lambda(lambda x: x @ torch.arange(6.0).reshape(3, 2).to(x.dtype)), (3,)),
     "matrix from the left": (Lambda(lambda x: torch.arange(6.0).reshape(2, 3).to(x.dtype) @ x), (3, 4)),
+    "constant to the input's type": (Lambda(lambda x: x - torch.ones(x.shape).to(x)), (3,)),
+    "constant of the input's type": (Lambda(lambda x: torch.cat([torch.ones(len(x), 1).type_as(x), x], 1)), (3,)),
+    "constant viewed as the input": (Lambda(lambda x: x - torch.ones(x.numel()).view_as(x)), (3,)),
+    "constant shaped as the input": (Lambda(lambda x: x + torch.ones(x.numel()).reshape_as(x)), (3,)),
+    "constant expanded as the input": (Lambda(lambda x: x - torch.arange(3.0).expand_as(x)), (3,)),
+    "constant expanded to the batch": (Lambda(lambda x: x + torch.arange(3.0).expand(len(x), -1).to(x)), (3,)),
+    "constant of each channel": (Lambda(lambda x: x - torch.ones(1, 3, 1, 1).to(x)), (3, 2, 2)),
+    "mask of the input's type": (Lambda(lambda x: x * torch.tensor([0.5, 0.0, 2.0]).to(x)), (3,)),
+    "input to a constant's type": (Lambda(lambda x: 2 * x.to(torch.ones(1, dtype=x.dtype))), (3,)),
+    "input like another value": (Lambda(lambda x: x[:, :1].expand_as(2 * x).view_as(x).type_as(x.sum(1))), (3,)),
+    "area of no pixel": (Lambda(lambda x: F.interpolate(x, scale_factor=0.3, mode="area")), (1, 3)),
+    "difference from a constant input": (
+        Lambda(lambda x: x @ _matrix_of(3, 2).to(x) - torch.zeros(x.shape).type_as(x) @ _matrix_of(3, 2).to(x)),
+        (3,),
+    ),
+    "filled by name": (Lambda(lambda x: x * torch.full_like(input=x, fill_value=3.0)), (3,)),
     "index_select": (Lambda(lambda x: x.index_select(1, torch.tensor([0, 0, 2]))), (3,)),
+    "index_select, one entry": (Lambda(lambda x: x.index_select(1, torch.tensor(2))), (3,)),
+    "index_select, no entry": (Lambda(lambda x: x.index_select(-1, torch.tensor([], dtype=torch.long))), (3,)),
     "flip and roll": (Lambda(lambda x: x.flip(1).roll(1, dims=1)), (4,)),
     "linear after linear": (nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 6)), (5,)),
     "x + linear": (Lambda(lambda x: x + x @ -torch.eye(3, dtype=x.dtype)), (3,)),
+    **{
+        f"mix of two matrices by {share}": (
+            Lambda(lambda x, share=share: torch.lerp(x @ _matrix_of(3, 2).to(x), x @ _matrix_of(2, 3).T.to(x), share)),
+            (3,),
+        )
+        for share in (-0.5, 0.3, 1.0, 1.5, 100.25)
+    },
+    "mix with a matrix, by a tensor": (
+        Lambda(lambda x: torch.lerp(x, x @ _matrix_of(3, 3).to(x), torch.tensor(1.75).to(x))),
+        (3,),
+    ),
+    "mix with a constant": (Lambda(lambda x: torch.lerp(x, torch.ones(3).to(x), 1.7)), (3,)),
+    "mix of a constant": (Lambda(lambda x: torch.lerp(torch.ones(3).to(x), x, -1.7)), (3,)),
+    "mix with what is repeated": (Lambda(lambda x: torch.lerp(torch.ones(1, 4).to(x), x, 2.5)), (1,)),
     "linear + linear": (
         Lambda(lambda x: x @ torch.eye(3, dtype=x.dtype) - 0.5 * (x @ torch.ones(3, 3, dtype=x.dtype))),
         (3,),
@@ -151,6 +219,8 @@ ATTAINED = {
     "selu": (nn.SELU(), (3,), 1.7581),
     "hardswish": (nn.Hardswish(), (3,), 1.5),
     "softplus": (nn.Softplus(), (3,), 1.0),
+    "softplus, falling": (nn.Softplus(beta=-2.0, threshold=25), (3,), 1.0),
+    "logsigmoid": (nn.LogSigmoid(), (3,), 1.0),
     "abs": (Lambda(torch.abs), (3,), 1.0),
     "sin": (Lambda(torch.sin), (3,), 1.0),
     "erf": (Lambda(torch.erf), (3,), 2 / math.pi**0.5),
@@ -165,12 +235,17 @@ ATTAINED = {
     "maximum": (Lambda(lambda x: torch.maximum(x[:, :2], x[:, 2:])), (4,), 1.0),
     "sort": (Lambda(lambda x: x.sort(dim=1).values), (4,), 1.0),
     "norm": (Lambda(lambda x: x.norm(dim=1)), (4,), 1.0),
+    "norm, as a function": (Lambda(lambda x: torch.norm(x, 2, (1, 2))), (2, 2), 1.0),
     "norm of order 1": (Lambda(lambda x: torch.linalg.vector_norm(x, 1, dim=1)), (4,), 2.0),
     "clamp": (Lambda(lambda x: x.clamp(-1, 1)), (3,), 1.0),
     "halves": (Lambda(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)), (4,), 1.0),
     "halves that differ": (Lambda(lambda x: torch.cat([3 * x[:, :2].relu(), x[:, 2:].tanh()], 1)), (4,), 3.0),
     "parts that overlap": (Lambda(lambda x: torch.cat([x[:, :3], x[:, 1:]], 1)), (4,), 2**0.5),
     "one part twice": (Lambda(lambda x: torch.stack([x[:, 0], x[:, 0]], 1)), (4,), 2**0.5),
+    "pieces between indices": (Lambda(lambda x: torch.cat(torch.tensor_split(x, (1, 1, -1), 1), 1)), (4,), 1.0),
+    "pieces that overlap": (Lambda(lambda x: torch.cat(torch.tensor_split(x, (3, 1), 1), 1)), (4,), 2**0.5),
+    "pieces that overlap, from the end": (Lambda(lambda x: torch.cat(x.tensor_split([-1, -3], 1), 1)), (4,), 2**0.5),
+    "pieces of about the same size": (Lambda(lambda x: torch.cat(x.tensor_split(3, 1), 1)), (4,), 1.0),
     "halves out": (Lambda(lambda x: x.split(2, dim=1)), (4,), 1.0),
     "larger and smaller": (Lambda(_larger_and_smaller), (4,), 1.0),
     "larger and smaller of two, chosen": (Lambda(_chosen), (4,), 1.0),
@@ -210,6 +285,26 @@ def test_pixel_that_four_windows_read_attains_the_bound_of_a_max_pool():
     change = torch.linalg.vector_norm(model(peak) - model(image)).item()
 
     assert sn.certify(model, (1, 5, 5), ascent_steps=0).upper_bound == change == 2
+
+
+@pytest.mark.parametrize(("size", "out"), [(2, 82), (12, 492)])
+def test_nearest_upsampling_is_bounded_for_the_pixels_that_each_type_copies(size: int, out: int):
+    # 41 copies each in float64; in float32 the last bit of 1 / 41 makes it 42 of some.
+    model = nn.Upsample(size=out)
+    images = torch.eye(size)[:, None]
+
+    copies = {
+        dtype: model(images.to(dtype)).square().sum((1, 2)).max().item() for dtype in (torch.float32, torch.float64)
+    }
+
+    assert copies == {torch.float32: 42, torch.float64: 41}
+    assert sn.certify(model, (1, size), ascent_steps=0).upper_bound == pytest.approx(42**0.5, rel=1e-12)
+
+
+def test_nearest_upsampling_of_two_axes_multiplies_the_copies():
+    certificate = sn.certify(nn.Upsample(size=(82, 6)), (1, 2, 3), ascent_steps=0)
+
+    assert certificate.upper_bound == pytest.approx(84**0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SLOPES)

@@ -23,9 +23,9 @@ def _script() -> ModuleType:
 def _check(seeds: range, *, steps: int) -> None:
     script = _script()
     for seed in seeds:
-        model, shape = script.random_network(seed)
-        upper = sn.certify(model, shape, ascent_steps=0).upper_bound
-        stretch = script.largest_stretch(model, shape, steps=steps)
+        model, shape, num_classes = script.random_network(seed)
+        upper = sn.certify(model, shape, num_classes=num_classes, ascent_steps=0).upper_bound
+        stretch = script.largest_stretch(model, shape, num_classes, steps=steps)
         # 1e-9: what rounding of a float64 evaluation may add to a quotient.
         assert stretch <= upper * (1 + 1e-9) + 1e-12, seed
 

@@ -37,3 +37,21 @@ def test_one_strict_layer_certifies_with_its_coefficient(name: str, sizes: str):
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
 
     assert 0 < certificate.upper_bound <= 0.7 * (1 + ROUNDING)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+def test_zero_weight_makes_a_constant_and_one_that_is_not_finite_is_refused(strict: bool):
+    layer = nn.Linear(3, 3)
+    weight = layer.weight
+    model = nn.Sequential(sn.spectral_norm(layer, strict=True) if strict else layer, nn.ReLU(), nn.Linear(3, 3)).eval()
+
+    with torch.no_grad():
+        weight.zero_()
+    certificate = sn.certify(model, (3,))
+
+    assert certificate.upper_bound == certificate.lower_bound == 0
+    assert [line.upper == 0 for line in certificate.layers] == [True, False, False]
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(sn.UserError, match=r"linear at '0'.*not finite"):
+        sn.certify(model, (3,))

@@ -45,6 +45,14 @@ class TestCopies:
         assert norm_of(copied[2].weight) == pytest.approx(1, rel=1e-4)
         assert torch.equal(model(INPUTS), before)
 
+    def test_deepcopy_of_a_layer_that_learns_the_size_of_its_images_has_the_same_value(self):
+        layer = spectral_norm(nn.Conv2d(3, 4, 3), norm="operator")
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        layer(INPUTS).square().sum().backward()
+        optimizer.step()
+        expected = layer.weight
+        assert torch.equal(copy.deepcopy(layer).weight, expected)
+
     def test_deepcopy_trains_on_its_own(self):
         model = make()
         copied = copy.deepcopy(model)
@@ -192,6 +200,31 @@ class TestStateDict:
             layer.load_state_dict(weights.state_dict())
             assert torch.equal(layer.parametrizations.weight.original, weights.weight)
         assert plain.weight.shape == (3, 4)
+
+    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+    @pytest.mark.parametrize(
+        "source",
+        [lambda layer: layer, torch_parametrizations.spectral_norm, nn.utils.spectral_norm, spectral_norm],
+        ids=["plain", "P", "O", "ours"],
+    )
+    def test_scale_that_no_other_format_has_starts_at_the_coefficient(self, source, strict):
+        layer = spectral_norm(nn.Linear(4, 3), mode="learnable", coefficient=2.0)
+        scale = layer.parametrizations.weight[0].scale
+        with torch.no_grad():
+            scale.fill_(7.0)
+        layer.load_state_dict(source(nn.Linear(4, 3)).state_dict(), strict=strict)
+        assert scale.item() == 2
+        assert norm_of(layer.weight) == pytest.approx(2, rel=1e-4)
+
+    def test_scale_of_a_vector_starts_at_the_coefficient_too(self):
+        layer = spectral_norm(nn.Linear(4, 3), "bias", mode="learnable", coefficient=2.0)
+        layer.load_state_dict(nn.Linear(4, 3).state_dict())
+        assert layer.bias.norm().item() == pytest.approx(2)
+
+    def test_scale_is_unexpected_where_none_is_learned(self):
+        state = spectral_norm(nn.Linear(4, 3), mode="learnable").state_dict()
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*parametrizations\.weight\.0\.scale"):
+            spectral_norm(nn.Linear(4, 3)).load_state_dict(state)
 
     def test_missing_weight_is_reported(self):
         with pytest.raises(RuntimeError, match=r"parametrizations\.weight\.original"):

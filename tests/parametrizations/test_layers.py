@@ -77,6 +77,12 @@ CASES = {
     "complex linear": Case(lambda: nn.Linear(4, 3, dtype=torch.cdouble), WEIGHT, (image(4)[0] * (1 - 2j),)),
 }
 UNGROUPED = [name for name in CASES if "group" not in name and "depthwise" not in name]
+OPTIONS = {
+    "learnable": {"mode": "learnable", "coefficient": 2.0},
+    "cap": {"mode": "cap", "coefficient": 0.3},
+    "bidirectional": {"norm": "bidirectional"},
+    "manual": {"update": "manual"},
+}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -265,6 +271,42 @@ class TestEveryLayer:
                 loss.backward()
                 optimizer.step()
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+    @pytest.mark.parametrize("name", [name for name in UNGROUPED if "complex" not in name])
+    def test_per_forward_update_follows_torchs_parametrization_for_50_steps_in_float32(self, name, device):
+        case = CASES[name]
+        case = case._replace(inputs=tuple(each.float() if each.is_floating_point() else each for each in case.inputs))
+        plain = case.make().to(device)
+        ours, theirs = normalized_layer(case, plain, update="forward"), copy.deepcopy(plain)
+        for each in case.names:
+            torch_parametrizations.spectral_norm(*owner(theirs, each))
+        theirs.load_state_dict(ours.state_dict())
+        optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (ours, theirs)]
+        before = copy.deepcopy(ours.state_dict())
+        for _ in range(50):
+            for layer, optimizer in zip((ours, theirs), optimizers, strict=True):
+                optimizer.zero_grad()
+                sum(output.square().mean() for output in outputs_of(layer, case)).backward()
+                optimizer.step()
+        assert not all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+
+    @every_case
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_trains_with_every_option(self, case, options, device):
+        layer = normalized_layer(case, plain_layer(case, device), **options)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        before = [raw_weight(layer, name).detach().clone() for name in case.names]
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(outputs_of(layer, case)).backward()
+            grads = [parameter.grad for parameter in layer.parameters()]
+            assert all(
+                grad.coalesce().values().isfinite().all() if grad.is_sparse else grad.isfinite().all() for grad in grads
+            )
+            optimizer.step()
+        assert all(each.isfinite().all() for each in outputs_of(layer, case))
+        assert not all(map(torch.equal, before, (raw_weight(layer, name) for name in case.names)))
 
     @pytest.mark.parametrize("torchs", [torch_parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["P", "O"])
     @pytest.mark.parametrize("name", UNGROUPED)

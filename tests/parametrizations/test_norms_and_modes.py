@@ -128,6 +128,39 @@ class TestLearnable:
         assert layer.parametrizations.weight[0].scale is scale
         assert scale.item() == 4.0
 
+    @staticmethod
+    def trained(layer: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            layer(torch.ones(1, 6)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    @pytest.mark.parametrize("update", ["step", "forward", "manual"])
+    def test_optimizer_without_the_scale_is_warned_of_once(self, update):
+        layer = nn.Linear(6, 5)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        spectral_norm(layer, mode="learnable", update=update)
+        with pytest.warns(UserWarning, match=r"parametrizations\.weight\.0\.scale by add_param_group") as found:
+            self.trained(layer, optimizer)
+        assert len(found) == 1
+
+    @pytest.mark.filterwarnings("error")
+    def test_optimizer_that_gets_the_scale_or_has_a_second_one_for_it_is_not_warned_of(self):
+        first, second = (nn.Linear(6, 5) for _ in range(2))
+        optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (first, second)]
+        scales = [spectral_norm(layer, mode="learnable").parametrizations.weight[0].scale for layer in (first, second)]
+        optimizers[0].add_param_group({"params": [scales[0]]})
+        self.trained(first, optimizers[0])
+        self.trained(second, optimizers[1], torch.optim.Adam([scales[1]]))
+
+    def test_use_in_inference_mode_computes_the_same(self):
+        layer, inputs = spectral_norm(nn.Linear(6, 5), mode="learnable", coefficient=3.0), torch.ones(1, 6)
+        with torch.inference_mode():
+            outputs = layer(inputs)
+        torch.testing.assert_close(layer(inputs), outputs.clone())
+
     def test_writing_into_the_weight_reaches_the_parameter(self):
         layer = spectral_norm(nn.Linear(6, 5), mode="learnable", coefficient=2.0)
         written = nn.init.orthogonal_(layer.weight, gain=7.0).detach().clone()

@@ -1,10 +1,13 @@
 """Changing the options of a normalization that is there."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spectralnorm import SpectralNorm, UserError, spectral_norm
+from spectralnorm import SpectralNorm, UserError, add_spectral_norm, spectral_norm
 from spectralnorm.parametrizations import engine, normalization_of
 
 
@@ -115,7 +118,7 @@ def test_vector_takes_another_coefficient():
         ({"coefficient": 2.0, "mode": "halve"}, "mode must be one of"),
         ({"coefficient": 0}, "coefficient must be a positive number, got 0"),
         ({"mode": "cap", "update": "never"}, "update must be one of"),
-        ({"n_power_iterations": 0}, "n_power_iterations must be at least 1"),
+        ({"n_power_iterations": 0}, "n_power_iterations must be an integer of at least 1"),
         ({"strict": True}, "strict cannot be changed from False to True in place"),
     ],
 )
@@ -126,6 +129,71 @@ def test_refused_change_changes_nothing(changes, message):
         normalization.set_options(**changes)
     assert torch.equal(layer.weight, before)
     assert (normalization.coefficient, normalization.mode, normalization.update) == (1, "normalize", "step")
+
+
+INTEGER, POSITIVE = "n_power_iterations must be an integer of at least 1, got ", "must be a positive number, got "
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_power_iterations": 1.5}, INTEGER + "1.5"),
+        ({"n_power_iterations": "2"}, INTEGER + "'2'"),
+        ({"n_power_iterations": None}, INTEGER + "None"),
+        ({"n_power_iterations": True}, INTEGER + "True"),
+        ({"eps": "1e-3"}, POSITIVE + "'1e-3'"),
+        ({"eps": None}, POSITIVE + "None"),
+        ({"eps": math.inf}, POSITIVE + "inf"),
+        ({"coefficient": True}, POSITIVE + "True"),
+        ({"coefficient": {"*": 1.0}}, POSITIVE),
+        ({"dim": 1.5}, "dim must be None or an integer, the weight's output dimension, got 1.5"),
+        ({"dim": "0"}, "dim must be None or an integer, the weight's output dimension, got '0'"),
+        ({"input_size": (8, 8)}, r"input_size is for convolutions with strict=True or norm=\"operator\""),
+        ({"input_size": (8, 8), "strict": True}, "not for 'weight' of this Linear with strict=True"),
+    ],
+    ids=lambda each: str(each) if isinstance(each, dict) else "",
+)
+def test_slip_is_named(options, message):
+    with pytest.raises(UserError, match=message):
+        spectral_norm(nn.Linear(3, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear, "got the class Linear; make one of it first"),
+        ("layer", r"takes a torch\.nn\.Module, got str\."),
+        (None, "got NoneType"),
+        ([nn.Linear(2, 2)], r"got list; put layers into a torch\.nn\.ModuleList"),
+    ],
+    ids=["class", "string", "None", "list"],
+)
+@pytest.mark.parametrize("normalize", [spectral_norm, add_spectral_norm])
+def test_what_is_no_module_is_refused(normalize, module, message):
+    with pytest.raises(UserError, match=message):
+        normalize(module)
+
+
+def test_input_size_of_other_axes_is_refused():
+    with pytest.raises(UserError, match="input_size must have one integer for each of 2 axes"):
+        spectral_norm(nn.Conv2d(2, 3, 3), strict=True, input_size=(8,))
+
+
+def test_numbers_of_numpy_are_numbers():
+    layer = spectral_norm(
+        nn.Conv2d(2, 3, 3),
+        n_power_iterations=np.int64(2),
+        eps=np.float32(1e-6),
+        dim=np.int32(0),
+        coefficient=np.float32(2),
+        strict=True,
+        input_size=[np.int64(8), 8],
+    )
+    found = normalization_of(layer)
+    found.set_options(coefficient=np.float16(0.5), n_power_iterations=np.int8(1), input_size=[8, 8])
+    values = (found.n_power_iterations, found.eps, found.coefficient, found.input_size)
+    assert [type(value) for value in (*values[:3], *found.input_size)] == [int, float, float, int, int]
+    assert values == (1, pytest.approx(1e-6), 0.5, (8, 8))
 
 
 def test_unknown_option_is_refused():

@@ -155,7 +155,7 @@ class TestOptions:
             ({"strict": "yes"}, "strict must be True or False, got 'yes'"),
             ({"coefficient": -1.0}, "coefficient must be a positive number, got -1.0"),
             ({"coefficient": math.nan}, "coefficient must be a positive number, got nan"),
-            ({"n_power_iterations": 0}, "n_power_iterations must be at least 1, got 0"),
+            ({"n_power_iterations": 0}, "n_power_iterations must be an integer of at least 1, got 0"),
             ({"eps": 0.0}, "eps must be a positive number, got 0.0"),
         ],
     )

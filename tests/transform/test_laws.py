@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spectralnorm import add_spectral_norm, monitor, remove_spectral_norm, summary
+from spectralnorm import add_spectral_norm, monitor, remove_spectral_norm, spectral_norm, summary, update_
 from spectralnorm.transform import normalized_weights
 
 small = st.integers(1, 5)
@@ -97,3 +97,118 @@ def test_norm_in_use_is_what_was_asked_for_and_removal_keeps_the_function(
     keys = {name for name, _ in remove_spectral_norm(model).named_parameters()}
     assert not any("parametrizations" in key for key in keys)
     torch.testing.assert_close(first_tensor(model(inputs)), before, rtol=0, atol=0)
+
+
+@st.composite
+def small_layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """One weight, and images small enough for the matrix of the whole map."""
+    if draw(st.booleans()):
+        return nn.Linear(inputs := draw(small), draw(small)), torch.randn(2, inputs)
+    dims, groups, transposed = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.booleans())
+    inputs = groups * draw(st.integers(1, 3))
+    arguments = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 1)), "groups": groups}
+    if not transposed:
+        arguments["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        arguments["dilation"] = draw(st.integers(1, 2))
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+    layer = kind(inputs, groups * draw(st.integers(1, 3)), draw(st.integers(2, 3)), **arguments)
+    return layer, torch.randn(2, inputs, *[5] * dims)
+
+
+@st.composite
+def options(draw: st.DrawFn) -> dict[str, object]:
+    """Options that are offered together."""
+    strict = draw(st.booleans())
+    norm = draw(st.sampled_from(["matrix", "operator"] if strict else ["matrix", "operator", "bidirectional"]))
+    return {
+        "strict": strict,
+        "norm": norm,
+        "mode": draw(st.sampled_from(["normalize", "cap"] if strict else ["normalize", "cap", "learnable"])),
+        "update": draw(st.sampled_from(["step", "forward", "manual"])) if norm != "operator" or strict else "step",
+        "coefficient": draw(st.floats(0.1, 10)),
+        "n_power_iterations": draw(st.integers(1, 3)),
+        "eps": draw(st.sampled_from([1e-12, 1e-6])),
+    }
+
+
+def norm_meant(module: nn.Module, weight: Tensor, inputs: Tensor, chosen: dict[str, object]) -> float:
+    """By SVD, the norm of ``weight`` that the options are about; of a map, that of the matrix with a row per pixel."""
+    if chosen["norm"] == "bidirectional":
+        blocks = weight.detach().double().chunk(getattr(module, "groups", 1))
+        norms = [
+            max(torch.linalg.matrix_norm(each, 2).item() for each in matrices)
+            for matrices in (
+                [block.flatten(1) for block in blocks],
+                [block.transpose(0, 1).flatten(1) for block in blocks],
+            )
+        ]
+        return sum(norms) / 2
+    if isinstance(module, nn.Linear) or (chosen["norm"] == "matrix" and not chosen["strict"]):
+        return norm_by_svd(module, weight)
+    plain = remove_spectral_norm(copy.deepcopy(module)).double().eval()
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        plain.bias.zero_()
+        units = torch.eye(inputs[0].numel(), dtype=torch.float64).view(-1, *inputs.shape[1:])
+        return torch.linalg.matrix_norm(plain(units).flatten(1), 2).item()
+
+
+@given(
+    layer_and_inputs=small_layers(),
+    chosen=options(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([1e-2, 1.0, 30.0]),
+)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+def test_laws_of_every_option(layer_and_inputs, chosen, dtype, scale):
+    plain, inputs = layer_and_inputs
+    plain, inputs = copy.deepcopy(plain).to(dtype), inputs.to(dtype)
+    with torch.no_grad():
+        plain.weight.mul_(scale)
+    model = add_spectral_norm(copy.deepcopy(plain), **chosen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        outputs.square().mean().backward()
+        assert outputs.isfinite().all()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        optimizer.step()
+
+    for _ in range(40):  # one iteration at least each; the other rules than "step" do not look for the norm anew
+        update_(model)
+    model.eval()
+    part, raw = model.parametrizations.weight[0], model.parametrizations.weight.original
+    found = norm_meant(model, model.weight, inputs, chosen)
+    before = norm_meant(model, raw, inputs, chosen)
+    wanted = min(part.coefficient, before) if chosen["mode"] == "cap" else part.coefficient
+    if chosen["strict"]:
+        assert found <= wanted * (1 + 1e-9)
+    else:
+        assert found == pytest.approx(wanted, rel=2e-2)
+
+    expected = model(inputs)
+    assert torch.equal(copy.deepcopy(model)(inputs), expected)
+    other = add_spectral_norm(copy.deepcopy(plain), **chosen)
+    other(inputs)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.eval()(inputs), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+    torch.testing.assert_close(remove_spectral_norm(model)(inputs), expected, rtol=0, atol=0)
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    dim=st.integers(-4, 3),
+    coefficient=st.floats(0.1, 10),
+    n_power_iterations=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_dim_counts_the_outputs(shape, dim, coefficient, n_power_iterations):
+    layer = nn.ParameterDict({"weight": torch.randn(shape)})
+    if not -len(shape) <= dim < len(shape):
+        with pytest.raises(IndexError, match=f"dim must lie in .* got {dim}"):
+            spectral_norm(layer, dim=dim)
+        return
+    spectral_norm(layer, "weight", n_power_iterations, dim=dim, coefficient=coefficient)
+    matrix = layer.weight.detach().double().movedim(dim, 0).flatten(1)
+    assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(coefficient, rel=1e-4)

@@ -1,5 +1,7 @@
 """Options of a whole model: per layer, and changed by a second call."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,29 @@ class TestWhichWeights:
         with pytest.raises(UserError, match="include matches no layer"):
             add_spectral_norm(Mixed(), include=lambda name, layer: False)
 
+    def test_exclude_that_matches_nothing_is_refused(self):
+        model = Mixed()
+        with pytest.raises(
+            UserError, match=r"exclude='haed' matches no layer; those that can be .* are: stem\.0, rnn\."
+        ):
+            add_spectral_norm(model, exclude=["head", "haed"])
+        assert list(normalized_weights(model)) == []
+
+    @pytest.mark.parametrize("option", ["include", "exclude"])
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            (nn.Linear, r"got the class Linear; .* \w+=lambda name, layer: isinstance\(layer, Linear\)"),
+            (5, "must be a glob, a list of globs or predicate"),
+            ([5], "must be a glob, a list of globs or predicate"),
+            (re.compile("head"), r"lambda name, layer: re\.search\(pattern, name\)"),
+        ],
+        ids=["class", "number", "list of numbers", "regular expression"],
+    )
+    def test_what_is_no_pattern_is_refused(self, option, pattern, message):
+        with pytest.raises(UserError, match=f"^{option} .*{message}"):
+            add_spectral_norm(Mixed(), **{option: pattern})
+
     def test_weight_can_be_excluded_from_its_layer(self):
         model = add_spectral_norm(Mixed(), exclude=["*.weight_ih_l0", "attention.out_proj"])
         assert list(coefficients(model)) == [DEFAULT[0], DEFAULT[2], DEFAULT[3], DEFAULT[5]]
@@ -109,6 +134,10 @@ class TestCoefficientPerLayer:
             add_spectral_norm(model, coefficient={"haed": 2.0})
         assert list(normalized_weights(model)) == []
 
+    def test_key_that_is_no_glob_is_refused(self):
+        with pytest.raises(UserError, match="coefficient must map globs to numbers, got the key 0; write '0'"):
+            add_spectral_norm(nn.Sequential(nn.Linear(2, 2)), coefficient={0: 2.0})
+
     def test_value_that_cannot_be_is_refused_before_anything_is_changed(self):
         model = Mixed()
         with pytest.raises(UserError, match="coefficient must be a positive number, got -1"):
@@ -122,6 +151,37 @@ class TestCoefficientPerLayer:
             add_spectral_norm(model, coefficient={"0": 2.0})
         add_spectral_norm(model, coefficient={"*": 2.0})
         assert coefficients(model) == {"0": 2.0, "1": 2.0}
+
+
+class TestInputSize:
+    @staticmethod
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(108, 2), nn.LazyConv2d(2, 3))
+
+    def test_is_given_to_the_layers_that_take_it(self):
+        model = add_spectral_norm(self.model()[:3], strict=True, input_size=(8, 8))
+        assert [each.input_size for *_, each in normalized_weights(model)] == [(8, 8), None]
+        add_spectral_norm(model, input_size=[8, 8])
+
+    def test_waits_with_a_lazy_layer(self):
+        model = add_spectral_norm(self.model()[3:], strict=True, input_size=(8, 8))
+        model(torch.ones(1, 3, 8, 8))
+        assert [each.input_size for *_, each in normalized_weights(model)] == [(8, 8)]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, 'input_size is for convolutions with strict=True or norm="operator", and here is none'),
+            ({"strict": True, "include": "2"}, "and here is none; leave it out"),
+            ({"strict": True, "exclude": "3", "input_size": (8,)}, "one integer for each of 2 axes"),
+        ],
+        ids=["not strict", "no convolution", "other axes"],
+    )
+    def test_is_refused_where_it_would_do_nothing(self, options, message):
+        model = self.model()
+        with pytest.raises(UserError, match=message):
+            add_spectral_norm(model, **{"input_size": (8, 8), **options})
+        assert list(normalized_weights(model)) == []
 
 
 class TestSecondCall:

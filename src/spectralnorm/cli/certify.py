@@ -29,7 +29,7 @@ class CertifyOptions:
     source: tyro.conf.Positional[Path]
     """Run folder, or a safetensors file of a discriminator's weights."""
     recipe: str | None = None
-    """For a file: the recipe that says which network the weights are of."""
+    """For a file: the recipe that says which network the weights are of; how many classes it has, they tell."""
     image_size: int | None = None
     """For a file, where it is not the recipe's."""
     channels: int | None = None
@@ -66,10 +66,10 @@ def run(words: list[str]) -> int:
         if options.recipe is None:
             raise UserError(f"{options.source} does not say which network it holds; give --recipe NAME with it.")
         config = make_config(options.recipe, **settings)
-        discriminator = discriminator_of_file(options.source, config)
-    if config.conditional:
-        discriminator = of_steepest_class(discriminator)
-    certificate = certify(discriminator, (config.channels, config.image_size, config.image_size))
+        discriminator, config = discriminator_of_file(options.source, config)
+    discriminator, num_classes = of_steepest_class(discriminator) if config.conditional else (discriminator, None)
+    shape = (config.channels, config.image_size, config.image_size)
+    certificate = certify(discriminator, shape, num_classes=num_classes)
     print(certificate)
     folder = options.source if is_run else options.source.parent
     out = folder / _CERTIFICATE_FILE if options.out is None else options.out

@@ -158,7 +158,8 @@ class SLLLinear(_RowSums):
     """``x - 2 W^T diag(t)^-1 s(W x + b)`` with ``t_i = sum_j |W W^T|_ij q_j / q_i`` (Araujo et al. 2023).
 
     1-Lipschitz in the 2-norm for all values of the parameters ``weight``, ``bias`` and ``log_shares`` (log q), as
-    stored.
+    stored, for which t is within the range of their dtype: of float32, weights up to about 1e18 with shares that do not
+    differ much. Beyond it the outputs are not finite.
 
     Args:
         features: of the inputs and outputs.
@@ -217,9 +218,9 @@ class SLLConv2d(_RowSums, _ResidualConv2d):
 class CPLLinear(_SquaredNorm):
     """``x - (2 / n^2) W^T s(W x + b)`` with n a guaranteed bound of the norm of ``W`` (Meunier et al. 2022).
 
-    1-Lipschitz in the 2-norm for all values of the parameters, as stored: the paper's power iteration, which stays
-    below the norm, is replaced by `spectralnorm.linalg.gram_upper_bound`. A single large direction shortens the step of
-    all.
+    1-Lipschitz in the 2-norm for all values of the parameters, as stored, for which n^2 is within the range of their
+    dtype, as in `SLLLinear`: the paper's power iteration, which stays below the norm, is replaced by
+    `spectralnorm.linalg.gram_upper_bound`. A single large direction shortens the step of all.
 
     Args:
         features: of the inputs and outputs.

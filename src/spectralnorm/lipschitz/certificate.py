@@ -125,12 +125,15 @@ class Certificate:
             path: of a file to write; its name ends in ``.svg``.
 
         Raises:
-            UserError: the name ends otherwise.
+            UserError: the name ends otherwise, or the file cannot be written.
         """
         path = Path(path)
         if path.suffix != ".svg":
             raise UserError(f"Certificate.draw writes SVG; give a name that ends in .svg, not {path.name!r}.")
-        path.write_text(drawn(self), encoding="utf-8")
+        try:
+            path.write_text(drawn(self), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write {path} ({error.strerror}); choose another path.") from error
         return path
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spectralnorm.errors import UserError
+from spectralnorm.lipschitz.arguments import check_count, check_input_shape, check_model
 from spectralnorm.lipschitz.certificate import Certificate, LayerBound
 from spectralnorm.lipschitz.graph import Graph
 from spectralnorm.lipschitz.lower import network_lower_bound, operation_lower_bound
@@ -41,20 +42,21 @@ def certify(
     """Bound the Lipschitz constant of what ``model`` computes, from a sample to its output, in the 2-norm.
 
     The bound is rigorous: it holds for the real-arithmetic function that the weights define as they are stored, and all
-    rounding on the way to it is upward. ``forward`` is run once, without values, and every operation that it performs
-    is bounded by its rule; one without a rule is refused by name. docs/library/certificates.md derives the rules.
+    rounding on the way to it is upward. ``forward`` is run without values, and every operation that it performs is
+    bounded by its rule; one without a rule is refused by name. docs/library/certificates.md derives the rules.
 
     Args:
         model: its weights are read as its layers use them, through any parametrization. It stays as it is.
         input_shape: of one sample, without the batch.
-        mode: ``"eval"``, or ``"train"`` for dropout as in training; weights are those of eval mode in both.
+        mode: ``"eval"``, or ``"train"`` for dropout and RReLU as in training; weights are those of eval mode in both.
         num_classes: the model takes labels ``0 ... num_classes - 1`` as its second argument, and the bound holds for
             each of them; None: it takes the input alone.
         input_sizes: ``"given"``: convolutions are bounded for the sizes that they meet; ``"all"``: for every size.
         ascent_steps: of the search for a pair of inputs that shows how large the constant is at least; 0: none.
 
     Returns:
-        The bound, from below as well, with a line for each layer.
+        The bound, from below as well, with a line for each layer. A weight that is zero makes a constant of its layer,
+        of which 0 is the bound.
 
     Raises:
         UserError: an option is wrong, or something in the model has no Lipschitz constant or no rule; the message names
@@ -67,7 +69,15 @@ def certify(
     >>> round(sn.certify(torch.nn.Sequential(layer, torch.nn.Sigmoid()), (2,)).upper_bound, 6)
     1.0
     """
-    _check_options(model, input_shape, mode, num_classes, input_sizes, ascent_steps)
+    check_model(model, function="certify")
+    check_input_shape(input_shape)
+    if mode not in ("eval", "train"):
+        raise UserError(f"mode must be 'eval' or 'train', got {mode!r}.")
+    if input_sizes not in ("given", "all"):
+        raise UserError(f"input_sizes must be 'given' or 'all', got {input_sizes!r}.")
+    if num_classes is not None:
+        check_count("num_classes", num_classes, least=1)
+    check_count("ascent_steps", ascent_steps, least=0)
     begin = time.perf_counter()
     with torch.no_grad():
         options: dict[str, Any] = {"mode": mode, "num_classes": num_classes, "is_whole": _is_whole}
@@ -83,9 +93,9 @@ def certify(
     num_values = sum(map(math.prod, whole))
     with contextlib.suppress(UserError), torch.no_grad():
         if ascent_steps and num_values <= _SMALL:
-            searched = trace(model, input_shape, **options, batch_sizes=_MANY)
+            searched = trace(model, input_shape, **options, batch_sizes=_MANY, is_known=True)
         elif ascent_steps and num_values > _LARGE:
-            searched = trace(model, input_shape, **options, batch_sizes=_FEW, may_be_ambiguous=True)
+            searched = trace(model, input_shape, **options, batch_sizes=_FEW, is_known=True)
             rounds = _ROUNDS
     lower = network_lower_bound(
         graph, steps, upper_bound=upper, ascent_steps=ascent_steps, searched=searched, rounds=rounds
@@ -106,23 +116,6 @@ def certify(
 
 def _is_whole(module: nn.Module) -> bool:
     return module_rule_of(module) is not None
-
-
-def _check_options(
-    model: object, input_shape: object, mode: str, num_classes: int | None, input_sizes: str, ascent_steps: int
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"certify takes a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in input_shape):
-        raise UserError(f"input_shape must be the sizes of one sample, such as (3, 32, 32), got {input_shape!r}.")
-    if mode not in ("eval", "train"):
-        raise UserError(f"mode must be 'eval' or 'train', got {mode!r}.")
-    if input_sizes not in ("given", "all"):
-        raise UserError(f"input_sizes must be 'given' or 'all', got {input_sizes!r}.")
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"num_classes must be 1 or more, got {num_classes}.")
-    if ascent_steps < 0:
-        raise UserError(f"ascent_steps must be 0 or more, got {ascent_steps}.")
 
 
 def _line(bounded: Bounded, graph: Graph) -> LayerBound:

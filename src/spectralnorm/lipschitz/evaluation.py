@@ -81,9 +81,8 @@ def evaluate(graph: Graph, steps: Mapping[Node, Step], inputs: Tensor) -> Evalua
         del result
         for read in last[node]:
             del known[read]
-    outputs = list(dict.fromkeys(graph.outputs))
-    joined = torch.cat([known[node].reshape(graph.batch_size, -1) for node in outputs], dim=1)
-    return Evaluated(joined, root_of_sum_up(errors[node] for node in outputs))
+    joined = torch.cat([known[node].reshape(graph.batch_size, -1) for node in graph.outputs], dim=1)
+    return Evaluated(joined, root_of_sum_up(errors[node] for node in graph.outputs))
 
 
 def _carried(node: Node, step: Step, errors: Mapping[Node, float], graph: Graph) -> float:
@@ -178,7 +177,7 @@ def _batch_norm_size(node: Node, inputs: Tensor, graph: Graph) -> float:
 
 def _negated_means(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("input", "running_mean", "running_var", "weight", "bias")
-    if node.function is torch.batch_norm:
+    if node.function is not nn.functional.batch_norm:
         names = ("input", "weight", "bias", "running_mean", "running_var")
     change = {"running_mean": lambda mean: -mean.abs(), "weight": torch.abs, "bias": torch.abs}
 
@@ -199,7 +198,7 @@ def _performed(node: Node, known: Mapping[Node, Any]) -> Any:
 
 
 def perform(node: Node, known: Mapping[Node, Any], dtype: torch.dtype = torch.float64) -> Any:
-    """One operation in a precision; dropout as the draw that keeps everything, which scales the most."""
+    """One operation in a precision; where it draws, as the draw that scales the most: dropout that keeps everything."""
     args, kwargs = map_structure((node.args, node.kwargs), Node, known.__getitem__)
 
     def converted(tensor: Tensor) -> Tensor:
@@ -210,6 +209,14 @@ def perform(node: Node, known: Mapping[Node, Any], dtype: torch.dtype = torch.fl
         given = kwargs | dict(zip(("input", "p", "training"), args, strict=False))
         probability = given.get("p", 0.5) if given.get("training", True) else 0.0
         return given["input"] / (1 - probability) if probability < 1 else given["input"] * 0
+    if node.op == "rrelu":
+        given = (
+            {"lower": 1 / 8, "upper": 1 / 3}
+            | kwargs
+            | dict(zip(("input", "lower", "upper", "training"), args, strict=False))
+        )
+        if given.get("training", False):
+            return nn.functional.leaky_relu(given["input"], max(given["lower"], given["upper"], key=abs))
     if node.op in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"):
         return args[0]
     kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}

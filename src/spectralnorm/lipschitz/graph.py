@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["FILLED", "METADATA", "Graph", "Node", "canonical", "last_reads", "map_structure", "needed", "with_maxima"]
+__all__ = [
+    "FILLED",
+    "METADATA",
+    "TEMPLATED",
+    "Graph",
+    "Node",
+    "canonical",
+    "last_reads",
+    "map_structure",
+    "needed",
+    "with_maxima",
+]
 
 # What a tensor without values answers.
 METADATA = frozenset(
@@ -20,6 +32,8 @@ METADATA = frozenset(
 )
 # What takes from a tensor its shape alone, and what it fills it with.
 FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "empty_like": 0.0, "new_empty": 0.0}
+# What makes of a tensor one of another's type or shape.
+TEMPLATED = frozenset("to type_as view_as reshape_as expand_as".split())
 
 # Whether a comparison asks that its first argument be the larger one.
 _IS_LARGER = {"ge": True, "gt": True, "le": False, "lt": False}
@@ -74,7 +88,7 @@ class Graph:
 
     Attributes:
         nodes: those that the outputs depend on, each after its inputs; the first is the input.
-        outputs: what `forward` returned, those that depend on the input.
+        outputs: what `forward` returned, those that depend on the input; one that is returned twice comes twice.
         batch_size: it was recorded with; a first dimension is a multiple of it.
         device: where the constants are.
         dtype: of the model's first floating tensor.
@@ -128,7 +142,7 @@ def last_reads(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The same tuples, lists and dictionaries, with ``function`` of every leaf that is a ``kind``."""
+    """The same tuples, lists, dictionaries and dataclasses, with ``function`` of every leaf that is a ``kind``."""
     if isinstance(structure, kind):
         return function(structure)
     if isinstance(structure, tuple | list):
@@ -137,14 +151,26 @@ def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) ->
             return mapped
         is_named = hasattr(structure, "_fields")
         return type(structure)(*mapped) if is_named else tuple(mapped)
+    if is_dataclass(structure) and not isinstance(structure, type | Node):
+        mapped = copy.copy(structure)
+        for each in fields(structure):
+            # Also of one that is frozen.
+            object.__setattr__(mapped, each.name, map_structure(getattr(structure, each.name), kind, function))
+        return mapped
     if isinstance(structure, dict):
         return {key: map_structure(each, kind, function) for key, each in structure.items()}
     return structure
 
 
 def canonical(func: Callable[..., Any]) -> tuple[str, bool]:
-    """The operation's name without the forms it can be called in, and whether it works in place."""
+    """The operation's name without the forms it can be called in, and whether it works in place.
+
+    Of an operation that is not torch's own the name tells where it comes from as well: its `relu` may be another.
+    """
     name = getattr(func, "__name__", type(func).__name__)
+    module = getattr(func, "__module__", None) or "torch"
+    if module.split(".")[0] != "torch" or (module.startswith("torch._ops.") and module != "torch._ops.aten"):
+        return f"{module.removeprefix('torch._ops.')}.{name.removesuffix('_')}", name.endswith("_")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "attribute")
         return (attribute, False) if name == "__get__" else (f"setting of .{attribute}", False)

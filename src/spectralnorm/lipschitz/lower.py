@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralnorm.errors import UserError
 from spectralnorm.linalg.rounding import gamma
 from spectralnorm.lipschitz.evaluation import evaluate, perform, rounding_of
 from spectralnorm.lipschitz.graph import Graph, Node, last_reads
-from spectralnorm.lipschitz.registry import Step
+from spectralnorm.lipschitz.registry import Step, is_of_user
 
 __all__ = ["network_lower_bound", "operation_lower_bound", "quotient_below"]
 
@@ -45,6 +46,9 @@ def network_lower_bound(
         ascent_steps: of the search; 0: none.
         searched: the same model, recorded with another batch size, in whose places the search goes on; None: ``graph``.
         rounds: how many batches of pairs it begins with, one after the other.
+
+    Raises:
+        UserError: what was found contradicts a constant that a rule of the user's own gave.
     """
     if not graph.outputs or ascent_steps == 0 or upper_bound == 0:
         return 0.0
@@ -55,6 +59,12 @@ def network_lower_bound(
         first, second = (each.expand(graph.batch_size, *each.shape) for each in pair)
         best = quotient_below(graph, steps, first, second)
     if best > upper_bound:
+        own = list(dict.fromkeys(f"{node.op} at {node.name!r}" for node in graph.nodes if is_of_user(node)))
+        if own:
+            raise UserError(
+                f"A pair of inputs shows a Lipschitz constant of {best}, above the bound {upper_bound}, so the rule "
+                f"that was registered for {' or '.join(own)} gives too small a constant; correct the rule."
+            )
         raise AssertionError(
             f"A pair of inputs shows a Lipschitz constant of {best}, above the bound {upper_bound}: this is a mistake "
             "in spectralnorm; please report it with the model."
@@ -88,7 +98,7 @@ def _run(graph: Graph, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         known[node] = perform(node, known, dtype)
         for read in last[node]:
             del known[read]
-    return torch.cat([known[node].reshape(graph.batch_size, -1) for node in dict.fromkeys(graph.outputs)], dim=1)
+    return torch.cat([known[node].reshape(graph.batch_size, -1) for node in graph.outputs], dim=1)
 
 
 class _Pairs(NamedTuple):
@@ -198,6 +208,8 @@ def _with_length(batch: Tensor, lengths: Tensor) -> Tensor:
 def operation_lower_bound(graph: Graph, node: Node, *, upper_bound: float, steps: int = 60) -> float:
     """Of the norm of one operation that is linear up to a constant: power iteration, rounding taken off."""
     (source,) = node.inputs
+    if 0 in node.shape:
+        return 0.0
     generator = torch.Generator().manual_seed(_SEED)
     vector = torch.randn(source.shape, generator=generator, dtype=torch.float64).to(graph.device)
     with torch.enable_grad():

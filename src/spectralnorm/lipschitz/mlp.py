@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.rigorous import rigorous_matrix_bound
 from spectralnorm.linalg.rounding import gamma, product_gamma
+from spectralnorm.lipschitz.arguments import check_count, check_input_shape, check_model
 from spectralnorm.lipschitz.bounds import frobenius
 from spectralnorm.lipschitz.graph import Graph, Node
 from spectralnorm.lipschitz.maps import DenseMap
@@ -42,7 +43,8 @@ _RATE = 0.05
 _MARGIN = 1e-7  # of L - P, so that rounding cannot make it indefinite
 # Ops whose slopes lie between zero and their constant, which is 1.
 _RISING = frozenset(
-    "relu relu6 hardtanh tanh celu logsigmoid softsign softplus softshrink tanhshrink atan arctan asinh arcsinh".split()
+    "relu relu6 hardtanh tanh celu log_sigmoid softsign softplus softshrink tanhshrink atan arctan asinh "
+    "arcsinh".split()
 )
 _MOVING = frozenset("view reshape flatten squeeze unsqueeze contiguous clone detach view_as reshape_as".split())
 
@@ -70,7 +72,7 @@ def mlp_bound(model: nn.Module, input_shape: Sequence[int], *, steps: int = 150)
         The bound in the 2-norm, rigorous as that of `certify`.
 
     Raises:
-        UserError: the model has no certificate or is no such chain; the message names what is not.
+        UserError: the model has no certificate or is no such chain, or an argument is wrong; the message says what.
 
     >>> import torch
     >>> from torch import nn
@@ -80,8 +82,9 @@ def mlp_bound(model: nn.Module, input_shape: Sequence[int], *, steps: int = 150)
     >>> mlp_bound(model, (8,)) < 0.8 * certify(model, (8,)).upper_bound
     True
     """
-    if steps < 0:
-        raise UserError(f"steps must be 0 or more, got {steps}.")
+    check_model(model, function="mlp_bound")
+    check_input_shape(input_shape)
+    check_count("steps", steps, least=0)
     with torch.no_grad():
         graph = trace(model, input_shape, mode="eval", num_classes=None, is_whole=lambda module: False)
         product, found = propagate(graph, mode="eval", sizes="given")

@@ -59,7 +59,7 @@ def propagate(graph: Graph, *, mode: str, sizes: str) -> tuple[float, list[Bound
         if not isinstance(node.shape[0] if node.shape else 0, tuple):
             _check_batch(graph, node)
         found.append(bounded)
-    return joint_bound(list(dict.fromkeys(graph.outputs)), values), found
+    return joint_bound(graph.outputs, values), found
 
 
 def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part | None:
@@ -72,22 +72,37 @@ def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part 
     call = Call(parent, values, graph)
     given = call.bind("input, dim=0" if parent.op == "unbind" else "input, sections, dim=0")
     (dim,) = call.dims(given.dim, len(call.input_shape))
+    entries = range(call.input_shape[dim])
+    if parent.op == "tensor_split" and not isinstance(given.sections, int):
+        # Between indices: these may fall, so that pieces overlap, and may count from the end.
+        start, end = [None, *given.sections, None][position : position + 2]
+        return part_along(call, dim, entries[start:end])
     sizes = [1 if parent.op == "unbind" else shape[dim] for shape in parent.shape]
     start = sum(sizes[:position])
-    return part_along(call, dim, range(start, start + sizes[position]))
+    return part_along(call, dim, entries[start : start + sizes[position]])
 
 
 def _check_constants(node: Node) -> None:
     """Nothing can be proved of a function whose values are not numbers."""
 
     def check(tensor: Tensor) -> None:
+        if tensor.is_meta:
+            raise UserError(
+                f"certify lost track of the input before {node.op} at {node.name!r}: an operation there is hidden from "
+                "torch's function protocol; register a rule for the module that does it."
+            )
         if (tensor.is_floating_point() or tensor.is_complex()) and not bool(tensor.isfinite().all()):
             raise UserError(
                 f"certify refuses {node.op} at {node.name!r}: its weight, bias, statistic or another constant has "
                 "entries that are not finite; load weights that are."
             )
 
+    def check_number(number: float) -> None:
+        if math.isnan(number):
+            raise UserError(f"certify refuses {node.op} at {node.name!r}: an argument of it is not a number.")
+
     map_structure((node.args, node.kwargs), Tensor, check)
+    map_structure((node.args, node.kwargs), float, check_number)
     if node.module is not None:
         for tensor in (*node.module.parameters(), *node.module.buffers()):
             check(tensor)

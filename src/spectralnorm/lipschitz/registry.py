@@ -17,7 +17,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.graph import Graph, Node, canonical
 from spectralnorm.lipschitz.parts import Part, joint_bound
 
-__all__ = ["Call", "Part", "Path", "Step", "Value", "module_rule_of", "register_rule", "rule", "rule_of"]
+__all__ = ["Call", "Part", "Path", "Step", "Value", "is_of_user", "module_rule_of", "register_rule", "rule", "rule_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +150,10 @@ class Call:
         """A number or tensor that does not depend on the input, in float64."""
         if isinstance(value, Node):
             self.refuse("it multiplies values that both depend on the input, so no factor bounds it")
+        if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+            self.refuse("it has complex numbers", "certify the real form")
         if isinstance(value, Tensor):
-            value = value.detach()
-            if value.is_complex():
-                self.refuse("it has complex numbers", "certify the real form")
-            return value.to(torch.float64)
+            return value.detach().to(torch.float64)
         return torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
 
     def refuse(self, reason: str, remedy: str = "") -> NoReturn:
@@ -165,8 +164,10 @@ class Call:
 
 Rule = Callable[[Call], "Step | float"]
 
-_IGNORED = frozenset({"dtype", "_stacklevel", "inplace", "memory_format"})
+_IGNORED = frozenset({"dtype", "_stacklevel", "inplace", "memory_format", "out"})
 _RULES: dict[str, Rule] = {}
+# What a subclass may have of its own and still compute what its base does.
+_KEPT = frozenset({"__init__", "extra_repr", "reset_parameters"})
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 
@@ -197,7 +198,8 @@ def register_rule(op: Callable[..., Any] | type[nn.Module] | str, rule: Callable
 
     Args:
         op: a torch function such as ``torch.erfinv``, whose method and in-place forms it covers too; its name; or a
-            class of layers, whose ``forward`` is then not looked into.
+            class of layers, whose ``forward`` is then not looked into. It holds for subclasses that change none of its
+            methods; others are looked into, and so is a layer whose own ``forward`` was replaced.
         rule: gets a `Call` and returns a number that the Lipschitz constant does not exceed: from all arguments that
             depend on the input, taken together, to the result, in the 2-norm, and without mixing samples of a batch.
             The call has ``module``, ``input_shape``, ``output_shape`` (batch first) and ``node.args``.
@@ -231,6 +233,23 @@ def rule_of(node: Node) -> Rule | None:
     return module_rule_of(node.module) if node.module is not None else _RULES.get(node.op)
 
 
+def is_of_user(node: Node) -> bool:
+    """Whether its rule comes from outside of this package."""
+    found = rule_of(node)
+    module = getattr(found, "__module__", None) or type(found).__module__
+    return found is not None and module.partition(".")[0] != __name__.partition(".")[0]
+
+
 def module_rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a layer as a whole, that of the nearest class."""
-    return next((_MODULE_RULES[kind] for kind in type(module).__mro__ if kind in _MODULE_RULES), None)
+    """The rule for a layer as a whole, that of the nearest class; None where the layer may compute something else."""
+    kinds = type(module).__mro__
+    place = next((place for place, kind in enumerate(kinds) if kind in _MODULE_RULES), None)
+    if place is None or "forward" in vars(module) or any(_changes(kind, kinds[place]) for kind in kinds[:place]):
+        return None
+    return _MODULE_RULES[kinds[place]]
+
+
+def _changes(kind: type, base: type) -> bool:
+    """Whether a subclass has other methods or properties than the class that a rule was registered for."""
+    computes = {name for each in base.__mro__ if each not in nn.Module.__mro__ for name in vars(each)} - _KEPT
+    return any(name in computes and (callable(each) or isinstance(each, property)) for name, each in vars(kind).items())

@@ -1,4 +1,4 @@
-"""Which operations `forward` performs on its input: the model runs once, on tensors that have a shape and no values.
+"""Which operations `forward` performs on its input: the model runs on tensors that have a shape and no values.
 
 Every torch function that is called on such a tensor, by a module, a function or an operator, arrives at one place
 (``__torch_function__``) and becomes a `Node`. Everything else is computed as always, so that whatever does not depend
@@ -12,20 +12,27 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from spectralnorm.errors import UserError
-from spectralnorm.lipschitz.graph import FILLED, METADATA, Graph, Node, canonical, map_structure, with_maxima
+from spectralnorm.lipschitz.agreement import refuse_disagreement
+from spectralnorm.lipschitz.graph import FILLED, METADATA, TEMPLATED, Graph, Node, canonical, map_structure, with_maxima
+from spectralnorm.lipschitz.random_numbers import without_random_numbers
 
 __all__ = ["trace"]
 
 # Batch sizes to record with. No other size may be a multiple of it, or samples could be mixed unseen; and the last ones
 # divide by four, for layers that form groups of samples.
 _BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
+
+# What may stand beside the tensors that a model returns: none of it can be made of values.
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class _Traced(torch.Tensor):
@@ -50,13 +57,22 @@ class _Traced(torch.Tensor):
 
 
 class _Tracer:
+    """Of one run.
+
+    Attributes:
+        nodes: all operations so far.
+        constants: tensors that they read, each with the node and with the number of changes in place it had seen.
+        ambiguous: where another dimension than the first looks like the batch.
+    """
+
     def __init__(self, *, batch_size: int, device: torch.device, is_whole: Callable[[nn.Module], bool]) -> None:
         self.batch_size = batch_size
         self.device = device
         self.is_whole = is_whole
         self.nodes: list[Node] = []
         self.active = True
-        self.ambiguous: str | None = None  # where another dimension than the first looks like the batch
+        self.constants: list[tuple[Node, Tensor, int | None]] = []
+        self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
         self._names: dict[str, int] = {}
@@ -97,7 +113,14 @@ class _Tracer:
             return torch.full(meta.shape, FILLED[name], dtype=meta.dtype, device=self.device)
         if name in ("full_like", "new_full"):
             meta = _on_meta(func, args, kwargs | {"device": "meta"})
-            return torch.full(meta.shape, kwargs.get("fill_value", args[-1]), dtype=meta.dtype, device=self.device)
+            value = kwargs["fill_value"] if "fill_value" in kwargs else args[-1]
+            return torch.full(meta.shape, value, dtype=meta.dtype, device=self.device)
+        if name in TEMPLATED:
+            # What a tensor is made like counts by its shape and type alone; and a constant stays one.
+            others, kwargs = map_structure((args[1:], kwargs), _Traced, self._template)
+            args = (args[0], *others)
+            if not isinstance(args[0], _Traced):
+                return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             raise UserError(f"certify cannot follow {self._place()}: {name} writes with out=; use its result instead.")
         target = None
@@ -114,6 +137,11 @@ class _Tracer:
         if target is None:
             return result
         return self._replace(target, result)
+
+    def _template(self, traced: _Traced) -> Tensor:
+        """A constant of the same shape and type, that takes no memory."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.zeros((), dtype=traced.dtype, device=self.device).expand(traced.shape)
 
     def _out_of_place(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
         plain = getattr(torch.Tensor, name, None) or getattr(nn.functional, name, None) or getattr(torch, name, None)
@@ -180,6 +208,7 @@ class _Tracer:
     ) -> Node:
         node = Node(self._unused_name(name), name, func, args, kwargs, shape, module, sample.is_floating_point())
         self.nodes.append(node)
+        map_structure((args, kwargs), Tensor, lambda read: self.constants.append((node, read, _version(read))))
         return node
 
     def _unused_name(self, op: str) -> str:
@@ -217,6 +246,19 @@ class _Tracer:
                 self._stack.pop()
 
         return recorded
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; it is not counted of one from inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _rebuilt(outcome: Any, items: list[Any]) -> Any:
@@ -261,9 +303,9 @@ def trace(
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
     batch_sizes: Sequence[int] = _BATCH_SIZES,
-    may_be_ambiguous: bool = False,
+    is_known: bool = False,
 ) -> Graph:
-    """Run a copy of ``model`` without values and record what it does.
+    """Run a copy of ``model`` without values and record what it does: twice, to see that it does the same every time.
 
     Args:
         model: stays as it is.
@@ -272,28 +314,46 @@ def trace(
         num_classes: labels ``0 ... num_classes - 1`` are its second argument; None: it takes the input alone.
         is_whole: whether a module is one node, because there is a rule for its class.
         batch_sizes: to try, each for every class.
-        may_be_ambiguous: whether other dimensions may look like the batch: then nothing can be proved of the graph.
+        is_known: that the model was recorded before, so that one run will do, and other dimensions may look like the
+            batch. Nothing can be proved of such a graph.
 
     Raises:
         UserError: something cannot be recorded; the message says where and why.
     """
+    model = _copied(model, mode)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    records: list[tuple[Graph, _Tracer]] = []
+    chosen: Graph | None = None
     refused: Exception | None = None
-    ambiguous: str | None = None
-    for base in batch_sizes:
-        batch_size = base * (num_classes or 1)
-        try:
-            graph, ambiguous = _trace_once(model, input_shape, batch_size, mode, num_classes, is_whole)
-        except UserError:
-            raise
-        except Exception as error:
-            # Some layers want whole groups of samples: another batch size may do.
-            refused = refused or error
-            continue
-        if ambiguous is None or may_be_ambiguous:
-            return graph
+    with parametrize.cached():
+        for base in batch_sizes:
+            try:
+                graph, tracer = _trace_once(model, input_shape, base * (num_classes or 1), num_classes, is_whole)
+            except UserError:
+                raise
+            except Exception as error:
+                # Some layers want whole groups of samples: another batch size may do.
+                refused = refused or error
+                continue
+            if is_known:
+                return graph
+            records.append((graph, tracer))
+            if chosen is None and tracer.ambiguous is None:
+                chosen = graph
+            if chosen is not None and len(records) > 1:
+                _refuse_changed(buffers, [tracer for _, tracer in records])
+                other = next(graph for graph, _ in reversed(records) if graph is not chosen)
+                refuse_disagreement(chosen, other, num_classes=num_classes or 1)
+                return chosen
+    if chosen is not None:
+        raise UserError(
+            f"certify could run the model on {chosen.batch_size} samples and on no other number that it tried, so what "
+            "it does to one is not known; let forward take batches of any size."
+        )
     if refused is None:
         raise UserError(
-            f"certify refuses {ambiguous}: the batch moves to another dimension than the first; keep it there."
+            f"certify refuses {records[-1][1].ambiguous}: the batch moves to another dimension than the first; keep it "
+            "there."
         )
     raise UserError(
         f"certify could not run the model on a batch of inputs of shape {tuple(input_shape)}: "
@@ -305,12 +365,9 @@ def _trace_once(
     model: nn.Module,
     input_shape: Sequence[int],
     batch_size: int,
-    mode: str,
     num_classes: int | None,
     is_whole: Callable[[nn.Module], bool],
-) -> tuple[Graph, str | None]:
-    """And the place, if there is one, where a size cannot be told from the batch's."""
-    model = _copied(model, mode)
+) -> tuple[Graph, _Tracer]:
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.get_default_dtype())
@@ -320,14 +377,12 @@ def _trace_once(
     inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
     if num_classes is not None:
         inputs.append(torch.arange(batch_size, device=device) % num_classes)
-    with _recorded(model, tracer), _keeping_random_numbers(device), torch.no_grad(), parametrize.cached():
+    with _recorded(model, tracer), without_random_numbers(device), torch.no_grad():
         result = model(*inputs)
-    outputs: list[Node] = []
-    map_structure(result, _Traced, lambda traced: outputs.append(tracer.node_of(traced)))
+    tensors = _returned(result)
+    outputs = tuple(tracer.node_of(tensor) for tensor in tensors if isinstance(tensor, _Traced))
     tracer.active = False
-    _refuse_escaped(result)
-    graph = with_maxima(Graph(tuple(tracer.nodes), tuple(outputs), batch_size, device, dtype))
-    return graph, tracer.ambiguous
+    return with_maxima(Graph(tuple(tracer.nodes), outputs, batch_size, device, dtype)), tracer
 
 
 def _copied(model: nn.Module, mode: str) -> nn.Module:
@@ -336,43 +391,94 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
             raise UserError(
                 f"certify cannot look into the scripted module {name!r}; give it the module it was made from."
             )
-    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    try:
+        copied = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    except Exception as error:  # torch's older weight_norm keeps one that has a gradient's history
+        reason = str(error).partition(". ")[0]
+        raise UserError(
+            f"certify could not copy the model ({reason}); make the tensors that it keeps under "
+            "torch.no_grad(), by calling it there once."
+        ) from error
     if mode == "train":
-        model.train()
-        for module in model.modules():
-            if isinstance(module, parametrize.ParametrizationList):
+        copied.train()
+        for module in copied.modules():
+            hooks = module._forward_pre_hooks.values()
+            if isinstance(module, parametrize.ParametrizationList) or any(isinstance(h, SpectralNorm) for h in hooks):
                 module.eval()
-    return model
+    return copied
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Those of a layer are recorded beside it; the ones of torch that set its weight stay."""
+    module._forward_hooks.clear()
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if not type(hook).__module__.startswith("torch.nn.utils"):
+            del module._forward_pre_hooks[key]
+    return module
 
 
 @contextmanager
 def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Let every module of ``model``, a copy, tell the tracer when it runs."""
-    for name, module in list(model.named_modules()):
-        pristine = copy.deepcopy(module) if tracer.is_whole(module) else None
+    modules = list(model.named_modules())
+    own = [vars(module).get("forward") for _, module in modules]
+    for name, module in modules:
+        pristine = _without_hooks(copy.deepcopy(module)) if tracer.is_whole(module) else None
         object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, pristine))
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for (_, module), forward in zip(modules, own, strict=True):
+            vars(module).pop("forward")
+            if forward is not None:
+                object.__setattr__(module, "forward", forward)
 
 
-@contextmanager
-def _keeping_random_numbers(device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        before = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
-        yield
-        after = torch.get_rng_state(), [torch.cuda.get_rng_state(each) for each in devices]
-    pairs = [(before[0], after[0]), *zip(before[1], after[1], strict=True)]
-    if not all(torch.equal(old, new) for old, new in pairs):
+def _refuse_changed(buffers: Sequence[tuple[Tensor, Tensor]], tracers: Sequence[_Tracer]) -> None:
+    """What was read must still have the values that it had: they are what is certified.
+
+    Args:
+        buffers: each with the values that it had before.
+        tracers: of all runs.
+    """
+    changed = {_memory(buffer) for buffer, value in buffers if not _is_equal(buffer, value)}
+    for tracer in tracers:
+        for node, tensor, version in tracer.constants:
+            if _version(tensor) != version or (changed and _memory(tensor) in changed):
+                raise UserError(
+                    f"certify refuses {node.op} at {node.name!r}: a tensor that it reads is changed in place "
+                    "afterwards, in this call or the next; use operations not in place, and keep buffers still."
+                )
+
+
+def _returned(result: Any) -> list[Tensor]:
+    """All tensors of what the model returned."""
+    tensors = list(_tensors_in(result))
+    if not tensors:
         raise UserError(
-            "certify refuses a model that draws random numbers: it would certify one draw alone; take the noise as an "
-            "input, or leave it out in eval mode."
+            f"certify found no tensor in what the model returns ({type(result).__name__}); let forward return the "
+            "tensor that it computes."
         )
+    if any(tensor.is_meta and not isinstance(tensor, _Traced) for tensor in tensors):
+        raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
+    return tensors
 
 
-def _refuse_escaped(result: Any) -> None:
-    def check(tensor: Tensor) -> None:
-        if not isinstance(tensor, _Traced) and tensor.is_meta:
-            raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
-
-    map_structure(result, Tensor, check)
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for each in result:
+            yield from _tensors_in(each)
+    elif is_dataclass(result) and not isinstance(result, type):
+        for each in fields(result):
+            yield from _tensors_in(getattr(result, each.name))
+    elif isinstance(result, dict):
+        for each in result.values():
+            yield from _tensors_in(each)
+    elif not isinstance(result, _CONSTANTS):
+        raise UserError(
+            f"certify cannot look into the {type(result).__name__} that the model returns; let forward return a "
+            "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
+        )

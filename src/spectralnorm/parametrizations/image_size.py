@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.patches import patches_of_any_size
 
-__all__ = ["InputSizeCheck", "InputSizeLearner", "checked_input_size", "gain_of", "geometry_of", "usual_input_size"]
+__all__ = [
+    "InputSizeCheck",
+    "InputSizeLearner",
+    "forget_input_size",
+    "gain_of",
+    "geometry_of",
+    "require_input_size_of",
+    "takes_input_size",
+    "usual_input_size",
+]
 
 # Where no image has been seen: so large that most of it is far from the edges.
 _USUAL_SIZE = 16
@@ -28,18 +38,22 @@ def geometry_of(module: nn.Module, name: str, weight: Tensor) -> ConvolutionGeom
     return geometry if tuple(weight.shape[2:]) == geometry.kernel_size else None
 
 
-def checked_input_size(input_size: Any) -> tuple[int, ...] | None:
-    """``input_size`` as a tuple.
+def takes_input_size(module: nn.Module, name: str, *, norm: str, strict: bool) -> bool:
+    """Whether the norm of a weight is one for images of some size; the weight of a lazy layer needs no shape yet."""
+    return isinstance(module, _CONVOLUTIONS) and name == "weight" and (strict or norm == "operator")
+
+
+def require_input_size_of(geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> None:
+    """Refuse an ``input_size`` that is none of the convolution's inputs.
 
     Raises:
-        UserError: it is no sequence of one to three positive integers.
+        UserError: it has another number of axes, or the kernel does not fit into it.
     """
-    if input_size is None:
-        return None
-    is_one_of_sizes = isinstance(input_size, Sequence) and 1 <= len(input_size) <= 3
-    if is_one_of_sizes and all(isinstance(size, int) and size > 0 for size in input_size):
-        return tuple(input_size)
-    raise UserError(f"input_size must be None or one positive integer for each axis of the image, got {input_size!r}.")
+    if len(input_size) != geometry.num_axes or min(geometry.output_size(input_size)) < 1:
+        raise UserError(
+            f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
+            f"{geometry.kernel_size}, got {input_size}."
+        )
 
 
 def gain_of(geometry: ConvolutionGeometry, input_size: Sequence[int] | None) -> float:
@@ -70,7 +84,9 @@ class InputSizeLearner:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the first image."""
-        if self.normalization.learned_size is None:
+        # What is traced has sizes that are no numbers.
+        is_traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+        if self.normalization.learned_size is None and not is_traced:
             images = args[0] if args else kwargs["input"]
             self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
 
@@ -105,3 +121,11 @@ class InputSizeCheck:
                 "A transposed convolution that is normalized for one input_size has one size of its output, too; leave "
                 "output_size or input_size out."
             )
+
+
+def forget_input_size(module: nn.Module) -> None:
+    """Take the hooks of this module's two classes off a convolution."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, (InputSizeCheck, InputSizeLearner)):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of
-from spectralnorm.parametrizations.options import KeywordOptions, refuse_unknown
+from spectralnorm.parametrizations.options import KeywordOptions, refuse_unknown, require_module
 from spectralnorm.parametrizations.registration import normalization_of, register
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -30,8 +30,8 @@ def spectral_norm(
     """Normalize one weight of a layer by its spectral norm, at every use.
 
     The raw weight stays the same parameter object, under ``module.parametrizations[name].original``; an optimizer that
-    holds it stays valid. A lazy layer's weight, which has no shape yet, is normalized when its first forward gives it
-    one, and for that forward already.
+    holds it stays valid (it does not have the scale of ``mode="learnable"``). A lazy layer's weight, which has no shape
+    yet, is normalized when its first forward gives it one, and for that forward already.
 
     Args:
         module: any layer; one of your own too.
@@ -55,6 +55,7 @@ def spectral_norm(
     >>> _ = spectral_norm(nn.LSTM(8, 16), "weight_hh_l0", coefficient=2.0, mode="cap")
     """
     refuse_unknown("spectral_norm", options)
+    require_module("spectral_norm", module)
     if is_normalized(module, name):
         raise UserError(
             f"The weight {name!r} of this {type(module).__name__} is spectrally normalized already; "

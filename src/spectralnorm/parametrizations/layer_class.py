@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
+from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["plain_class", "share_class"]
@@ -169,6 +170,7 @@ def _reader_of_table(name: str) -> Callable[[Any], Any]:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     replica = self.__class__.__new__(self.__class__)
     memo[id(self)] = replica
+    deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
     replica.__dict__.update(deepcopy(self.__dict__, memo))
     return replica
 
@@ -192,6 +194,7 @@ def _baked(self: nn.Module) -> nn.Module:
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)
+    forget_input_size(plain)
     recurrent.restore_flat_weights(plain)
     return plain
 

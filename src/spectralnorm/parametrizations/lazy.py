@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from spectralnorm.parametrizations.options import Options, check_options
+from spectralnorm.parametrizations.options import Options, check_dim, check_options
 from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -33,6 +33,7 @@ class PendingNorm:
         self.name = name
         self.dim = dim
         self.options: Options[float] = {}
+        check_dim(dim)
         self.set_options(options)
         self._loaded: dict[str, Tensor] = {}
         self._normalization: SpectralNorm | None = None

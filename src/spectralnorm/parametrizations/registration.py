@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import foreign, fsdp, recurrent
-from spectralnorm.parametrizations.image_size import InputSizeCheck, InputSizeLearner
+from spectralnorm.parametrizations.image_size import InputSizeCheck, InputSizeLearner, forget_input_size
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -74,10 +74,7 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
         module.__class__ = kind if type(module) is inner else fsdp.wrapped_as(kind, type(module))
     fsdp.move((parts, "original"), (module, name))
     if name == "weight":
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (InputSizeCheck, InputSizeLearner)):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        forget_input_size(module)
     if not parametrize.is_parametrized(module):
         forget_other_formats(module)
     recurrent.restore_flat_weights(module)

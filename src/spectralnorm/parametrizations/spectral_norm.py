@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import Any, Unpack
 
@@ -19,7 +20,6 @@ from spectralnorm.linalg import (
     seeded_direction,
     view_of,
 )
-from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
@@ -27,15 +27,21 @@ from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
-from spectralnorm.parametrizations.image_size import checked_input_size, gain_of, geometry_of, usual_input_size
+from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
-from spectralnorm.parametrizations.options import Options, check_options
+from spectralnorm.parametrizations.options import (
+    Options,
+    check_dim,
+    check_options,
+    checked_input_size,
+    plain_value,
+)
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.unkept import COLD_ITERATIONS
-from spectralnorm.parametrizations.weight_clock import WeightClock, watch
+from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
@@ -56,6 +62,7 @@ _are_transforms_active, _tracing_state = torch._C._are_functorch_transforms_acti
 _is_autocast_enabled, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
+_States = list[tuple[int, int]]
 
 
 class SpectralNorm(nn.Module):
@@ -72,7 +79,8 @@ class SpectralNorm(nn.Module):
             image, else the same. ``"bidirectional"``: the mean of that and the norm of the weight
             reshaped with inputs first (Lin, Sekar and Fanti 2021).
         mode: ``"normalize"``: the norm becomes ``coefficient``; ``"cap"``: only if it is larger; ``"learnable"``: a
-            trained parameter ``scale``, which starts at ``coefficient``.
+            trained parameter ``scale``, which starts at ``coefficient``. An optimizer made before does not have it,
+            which the first step that leaves it behind warns of.
         coefficient: the norm that is wanted.
         strict: divide by a guaranteed upper bound of the norm in place of an estimate, so that the norm of the weight
             that the layer computes with is never above ``coefficient``, rounding included; under autocast it is so
@@ -123,6 +131,7 @@ class SpectralNorm(nn.Module):
             input_size=input_size,
             update=update,
         )
+        check_dim(dim)
         weight = _weight_of(module, name)
         self.name = name
         self.strict = strict
@@ -136,19 +145,32 @@ class SpectralNorm(nn.Module):
         if self.geometry is not None:
             if weight.is_complex():
                 raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
-            self.require_size_of(self.geometry)
+            if self.input_size is not None:
+                require_input_size_of(self.geometry, self.input_size)
             self._refuse_other_updates(update)
             self._gain = gain_of(self.geometry, self.input_size)
-        self.n_power_iterations = n_power_iterations
-        self.eps = eps
+        elif self.input_size is not None:
+            raise UserError(
+                f'input_size is for convolutions with strict=True or norm="operator", not for {name!r} of this '
+                f"{type(module).__name__} with strict={strict} and norm={norm!r}; leave it out."
+            )
+        self.n_power_iterations: int = plain_value("n_power_iterations", n_power_iterations)
+        self.eps: float = plain_value("eps", eps)
         self.norm = norm
         self.mode = mode
         self.update = update
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
         self.keeps_value_when_sharded = False
-        # The last weight that was handed out scaled, and its version, by which a user's write into it is noticed.
+        # The last value that was handed out without being kept, and its version, by which a user's write is noticed.
         self._handed: tuple[Tensor | None, int] = (None, 0)
+        # States of the buffers, as `_state_of_buffers` has them: one in which they are known to hold unit vectors, and
+        # one in which they hold the start alone, because their memory came after construction.
+        self._known_state: _States | None = None
+        self._start_state: _States | None = None
+        # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
+        self._first_moments: tuple[Moment, Moment] | None = None
+        self._has_seen_step = False
         self.scale: nn.Parameter | None = None
         if mode == "learnable":
             dtype = weight.real.dtype if weight.is_complex() else weight.dtype
@@ -194,6 +216,8 @@ class SpectralNorm(nn.Module):
     def check_change(self, **changes: Unpack[Options[float]]) -> None:
         """Raise a `UserError` if the options cannot be changed to these in place."""
         check_options(**changes)
+        if "input_size" in changes:
+            changes["input_size"] = checked_input_size(changes["input_size"])
         for option in ("norm", "strict", "input_size"):
             if (wanted := changes.get(option, getattr(self, option))) != getattr(self, option):
                 raise UserError(
@@ -228,8 +252,7 @@ class SpectralNorm(nn.Module):
         if changes.get("eps", self.eps) != self.eps:
             self.invalidate()
         for option, value in changes.items():
-            setattr(self, "_coefficient" if option == "coefficient" else option, value)
-        self._coefficient = float(self._coefficient)
+            setattr(self, "_coefficient" if option == "coefficient" else option, plain_value(option, value))
         if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
                 self.scale.fill_(self._coefficient)
@@ -381,17 +404,6 @@ class SpectralNorm(nn.Module):
                 f'norm="operator" of a convolution is offered with update="step" alone, got {update!r}; leave it out.'
             )
 
-    def require_size_of(self, geometry: ConvolutionGeometry) -> None:
-        """Refuse an ``input_size`` that is none of the convolution's inputs."""
-        size = self.input_size
-        if size is None:
-            return
-        if len(size) != geometry.num_axes or min(geometry.output_size(size)) < 1:
-            raise UserError(
-                f"input_size must have one integer for each of {geometry.num_axes} axes, large enough for the kernel "
-                f"{geometry.kernel_size}, got {size}."
-            )
-
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
         kept = self._kept
@@ -419,20 +431,52 @@ class SpectralNorm(nn.Module):
             return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
         if self._can_keep(weight):
             return self._current(weight).quotient.pairs[0]
-        return self._u, self._v
+        if self.follows_map:
+            return self._u, self._v
+        return unkept.turned(self.views, whole(weight), self.pairs())[0]
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""
-        if self.scale is None:
+        if self.scale is None and self._keeps:
             return self._divided(weight)
-        norm_alone.refuse_sharded(weight, 'mode="learnable"')
+        if self.scale is not None:
+            norm_alone.refuse_sharded(weight, 'mode="learnable"')
+        is_ordinary = is_eager(weight) and _is_ordinary(weight) and weight.numel() > 0
         handed, version = self._handed
-        if handed is not None and handed._version != version and self._can_keep(weight):
+        if is_ordinary and handed is not None and handed._version != version:
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
                 weight.copy_(handed)
-        value = self._divided(weight) * self.scale
-        self._handed = (value.detach(), value._version) if self._can_keep(weight) else (None, 0)
+            self._restore_scale()
+            if self._start_state is not None:  # what was found since was of memory that held anything
+                self._start_state = None
+                self._find_vectors(weight)
+        value = self._divided(weight)
+        if self.scale is not None:
+            value = value * self.scale
+            if is_ordinary and not self._has_seen_step:
+                self._look_for_step_without(self.scale, weight)
+        if is_ordinary:
+            # What comes of inference mode has no version; a write into it stays unseen.
+            self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
         return value
+
+    def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
+        """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
+        moments = self._first_moments
+        if moments is None or moments[0].clock.weight is not weight or moments[1].clock.weight is not scale:
+            self._first_moments = watch(weight).now(), watch(scale).now()
+            return
+        of_weight, of_scale = moments
+        if of_weight.clock.steps == of_weight.steps:
+            return
+        self._has_seen_step, self._first_moments = True, None
+        if scale.requires_grad and of_scale.clock.steps == of_scale.steps:
+            warnings.warn(
+                f"An optimizer has moved the weight {self.name!r} and not its learned scale, which it does not have if "
+                "it was made before the normalization. Make the optimizer afterwards, or give it the parameter "
+                f"parametrizations.{self.name}.0.scale by add_param_group.",
+                stacklevel=2,
+            )
 
     def _divided(self, weight: Tensor) -> Tensor:
         if weight.is_meta and (self.strict or self.follows_map):
@@ -479,6 +523,7 @@ class SpectralNorm(nn.Module):
         """Forget the kept value: the next use computes it anew from the weight."""
         self._kept = None
         self._norm_alone = None
+        self._handed = (None, 0)
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""
@@ -509,8 +554,7 @@ class SpectralNorm(nn.Module):
 
     def _is_own(self, weight: Tensor) -> bool:
         """What `_can_keep` asks of the weight itself; all that may have changed of one of which something is kept."""
-        # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
-        return self._keeps and type(weight) is nn.Parameter and sharded_of(weight) is None
+        return self._keeps and _is_ordinary(weight)
 
     def _changing_parameter(self, weight: Tensor) -> Tensor | None:
         """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
@@ -531,6 +575,7 @@ class SpectralNorm(nn.Module):
             if kept is not None and self.kept_to_follow(clock) is kept:
                 engine.refresh_together(engine.stepped_together(self, weight, kept))
             else:
+                self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
                 engine.keep_triplets(self, weight, found, age=0)
         assert self._kept is not None
@@ -604,12 +649,14 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         """Power iteration now, whatever the update rule: `spectralnorm.update_` calls it."""
+        self._restore_scale()
         if self._is_vector:
             return
         parameter = self._changing_parameter(weight)
         if parameter is not None:
             return norm_alone.advance(self, weight, parameter)
         if not self._can_keep(weight) or weight.is_complex():
+            self.require_vectors(weight)
             return self.write_vectors(*unkept.iterated(self, whole(weight), self.pairs(), self.n_power_iterations))
         kept = self._current(weight)
         with plain_arithmetic(weight):
@@ -639,20 +686,76 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def write_vectors(self, *pairs: tuple[Tensor, Tensor]) -> None:
         """Write u and v of each view into the buffers."""
+        are_known = is_eager(self._u) and self._known_state == self._state_of_buffers()
         # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
         for buffers, vectors in zip(self.pairs(), pairs, strict=True):
             for buffer, vector in zip(buffers, vectors, strict=True):
                 buffer.copy_(vector)
+        if are_known:
+            self._known_state = self._state_of_buffers()
+
+    @torch.no_grad()
+    def require_vectors(self, weight: Tensor) -> None:
+        """Put vectors of ``weight`` into buffers that hold none, because they are zero, not finite or a mere start.
+
+        It is looked at after somebody else has written into them: a GPU is waited for then.
+        """
+        if not is_eager(self._u) or self.__dict__.get("_is_replica", False):
+            return
+        state = self._state_of_buffers()
+        if state == self._known_state:
+            return
+        lengths = [torch.linalg.vector_norm(buffer) for buffer in self.buffers_of_views()]
+        if state == self._start_state or not all(0 < length < float("inf") for length in torch.stack(lengths).tolist()):
+            self._find_vectors(whole(weight))
+        else:
+            self._known_state = self._state_of_buffers()
+
+    @torch.no_grad()
+    def _find_vectors(self, weight: Tensor) -> None:
+        """Put vectors into the buffers, from the whole ``weight`` alone; if it has no norm, another time."""
+        if 0 < float(torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))) < float("inf"):
+            self.write_vectors(*self.cold_vectors(weight))
+            self._known_state = self._state_of_buffers()
+            self._restore_scale()
+
+    def _state_of_buffers(self) -> _States:
+        """The version and the address of each buffer."""
+        return [(buffer._version, buffer.data_ptr()) for buffer in self.buffers_of_views()]
+
+    @torch.no_grad()
+    def _restore_scale(self) -> None:
+        """Set a learned scale that is not finite back to the coefficient."""
+        if self.scale is not None and not self.scale.isfinite():
+            self.scale.fill_(self._coefficient)
+
+    @torch.no_grad()
+    def _start_afresh(self) -> None:
+        """Fill memory that came after construction as construction does without a weight."""
+        if not self._is_vector:
+            for name, buffer in zip(self._buffer_names, self.buffers_of_views(), strict=True):
+                buffer.copy_(seeded_direction(f"{self.name}.{name[1:]}", len(buffer), buffer))
+            self._start_state = self._state_of_buffers()
+        if self.scale is not None:
+            self.scale.fill_(self._coefficient)
 
     # Copying and moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.
         self.invalidate()
-        return super()._apply(fn, recurse)
+        was_meta = self._is_meta()
+        super()._apply(fn, recurse)
+        if was_meta and not self._is_meta():
+            self._start_afresh()
+        return self
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_norm_alone": None, "_handed": (None, 0)}
+        held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments")
+        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
@@ -665,6 +768,12 @@ class SpectralNorm(nn.Module):
                 copied._kept = kept.for_copy(weight)
                 copied.watched(weight)
         return copied
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    """Whether ``weight`` is a parameter that is all here."""
+    # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
+    return type(weight) is nn.Parameter and sharded_of(weight) is None
 
 
 def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:

@@ -58,7 +58,10 @@ def _normalizations(module: nn.Module) -> Iterator[tuple[str, int, SpectralNorm]
 
 
 def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the keys of each normalized weight to ours, and add vectors where there are none of its norm."""
+    """Rename the keys of each normalized weight to ours, and add what the other format does not have.
+
+    Those are vectors, where there are none of the weight's norm, and the learned scale: it starts at the coefficient.
+    """
     for name, index, part in _normalizations(module):
         own = f"{prefix}parametrizations.{name}."
         _translate_weight(state_dict, prefix + name, own, f"{own}{index}.", part)
@@ -81,6 +84,9 @@ def _translate_weight(
         state_dict[original] = state_dict.pop(plain)
     else:
         return
+    if normalization.scale is not None and f"{vectors}scale" not in state_dict:
+        device = state_dict[original].device
+        state_dict[f"{vectors}scale"] = torch.full_like(normalization.scale, normalization._coefficient, device=device)
     if "_u" not in normalization._buffers:
         return
     given = {side: state_dict[vectors + side] for side in normalization._buffers if vectors + side in state_dict}

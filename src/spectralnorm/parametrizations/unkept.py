@@ -23,7 +23,7 @@ from spectralnorm.parametrizations.strict import autocast_dtype, careful_divisor
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["COLD_ITERATIONS", "iterated", "rayleigh", "use", "use_map", "use_strict"]
+__all__ = ["COLD_ITERATIONS", "iterated", "rayleigh", "turned", "use", "use_map", "use_strict"]
 
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
 # starts the other blocks afresh. As many iterations as torch gives to a new layer.
@@ -37,20 +37,21 @@ def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     pairs = _pairs_for_use(normalization, full)
     sigma = rayleigh(normalization.views, full, pairs)
     if is_distributed(weight):
+        pairs = turned(normalization.views, full, pairs)
         return scaled_part(weight, sigma, pairs, normalization.views, normalization.quotient)
     return normalization.quotient(weight, sigma)
 
 
 def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     """As `use`, for ``norm="operator"``."""
-    if weight.numel() == 0:
-        return weight
     norm_alone.refuse_sharded(weight, 'norm="operator"')
     if not is_eager(weight):
         raise UserError(
-            'norm="operator" of a convolution needs ordinary execution, not torch.compile, vmap or export; bake '
-            "its weight by remove_spectral_norm first, or use strict=True."
+            'norm="operator" of a convolution needs ordinary execution, not a graph by torch.compile, vmap or export; '
+            "bake its weight by remove_spectral_norm first."
         )
+    if weight.numel() == 0:
+        return weight
     found = normalization.map_of(weight)
     sigma = (found.direction * weight.to(found.direction.dtype)).sum()
     return normalization.quotient(weight, sigma)
@@ -58,6 +59,11 @@ def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
 
 def use_strict(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     """As `use`, for ``strict=True``. The bound is that of the weight that came, whoever put it there."""
+    if torch._C._get_tracing_state() is not None:
+        raise UserError(
+            "strict=True cannot be traced by torch.jit.trace or exported to ONNX, which have no operation for the "
+            "rounding of its bound; bake the weight by remove_spectral_norm first."
+        )
     if weight.numel() == 0:
         return weight
     norm_alone.refuse_sharded(weight, "strict=True")
@@ -91,6 +97,7 @@ def iterated(
 
 def _pairs_for_use(normalization: SpectralNorm, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """u and v of each view for one use of the whole ``weight``, advanced where the update rule says so."""
+    normalization.require_vectors(weight)
     pairs = normalization.pairs()
     if normalization.training and (
         normalization.update == "forward" or (normalization.update == "step" and torch.is_grad_enabled())
@@ -121,12 +128,24 @@ def _iterated_view(
 
 
 def rayleigh(views: Sequence[MatrixView], weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """u^H W v, differentiable in the weight; the mean over the views."""
-    found = []
-    for view, (u, v) in zip(views, pairs, strict=True):
-        matrix = view.whole_matrix(weight)
-        matrix = matrix.to(compute_dtype(matrix.dtype))
-        u, v = u.to(matrix), v.to(matrix)
-        image = torch.mv(matrix, v)
-        found.append(torch.vdot(u, image).real if matrix.is_complex() else torch.dot(u, image))
+    """|u^H W v|, differentiable in the weight; the mean over the views.
+
+    A norm is not negative, but u^H W v is where the vectors stayed and the weight's sign did not.
+    """
+    found = [_product(view, weight, u, v).abs() for view, (u, v) in zip(views, pairs, strict=True)]
     return found[0] if len(found) == 1 else torch.stack(found).mean()
+
+
+def turned(
+    views: Sequence[MatrixView], weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """The same u and v, each u with the sign (of a complex weight, the phase) for which u^H W v is not negative."""
+    signs = [_product(view, weight, u, v).sgn() for view, (u, v) in zip(views, pairs, strict=True)]
+    return [(u * torch.where(sign == 0, 1, sign).to(u.dtype), v) for sign, (u, v) in zip(signs, pairs, strict=True)]
+
+
+def _product(view: MatrixView, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    matrix = view.whole_matrix(weight)
+    matrix = matrix.to(compute_dtype(matrix.dtype))
+    u, image = u.to(matrix), torch.mv(matrix, v.to(matrix))
+    return torch.vdot(u, image) if matrix.is_complex() else torch.dot(u, image)

@@ -11,9 +11,15 @@ from torch.nn.parameter import is_lazy
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import view_of
 from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
-from spectralnorm.parametrizations.image_size import geometry_of
+from spectralnorm.parametrizations.image_size import geometry_of, require_input_size_of, takes_input_size
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
-from spectralnorm.parametrizations.options import Options, check_options, refuse_unknown
+from spectralnorm.parametrizations.options import (
+    Options,
+    check_options,
+    checked_input_size,
+    refuse_unknown,
+    require_module,
+)
 from spectralnorm.parametrizations.registration import register, unregister
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
@@ -37,7 +43,8 @@ def add_spectral_norm(
     The weights of Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, Embedding and EmbeddingBag, the in and out projections
     of MultiheadAttention, every matrix of RNN, LSTM, GRU and their cells; of subclasses and lazy layers too. Any other
     matrix where ``include`` names it. A weight that several layers share is normalized once. Parameters stay the same
-    objects, so optimizers made before stay valid. `summary` tells what was done.
+    objects, so optimizers made before stay valid; but they do not have the scales that ``mode="learnable"`` adds, which
+    the first step that leaves one behind warns of. `summary` tells what was done.
 
     What is normalized already stays, and only the options that are given change, in place. What torch's two functions
     have normalized is taken over, with their options where none are given.
@@ -47,7 +54,7 @@ def add_spectral_norm(
         include: only these: a glob or several, for names of layers (``"blocks.*"``) or of weights
             (``"*.weight_hh_l*"``), or ``predicate(name, layer)``. A glob that ends with the very name of a tensor
             (``"*.my_matrix"``) adds it, whatever the layer; a vector needs its whole name.
-        exclude: not these; given as ``include``.
+        exclude: not these; given as ``include``. A glob has to match some parameter.
         input_shape: of one sample, (channels, height, width), with ``strict`` or ``norm="operator"``. Each convolution
             gets the ``input_size`` that it meets in a forward of such a sample, which is run once, without values. Its
             bound is tighter then and takes a fraction of the time, and images of another size are refused. A
@@ -61,9 +68,10 @@ def add_spectral_norm(
         The model.
 
     Raises:
-        UserError: an option has a value that is not offered or cannot be changed in place, a glob of ``include`` or
-            ``coefficient`` matches nothing, layers share a weight that they read as different matrices, or the model
-            cannot be run on one tensor of ``input_shape`` without values. Nothing has been changed then.
+        UserError: an option has a value that is not offered or cannot be changed in place, no layer takes the
+            ``input_size``, a glob of ``include``, ``exclude`` or ``coefficient`` matches nothing, layers share a weight
+            that they read as different matrices, or the model cannot be run on one tensor of ``input_shape`` without
+            values. Nothing has been changed then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1))
     >>> model = add_spectral_norm(model, coefficient={"0": 2.0, "*": 1.0})
@@ -74,9 +82,13 @@ def add_spectral_norm(
     SpectralNorm(n_power_iterations=1, mode=cap, coefficient=2)
     """
     refuse_unknown("add_spectral_norm", options)
+    require_module("add_spectral_norm", model)
     chosen = select(model, include, exclude)
     by_weight = _existing(model)
-    sizes = {} if input_shape is None else _sizes_of_each(model, chosen, input_shape, options)
+    if input_shape is None:
+        sizes = _same_size_for_each(chosen, by_weight, options)
+    else:
+        sizes = _sizes_of_each(model, chosen, input_shape, options)
     wanted = _options_of_each(options, chosen, sizes)
     _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
     for candidate in chosen:
@@ -86,6 +98,7 @@ def add_spectral_norm(
             existing.check_change(**changes)
         else:
             check_options(**changes)
+            _check_input_size(candidate, changes.get("input_size"))
 
     for candidate in chosen:
         # One normalization per parameter: layers that share a weight share the value that is kept of it.
@@ -127,15 +140,49 @@ def _sizes_of_each(
     return input_sizes(model, chosen, input_shape)
 
 
+def _same_size_for_each(
+    chosen: list[Candidate],
+    by_weight: Mapping[int, SpectralNorm | PendingNorm],
+    options: Options[float | Mapping[str, float]],
+) -> dict[int, tuple[int, ...]]:
+    """The ``input_size`` that is given, for each weight whose norm depends on it."""
+    size = checked_input_size(options.get("input_size"))
+    if size is None:
+        return {}
+    found = {}
+    for candidate in chosen:
+        existing = by_weight.get(id(candidate.weight))
+        before: Any = existing.options if isinstance(existing, PendingNorm) else vars(existing) if existing else {}
+        norm = options.get("norm", before.get("norm", "matrix"))
+        strict = options.get("strict", before.get("strict", False))
+        if takes_input_size(candidate.module, candidate.tensor_name, norm=norm, strict=strict):
+            found[id(candidate.weight)] = size
+    if not found:
+        raise UserError(
+            'input_size is for convolutions with strict=True or norm="operator", and here is none; leave it out.'
+        )
+    return found
+
+
+def _check_input_size(candidate: Candidate, size: tuple[int, ...] | None) -> None:
+    if size is not None and not is_lazy(candidate.weight):
+        geometry = geometry_of(candidate.module, candidate.tensor_name, candidate.weight)
+        if geometry is not None:
+            require_input_size_of(geometry, size)
+
+
 def _options_of_each(
     options: Options[float | Mapping[str, float]], chosen: list[Candidate], sizes: Mapping[int, tuple[int, ...]]
 ) -> dict[int, Options[float]]:
     """The options that are given for each weight, by its id."""
     shared: Any = dict(options)
+    shared.pop("input_size", None)
     coefficient = shared.pop("coefficient", {})
     by_glob = coefficient if isinstance(coefficient, Mapping) else {"*": coefficient}
     if isinstance(coefficient, Mapping):
         for glob in by_glob:
+            if not isinstance(glob, str):
+                raise UserError(f"coefficient must map globs to numbers, got the key {glob!r}; write {str(glob)!r}.")
             if not any(names(glob, candidate) for candidate in chosen):
                 raise UserError(
                     f"coefficient={{{glob!r}: ...}} matches none of the weights; those are: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -110,30 +110,55 @@ def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -
     """The weights to normalize.
 
     Raises:
-        UserError: ``include`` matches nothing that can be normalized; of several globs each has to.
+        UserError: ``include`` matches nothing that can be normalized, or ``exclude`` no parameter; of several globs
+            each has to. Or one of them is no glob, no list of globs and no predicate.
     """
     everything = list(candidates(model))
     chosen = [candidate for candidate in everything if candidate.obstacle is None]
     if include is None:
         chosen = [candidate for candidate in chosen if candidate.reason is None]
-    elif callable(include):
+    elif _is_predicate(include, "include"):
         chosen = [each for each in chosen if each.reason is None and include(each.path, each.module)]
         if not chosen:
             raise UserError(_nothing_matches(None, everything))
     else:
-        possible, globs = chosen, _globs(include)
+        possible, globs = chosen, _globs("include", include)
         chosen = [candidate for candidate in possible if any(_asks_for(glob, candidate) for glob in globs)]
         for glob in globs:
             if not any(_asks_for(glob, candidate) for candidate in possible):
                 raise UserError(_nothing_matches(glob, everything))
-    if callable(exclude):
+    if exclude is None:
+        return chosen
+    if _is_predicate(exclude, "exclude"):
         return [candidate for candidate in chosen if not exclude(candidate.path, candidate.module)]
-    globs = _globs(exclude or ())
+    globs = _globs("exclude", exclude)
+    for glob in globs:
+        if not any(names(glob, candidate) for candidate in everything):
+            present = ", ".join(each.label for each in everything if each.obstacle is None and each.reason is None)
+            raise UserError(
+                f"exclude={glob!r} matches no layer; those that can be normalized are: {present or 'none'}."
+            )
     return [candidate for candidate in chosen if not any(names(glob, candidate) for glob in globs)]
 
 
-def _globs(pattern: str | Iterable[str]) -> list[str]:
-    return [pattern] if isinstance(pattern, str) else list(pattern)
+def _is_predicate(pattern: Pattern, option: str) -> TypeGuard[Callable[[str, nn.Module], bool]]:
+    if isinstance(pattern, type):
+        raise UserError(
+            f"{option} takes globs or a predicate, got the class {pattern.__name__}; for layers of a kind give "
+            f"{option}=lambda name, layer: isinstance(layer, {pattern.__name__})."
+        )
+    return callable(pattern)
+
+
+def _globs(option: str, pattern: Any) -> list[str]:
+    globs = [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else [pattern]
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise UserError(
+                f"{option} must be a glob, a list of globs or predicate(name, layer), got {glob!r}; for a regular "
+                f"expression give {option}=lambda name, layer: re.search(pattern, name) is not None."
+            )
+    return globs
 
 
 def _nothing_matches(glob: str | None, everything: list[Candidate]) -> str:

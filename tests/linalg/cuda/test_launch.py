@@ -7,6 +7,8 @@ from spectralnorm.linalg.cuda.launch import relative_addresses, uploaded, writte
 
 @pytest.mark.parametrize("number", [1, 7, 8, 17])
 def test_integers_arrive_either_way(number: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.importorskip("triton", minversion="3.3", reason="older interpreters end the process at long integers")
     values = [(-1) ** index * (2**31 - 3 + index) * 3**index for index in range(number)]
     assert uploaded(values, device).tolist() == values
     assert written(values, device).tolist() == values

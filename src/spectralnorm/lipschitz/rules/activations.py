@@ -7,16 +7,15 @@ import math
 from spectralnorm.lipschitz.registry import Call, Step, rule
 from spectralnorm.lipschitz.upward import mul_up, root_up
 
-__all__: list[str] = []
+__all__ = ["is_continuous_softplus"]
 
 # Suprema of the derivative's modulus, computed to 30 digits and rounded up in the last digit shown.
 _SLOPES = {
     **dict.fromkeys(
-        "relu relu6 hardtanh tanh celu logsigmoid softsign tanhshrink softshrink abs absolute sin cos atan arctan "
+        "relu relu6 hardtanh tanh log_sigmoid softsign tanhshrink softshrink abs absolute sin cos atan arctan "
         "asinh arcsinh identity".split(),
         1.0,
     ),
-    "softplus": 1.0,
     "sigmoid": 0.25,
     "hardsigmoid": 0.16666666666666669,
     "silu": 1.0998393202,
@@ -47,6 +46,34 @@ def _leaky_relu(call: Call) -> Step:
 def _elu(call: Call) -> Step:
     alpha = call.bind("input, alpha=1.0").alpha
     return Step(max(1.0, abs(alpha)))
+
+
+@rule("celu")
+def _celu(call: Call) -> Step:
+    alpha = call.bind("input, alpha=1.0").alpha
+    if not 0 < alpha < math.inf:
+        call.refuse(f"with alpha {alpha} its slope has no bound", "use a positive alpha")
+    return Step(1.0)
+
+
+@rule("softplus")
+def _softplus(call: Call) -> Step:
+    given = call.bind("input, beta=1.0, threshold=20.0")
+    if not is_continuous_softplus(given.beta, given.threshold):
+        call.refuse(
+            f"with beta {given.beta} and threshold {given.threshold} it jumps at its threshold",
+            "leave the threshold at 20 or above, and beta finite and not zero",
+        )
+    return Step(1.0)
+
+
+def is_continuous_softplus(beta: float, threshold: float) -> bool:
+    """Whether it jumps at its threshold by no more than it does by default, in units of its value there.
+
+    Above beta x = threshold torch gives x in place of log(1 + exp(beta x)) / beta, which is larger by
+    log(1 + exp(-threshold)) / beta: for 20 it is 1e-10 of x.
+    """
+    return 0 < abs(beta) < math.inf and threshold >= 20
 
 
 @rule("prelu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def copies(call: Call, node: Node) -> float:
 @rule("add", "sub", "rsub")
 def _add(call: Call) -> Step:
     given = call.bind("input, other, alpha=1")
+    if not isinstance(given.alpha, int | float):
+        call.refuse("its factor is no number", "give the factor as alpha=")
     alpha = float(given.alpha)
     terms = [(given.input, 1.0), (given.other, alpha)]
     if call.node.op == "sub":
@@ -41,8 +44,8 @@ def _add(call: Call) -> Step:
     return combination(call, terms)
 
 
-def combination(call: Call, terms: list[tuple[Any, float]]) -> Step:
-    """A sum of values and constants with factors."""
+def combination(call: Call, terms: list[tuple[Any, float]], *, relative: float = 0.0) -> Step:
+    """A sum of values and constants with factors, which may be off by ``relative`` of themselves."""
     for term, factor in terms:
         if not math.isfinite(factor) or (isinstance(term, int | float) and not math.isfinite(term)):
             call.refuse("it adds a number that is not finite", "leave it out")
@@ -50,13 +53,13 @@ def combination(call: Call, terms: list[tuple[Any, float]]) -> Step:
     if len(nodes) == 1:
         node, factor = nodes[0]
         if copies(call, node) != 1:
-            return Step(mul_up(abs(factor), copies(call, node)), is_linear=True)
-        return scale_step(call, torch.tensor(factor, dtype=torch.float64))
+            return Step(mul_up(abs(factor), 1 + 2 * relative, copies(call, node)), is_linear=True)
+        return scale_step(call, torch.tensor(factor, dtype=torch.float64), relative=relative)
     bound = add_up(*(mul_up(abs(factor), copies(call, node), call.values[node].bound) for node, factor in nodes))
-    return Step(None, bound=bound, path=_sum_path(call, nodes))
+    return Step(None, bound=mul_up(bound, 1 + 2 * relative), path=_sum_path(call, nodes, relative))
 
 
-def _sum_path(call: Call, nodes: list[tuple[Node, float]]) -> Path | None:
+def _sum_path(call: Call, nodes: list[tuple[Node, float]], relative: float) -> Path | None:
     """The sum of two matrices that read the same value, as one."""
     if any(copies(call, node) != 1 for node, _ in nodes):
         return None
@@ -65,24 +68,25 @@ def _sum_path(call: Call, nodes: list[tuple[Node, float]]) -> Path | None:
     # Of a value and a matrix of it the one is the source of the other.
     if source is None:
         return None
-    maps = [_dense(call, node, source, factor) for node, factor in nodes]
+    maps = [_dense(call, node, source, factor, relative) for node, factor in nodes]
     if maps[0] is None or maps[1] is None or maps[0].matrix.shape[-2:] != maps[1].matrix.shape[-2:]:
         return None
     return Path(source, maps[0].plus(maps[1]))
 
 
-def _dense(call: Call, node: Node, source: Node, factor: float) -> DenseMap | None:
+def _dense(call: Call, node: Node, source: Node, factor: float, relative: float) -> DenseMap | None:
     """``factor`` times the map from ``source`` to ``node`` as a matrix."""
     path = call.values[node].path
     if node is source or (path is not None and path.source is source and path.map is None):
         size = math.prod(source.shape[1:])
         if size > _MAX_IDENTITY or len(source.shape) < 2:
             return None
-        return DenseMap(factor * torch.eye(size, dtype=torch.float64, device=call.graph.device))
+        diagonal = factor * torch.eye(size, dtype=torch.float64, device=call.graph.device)
+        return DenseMap(diagonal, mul_up(2 * relative, frobenius(diagonal)))
     if path is None or path.source is not source or not isinstance(path.map, DenseMap):
         return None
     scaled = factor * path.map.matrix
-    error = add_up(mul_up(abs(factor), path.map.error), mul_up(gamma(2), frobenius(scaled)))
+    error = add_up(mul_up(abs(factor), path.map.error), mul_up(gamma(2) + 2 * relative, frobenius(scaled)))
     return DenseMap(scaled, error)
 
 
@@ -145,15 +149,13 @@ def _channel_scale(constant: Tensor, shape: tuple[int, ...], relative: float) ->
 @rule("lerp")
 def _lerp(call: Call) -> Step:
     given = call.bind("input, end, weight")
-    if isinstance(given.weight, Node):
-        call.constant(given.weight)
     weight = call.constant(given.weight)
     if weight.numel() != 1:
         call.refuse("its weight is not one number", "write the sum out")
     share = float(weight)
-    # 1 - share is one rounding off: both neighbours bound it.
-    complement = math.nextafter(abs(1 - share), math.inf) if share not in (0.0, 0.5, 1.0) else 1 - share
-    return combination(call, [(given.input, complement), (given.end, share)])
+    complement = 1 - share  # negative where the share is above one
+    is_exact = not math.isfinite(share) or Fraction(complement) == 1 - Fraction(share)
+    return combination(call, [(given.input, complement), (given.end, share)], relative=0.0 if is_exact else gamma(1))
 
 
 @rule("sum", "mean")

@@ -24,12 +24,21 @@ def _einsum(call: Call) -> Step:
 
     With letters sorted by where they stand (in x, in W, in the result), the map is a matrix of W, rows by the letters
     of W and the result, columns by those of W and x, one such matrix for each value of the letters of all three; and a
-    sum over the letters of x alone, which has the norm sqrt(n).
+    sum over the letters of x alone, which has the norm sqrt(n). A letter that has the size 1 in one of x and W and
+    another in the other is repeated there, as if it did not stand there.
     """
     term, weight, weight_term, result = _operands(call)
     if term[0] in weight_term or result[:1] != term[:1]:
         call.refuse("it works along the batch, and so mixes samples", "keep the batch first, and out of the weight")
     sizes = dict(zip(term, call.input_shape, strict=True))
+    is_flat = len(term) == len(result) == 2
+    if weight is not None:
+        repeated = [x for x, n in zip(weight_term, weight.shape, strict=True) if x in term and n != sizes[x]]
+        term = "".join(x for x in term if x not in repeated or sizes[x] != 1)
+        weight = weight.squeeze([at for at, x in enumerate(weight_term) if x in repeated and weight.shape[at] == 1])
+        weight_term = "".join(x for x in weight_term if x not in repeated or sizes[x] == 1)
+        if any(x not in term + result for x in weight_term):
+            call.refuse("it sums a weight alone", "sum it before")
     summed = math.prod(sizes[letter] for letter in term if letter not in weight_term + result)
     factor = root_up(float(summed))
     if weight is None:
@@ -44,7 +53,7 @@ def _einsum(call: Call) -> Step:
         math.prod(ordered.shape[len(shared) + len(rows) :]),
     )
     norm = mul_up(factor, rigorous_largest_norm(matrices))
-    is_dense = len(term) == len(result) == 2 and len(columns) == len(rows) == 1
+    is_dense = is_flat and len(columns) == len(rows) == 1
     return Step(norm, map=DenseMap(matrices[0]) if is_dense else None, is_linear=True)
 
 
@@ -71,7 +80,4 @@ def _operands(call: Call) -> tuple[str, Tensor | None, str, str]:
         return letters[0], None, "", result
     other = 1 - position
     weight, term = weight_of(call, operands[other]), letters[other]
-    alone = [at for at, letter in enumerate(term) if letter not in letters[position] and letter not in result]
-    if alone:
-        call.refuse("it sums a weight alone", "sum it before")
     return letters[position], weight.to(torch.float64), term, result

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.rounding import gamma
@@ -49,13 +50,13 @@ def _linear(call: Call) -> Step:
     weight = weight_of(call, given.weight)
     if isinstance(given.bias, Node):
         call.refuse("its bias depends on the input", "add it in a step of its own")
-    return _matrix_step(call, weight)
+    return _matrix_step(call, weight if weight.ndim == 2 else weight[None])
 
 
 @rule("addmm")
 def _addmm(call: Call) -> Step:
     given = call.bind("input, mat1, mat2, beta=1, alpha=1")
-    if isinstance(given.input, Node) or given.alpha != 1:
+    if isinstance(given.input, Node) or not isinstance(given.alpha, int | float) or given.alpha != 1:
         call.refuse("what it adds depends on the input, or alpha is not 1", "write the sum out")
     return _matrix_step(call, weight_of(call, given.mat2).T)
 
@@ -141,12 +142,12 @@ def _with_padding(call: Call, geometry: ConvolutionGeometry) -> tuple[Node, Conv
 
 @rule("batch_norm")
 def _batch_norm(call: Call) -> Step:
-    given = call.bind(
-        "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
-        "eps=1e-05, cudnn_enabled=True"
-    )
-    if call.node.function is torch.batch_norm:
-        given = call.bind("input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled")
+    # Every other function of the name takes the weight first.
+    if call.node.function is F.batch_norm:
+        signature = "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05"
+    else:
+        signature = "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
+    given = call.bind(signature)
     if given.training or given.running_var is None:
         call.refuse(
             "with the statistics of the batch it mixes samples and has no useful Lipschitz constant",

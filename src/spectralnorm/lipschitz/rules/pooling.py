@@ -101,7 +101,7 @@ def _average_pool(call: Call) -> Step:
             divisors = [max(1, min(end, size) - max(start, 0)) for start, end in zip(starts, ends, strict=True)]
         factor = mul_up(factor, _averaging_norm(size, list(zip(starts, ends, strict=True)), divisors))
     if given.divisor_override:
-        factor = math.nextafter(mul_up(factor, math.nextafter(1 / given.divisor_override, math.inf)), math.inf)
+        factor = math.nextafter(mul_up(factor, math.nextafter(abs(1 / given.divisor_override), math.inf)), math.inf)
     padding = _each(given.padding, axes)
     side = math.isqrt(math.prod(kernel))
     is_exact = side * side == math.prod(kernel) and side & (side - 1) == 0 and not given.divisor_override
@@ -153,6 +153,25 @@ def _adaptive_average_norm(axes: list[tuple[int, int]]) -> float:
     return factor
 
 
+def _nearest_reads(size: int, options: dict[str, Any], device: torch.device) -> Tensor:
+    """Which entry each pixel after a nearest resampling of one axis reads: (ways, pixels after).
+
+    torch multiplies a pixel's place with the quotient of the sizes and rounds down, where a last bit may decide. It
+    does so in float32 or in float64, as the image is, and in float32 for both where memory is laid out in some ways.
+    """
+    flat: dict[str, Any] = {k: (1, v) if k in ("size", "scale_factor") else v for k, v in options.items()}
+    found = []
+    line = torch.arange(size)
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        for dtype in (torch.float32, torch.float64):
+            axis = line.to(place, dtype)
+            found.append(F.interpolate(axis[None, None], **options)[0, 0])
+            for layout in (torch.contiguous_format, torch.channels_last):
+                image = axis.expand(1, 8, 1, size).contiguous(memory_format=layout)
+                found.append(F.interpolate(image, **flat)[0, 0, 0])
+    return torch.stack([read.cpu().long() for read in found])
+
+
 @rule("interpolate", "upsample")
 def _interpolate(call: Call) -> Step:
     given = call.bind(
@@ -177,10 +196,12 @@ def _interpolate(call: Call) -> Step:
             options["scale_factor"] = float(_each(given.scale_factor, num_axes)[axis])
             options["recompute_scale_factor"] = given.recompute_scale_factor
         if given.mode.startswith("nearest"):
-            read = F.interpolate(torch.arange(size, dtype=torch.float64)[None, None], **options)[0, 0].long()
-            factor = mul_up(factor, root_up(_largest_count(size, read)))
+            reads = _nearest_reads(size, options, call.graph.device)
+            # Each entry is read by the pixels that read it in any of the ways.
+            pairs = torch.unique(reads * out + torch.arange(out))
+            factor = mul_up(factor, root_up(_largest_count(size, pairs // out)))
             # Whole numbers of copies: a transposed convolution with a kernel of ones.
-            if out % size or not torch.equal(read, torch.arange(out) // (out // size)):
+            if out % size or not bool((reads == torch.arange(out) // (out // size)).all()):
                 copies = None
             elif copies is not None:
                 copies = (*copies, out // size)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from spectralnorm.layers import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from spectralnorm.lipschitz.registry import Call, register_rule
+from spectralnorm.lipschitz.rules.activations import is_continuous_softplus
 
 __all__: list[str] = []
 
@@ -15,10 +18,8 @@ _SLOPES_WITHIN_ONE = (
     nn.Hardtanh,
     nn.Tanh,
     nn.Sigmoid,
-    nn.Softplus,
     nn.Softsign,
     nn.LogSigmoid,
-    nn.CELU,
     nn.Identity,
 )
 
@@ -31,10 +32,20 @@ def _never_stretches(call: Call) -> float:
         is_known = 0 <= activation.negative_slope <= 1
     elif type(activation) is nn.ELU:
         is_known = 0 <= activation.alpha <= 1
+    elif type(activation) is nn.CELU:
+        is_known = 0 < activation.alpha < math.inf
+    elif type(activation) is nn.Softplus:
+        is_known = is_continuous_softplus(activation.beta, activation.threshold)
     if not is_known:
         call.refuse(
             f"it is 1-Lipschitz for activations with slopes in [0, 1], which is not known of {activation}",
             "use ReLU, LeakyReLU, tanh, sigmoid or softplus",
+        )
+    layer = call.module
+    assert isinstance(layer, SLLLinear | SLLConv2d | CPLLinear | CPLConv2d)
+    if not bool(layer._steps().isfinite().all()):
+        call.refuse(
+            f"its weights are so large that a step is beyond the range of {layer.weight.dtype}", "scale them down"
         )
     return 1.0
 

@@ -39,6 +39,8 @@ def as_is(call: Call) -> Step:
 def _same_entries(call: Call) -> Step:
     if not call.node.is_float:
         call.refuse("it rounds to whole numbers, which jumps", "keep floating point")
+    if call.node.op == "view" and isinstance((*call.node.args, *call.node.kwargs.values())[1], torch.dtype):
+        call.refuse("it reads the bits of a number as another type", "convert with .to")
     return as_is(call)
 
 
@@ -141,7 +143,8 @@ def _check_index(call: Call, index: Any) -> None:
 def _index_select(call: Call) -> Step:
     given = call.bind("input, dim, index")
     call.dims(given.dim, len(call.input_shape))
-    return Step(root_up(float(torch.bincount(given.index).max())), is_linear=True)
+    counts = torch.bincount(given.index.flatten(), minlength=1)
+    return Step(root_up(float(counts.max())), is_linear=True)
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
@@ -150,7 +153,8 @@ def _repeated(call: Call) -> Step:
     if len(before) != len(after) or before[0] != after[0]:
         call.refuse("it repeats or moves the batch", "repeat along the dimensions after the first")
     if call.node.op == "repeat_interleave":
-        given = call.bind("input, repeats, dim=None")
+        given = call.bind("input, repeats, dim=None, output_size=None")
+        call.dims(given.dim, len(before))
         if isinstance(given.repeats, Tensor):
             return Step(root_up(float(given.repeats.max())), is_linear=True)
     return Step(root_up(float(math.prod(after) // max(1, math.prod(before)))), is_linear=True)
@@ -197,6 +201,8 @@ def padding_sources(call: Call) -> list[tuple[int, Tensor]]:
     pairs = list(zip(given.pad[::2], given.pad[1::2], strict=True))
     if len(pairs) == len(shape) and any(pairs[-1]):
         call.refuse("it pads the batch", "pad the dimensions after the first")
+    if given.mode != "constant" and any(end < 0 for end in given.pad):
+        call.refuse("it crops at one end and copies at another", "crop in a step of its own")
     found = []
     for axis, ends in zip(range(len(shape) - 1, -1, -1), pairs, strict=False):
         size = shape[axis]

@@ -1,0 +1,148 @@
+"""Whether a model computes the same for every sample at every call: two records of it must agree.
+
+What is constant is read while the model runs. If it follows the size of the batch, the place of a sample in it, numbers
+that are drawn or a state that `forward` changes, it is another number in a second run with another batch size. Then
+what was recorded is not the function of one sample that a certificate is about.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralnorm.errors import UserError
+from spectralnorm.lipschitz.graph import Graph, Node
+
+__all__ = ["refuse_disagreement"]
+
+# Operations whose sizes and positions may count samples: they move entries, whatever these numbers are.
+_MOVING = frozenset(
+    "view reshape unflatten expand broadcast_to repeat tile narrow split split_with_sizes tensor_split getitem "
+    "as_strided".split()
+)
+
+
+def refuse_disagreement(first: Graph, second: Graph, *, num_classes: int) -> None:
+    """See that two records of one model are of the same function of a sample.
+
+    Args:
+        first: recorded with labels 0, 1, ..., ``num_classes`` - 1, 0, ... .
+        second: the same, with another batch size.
+        num_classes: 1 for a model without labels.
+
+    Raises:
+        UserError: they differ in an operation or a constant; the message names the first one.
+    """
+    compared = _Compared(first, second, num_classes, dict(zip(first.nodes, second.nodes, strict=False)))
+    differs = next((node for node, twin in compared.twins.items() if not _agree(node, twin, compared)), None)
+    if differs is None and len(first.nodes) != len(second.nodes):
+        differs = max(first.nodes, second.nodes, key=len)[-1]
+    if differs is None and not _same(first.outputs, second.outputs, compared):
+        differs = first.nodes[-1]
+    if differs is not None:
+        raise UserError(
+            f"certify refuses {differs.op} at {differs.name!r}: in a second run, with {second.batch_size} samples in "
+            f"place of {first.batch_size}, it computes something else; let forward use neither the size of the batch "
+            "nor a state that it changes nor numbers that it draws."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Two records.
+
+    Attributes:
+        first: the one.
+        second: the other.
+        num_classes: after so many samples labels come again.
+        twins: the node of the second that has the place of a node of the first.
+    """
+
+    first: Graph
+    second: Graph
+    num_classes: int
+    twins: dict[Node, Node]
+
+    def counts_samples(self, one: int, other: int) -> bool:
+        """Whether two numbers are the same multiple of the two batch sizes."""
+        return one * self.second.batch_size == other * self.first.batch_size
+
+
+def _agree(node: Node, twin: Node, compared: _Compared) -> bool:
+    return (
+        (node.name, node.op) == (twin.name, twin.op)
+        and _same(node.shape, twin.shape, compared, may_count=True)
+        and _same((node.args, node.kwargs), (twin.args, twin.kwargs), compared, may_count=node.op in _MOVING)
+    )
+
+
+def _same(one: Any, other: Any, compared: _Compared, *, may_count: bool = False) -> bool:
+    """Whether two arguments are the same; with ``may_count`` numbers may count the samples, each of its own batch."""
+    if isinstance(one, Node):
+        return compared.twins.get(one) is other
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return _same_constant(one, other, compared)
+    if isinstance(one, int | float | complex | str):
+        is_count = may_count and type(one) is int and compared.counts_samples(one, other)
+        return one == other or is_count or (one != one and other != other)
+    ours, theirs = _parts(one), _parts(other)
+    # What else there may be is no number: a layer, a dtype, a function.
+    if len(ours) != len(theirs):
+        return False
+    return all(_same(*pair, compared, may_count=may_count) for pair in zip(ours, theirs, strict=True))
+
+
+def _parts(structure: Any) -> list[Any]:
+    if isinstance(structure, slice):
+        return [structure.start, structure.stop, structure.step]
+    if isinstance(structure, tuple | list):
+        return list(structure)
+    if isinstance(structure, dict):
+        return [*structure, *structure.values()]
+    if is_dataclass(structure):
+        return [getattr(structure, each.name) for each in fields(structure)]
+    return []
+
+
+def _same_constant(one: Tensor, other: Tensor, compared: _Compared) -> bool:
+    if one.dtype != other.dtype or one.ndim != other.ndim:
+        return False
+    if one.is_meta or other.is_meta:  # what escaped the record: it has no values, and no rule takes it
+        return one.is_meta and other.is_meta
+    dims = [dim for dim, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if sizes[0] != sizes[1]]
+    if not dims:
+        is_one = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()  # a weight, as a rule
+        return is_one or _close(one, other)
+    if len(dims) > 1 or not compared.counts_samples(one.shape[dims[0]], other.shape[dims[0]]):
+        return False
+    # Sample by sample, or all samples several times: each must have what the first with its label has.
+    ours, theirs = (each.movedim(dims[0], 0) for each in (one, other))
+    sizes = compared.first.batch_size, compared.second.batch_size
+    times, rest = divmod(len(ours), sizes[0])
+    if rest:
+        return False
+    for by_sample in (True, False):
+        mine, yours = (
+            each.unflatten(0, (-1, compared.num_classes, times))
+            if by_sample
+            else each.unflatten(0, (times, -1, compared.num_classes)).movedim(0, 2)
+            for each in (ours, theirs)
+        )
+        if _close(mine, mine[:1].expand_as(mine)) and _close(yours, mine[:1].expand_as(yours)):
+            return True
+    return False
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone, which in sums depends on the size of the batch."""
+    if not one.is_floating_point() and not one.is_complex():
+        return torch.equal(one, other)
+    finite = one[one.isfinite()].abs()
+    size = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=math.sqrt(torch.finfo(one.dtype).eps) * size, equal_nan=True)

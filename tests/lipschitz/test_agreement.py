@@ -1,0 +1,133 @@
+"""What is certified is one function of a sample, whatever the batch and whichever call; what is none is refused."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectralnorm as sn
+
+
+class Model(nn.Module):
+    """With a state of several kinds, and a function of itself and the input."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+        self.register_buffer("buffer", torch.ones(1))
+        self.tensor = torch.ones(1)
+        self.number = 1
+        self.generator = torch.Generator().manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.embedding = nn.Embedding(3, 4)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def _changing(name: str, change: Callable[[Any], Any]) -> Callable[[Model, Tensor], Tensor]:
+    def function(model: Model, inputs: Tensor) -> Tensor:
+        setattr(model, name, change(getattr(model, name)))
+        return inputs * getattr(model, name)
+
+    return function
+
+
+def _in_data(model: Model, inputs: Tensor) -> Tensor:
+    model.buffer.data += 1
+    return inputs * model.buffer
+
+
+def _after_use(model: Model, inputs: Tensor) -> Tensor:
+    factor = torch.ones(4)
+    outputs = inputs * factor
+    factor.mul_(3)
+    return outputs * factor
+
+
+def _with_numpy(draw: Callable[[Any], float]) -> Callable[[Model, Tensor], Tensor]:
+    return lambda model, inputs: inputs * draw(pytest.importorskip("numpy").random)
+
+
+_calls = iter(range(1000))
+_generator = torch.Generator().manual_seed(0)
+
+REFUSED = {
+    "buffer changed in place": (_changing("buffer", lambda buffer: buffer.add_(1)), "mul.*changed in place afterwards"),
+    "buffer replaced": (_changing("buffer", lambda buffer: buffer + 1), "mul.*something else"),
+    "data of a buffer": (_in_data, "mul.*changed in place afterwards"),
+    "tensor changed in place": (_changing("tensor", lambda tensor: tensor.add_(1)), "mul.*changed in place afterwards"),
+    "number": (_changing("number", lambda number: number + 1), "mul.*something else"),
+    "constant that is changed after its use": (_after_use, "mul.*changed in place afterwards"),
+    "number of calls": (lambda model, x: x * (1 + next(_calls)), "mul.*something else"),
+    "Python's random numbers": (lambda model, x: x * random.random(), "random numbers"),
+    "numpy's random numbers": (_with_numpy(lambda random: float(random.rand())), "random numbers"),
+    "numpy's own generator": (_with_numpy(lambda random: random.default_rng().random()), "something else"),
+    "generator": (lambda model, x: x + torch.rand(4, generator=_generator), "add.*numbers that it draws"),
+    "model's own generator": (lambda model, x: x + torch.rand(4, generator=model.generator), "add.*something else"),
+    "size of the batch": (lambda model, x: x * len(x), "mul.*11 samples in place of 7.*size of the batch"),
+    "size of the batch as a tensor": (lambda model, x: x * torch.tensor(float(len(x))), "mul.*something else"),
+    "root of the batch": (lambda model, x: x / len(x) ** 0.5, "div.*something else"),
+    "branch on the batch": (lambda model, x: x if len(x) < 10 else 2 * x, "something else"),
+    "place in the batch": (lambda model, x: x * torch.arange(len(x))[:, None], "mul.*something else"),
+    "slice by the batch": (lambda model, x: x[:, : len(x) % 3 + 1], "getitem.*something else"),
+    "one size alone": (lambda model, x: x * torch.ones(11, 1), "11 samples and on no other number"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_one_function_of_a_sample_is_refused(name: str):
+    function, message = REFUSED[name]
+    model = Model(function)
+    before, python_state, torch_state = model.buffer.clone(), random.getstate(), torch.get_rng_state()
+
+    with pytest.raises(sn.UserError, match=f"(?s){message}"):
+        sn.certify(model, (4,), ascent_steps=0)
+
+    assert torch.equal(model.buffer, before)
+    assert random.getstate() == python_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def _counting(model: Model, inputs: Tensor) -> Tensor:
+    model.buffer += 1
+    return 2 * inputs
+
+
+def _keeping(model: Model, inputs: Tensor) -> Tensor:
+    if not isinstance(model.number, Tensor):
+        model.number = 2 * torch.ones(4)
+    return inputs * model.number
+
+
+CERTIFIED = {
+    "reshaped": (lambda model, x: 2 * x.view(len(x), 2, 2).reshape(-1, 4), 2),
+    "expanded": (lambda model, x: (x[:, None].expand(len(x), 4, 4) / 2).flatten(1), 1),
+    "slice of all": (lambda model, x: 2 * x[: len(x)], 2),
+    "constant for each sample": (lambda model, x: x + torch.full((len(x), 4), 3.0), 1),
+    "samples in several places": (lambda model, x: (x.reshape(-1, 2) * torch.ones(2 * len(x), 2)).view(len(x), 4), 1),
+    "layer of a constant": (lambda model, x: x + model.layer(torch.ones(len(x), 4)), 1),
+    "buffer that counts calls": (_counting, 2),
+    "tensor made in the first call": (_keeping, 2),
+    "constant that is not a number": (lambda model, x: 2 * x.to(dtype=torch.float32, memory_format=None), 2),
+}
+
+
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_what_has_the_size_of_the_batch_and_does_not_depend_on_it_is_certified(name: str):
+    function, constant = CERTIFIED[name]
+
+    assert sn.certify(Model(function), (4,), ascent_steps=0).upper_bound == pytest.approx(constant, rel=1e-9)
+
+
+def test_constants_of_labels_come_again_with_them():
+    def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
+        return inputs * model.layer(model.embedding(labels))
+
+    model = Model(scaled)
+    largest = model.layer(model.embedding.weight).abs().max().item()
+
+    assert sn.certify(model, (4,), num_classes=3).upper_bound == pytest.approx(largest, rel=1e-5)
