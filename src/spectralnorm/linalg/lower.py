@@ -167,7 +167,7 @@ def _leading_eigenvector(normal_map: Callable[[Tensor], Tensor], start: Tensor) 
 
 def _lanczos(normal_map: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, bool]:
     """The leading Ritz vector after at most ``steps``, and whether its value is right to `_RTOL`."""
-    basis = start.new_zeros(steps, start.numel())
+    basis = start.new_empty(steps, start.numel())
     basis[0] = start / torch.linalg.vector_norm(start)
     tridiagonal = torch.zeros(steps, steps, dtype=torch.float64)
     for step in range(steps):
