@@ -694,19 +694,19 @@ class SpectralNorm(nn.Module):
         if are_known:
             self._known_state = self._state_of_buffers()
 
-    @torch.no_grad()
     def require_vectors(self, weight: Tensor) -> None:
         """Put vectors of ``weight`` into buffers that hold none, because they are zero, not finite or a mere start.
 
         It is looked at after somebody else has written into them: a GPU is waited for then.
         """
+        # Without `no_grad` around it: torch.export would write that down, and cannot read it again.
         if not is_eager(self._u) or self.__dict__.get("_is_replica", False):
             return
         state = self._state_of_buffers()
         if state == self._known_state:
             return
-        lengths = [torch.linalg.vector_norm(buffer) for buffer in self.buffers_of_views()]
-        if state == self._start_state or not all(0 < length < float("inf") for length in torch.stack(lengths).tolist()):
+        lengths = torch.stack([torch.linalg.vector_norm(buffer) for buffer in self.buffers_of_views()]).tolist()
+        if state == self._start_state or not all(0 < length < float("inf") for length in lengths):
             self._find_vectors(whole(weight))
         else:
             self._known_state = self._state_of_buffers()
