@@ -38,12 +38,12 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
-# What comes with it: a newer numpy is more than the interpreter of its Triton knows.
+# It asks for a Triton and a sympy of its own, and a newer numpy is more than the interpreter of that Triton knows.
 OLDEST := torch==2.6.0 numpy==2.2.6
 
 oldest:  ## The tests with the oldest torch that is supported, in .venv-oldest (a download of gigabytes).
 	$(PYTHON) -m venv .venv-oldest
-	{ grep -Ev '^(torch|triton|numpy)==' constraints.txt; printf '%s\n' $(OLDEST); } > .venv-oldest/constraints.txt
+	{ grep -Ev '^(torch|triton|sympy|numpy)==' constraints.txt; printf '%s\n' $(OLDEST); } > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e ".[gan,dev]"
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(DISTRIBUTION) $(ARGS)
 

@@ -611,6 +611,7 @@ static void renew(const following *all_maps, int64_t which, const team *all, tea
     divide(all_maps->how, which, all, thread);
 }
 
+/* That of the frame and that of its leading vector. A division, by which threads are measured, is worth two. */
 #define PRODUCTS_OF_ENTRY (TRACKED + 1)
 
 static int is_shared(const following *maps, int64_t which, const team *all) {
