@@ -5,17 +5,22 @@
 
 The work of one discriminator step is two uses of every weight (real and generated images), one backward, and a change
 of the weights in between. It is done with the weights alone, without the layers' products: each weight is read twice,
-and the backward starts from given gradients. All contenders take turns, step by step, so that whatever else the machine
-does falls on all of them. What is reported is the *net* time: a model without normalization goes along, does the same
+and the backward starts from given gradients. The contenders take turns, step by step, so that whatever else the machine
+does falls on all of them, in an order that is drawn anew for each round, so that nobody always finds in the caches what
+the same one has left there. What is reported is the *net* time: a model without normalization goes along, does the same
 (reads, sums of gradients), and is taken off. The floor is what memory allows: reading every weight and writing the
 normalized one, reading every gradient and writing the new one, at the speed of a copy in the same run.
 
-With the extra `peers` installed, two more take part in the weight sets: the spectral normalization of deel-torchlip's
-layers (without its orthonormalization), and orthogonium's power iteration on the reshaped weight.
+The same is measured once more with a convolution of images before every step, as in a network, where the caches hold
+something else when a weight is wanted.
+
+With the extra `peers` installed, two more are measured, in rounds of their own with ours: the spectral normalization of
+deel-torchlip's layers (without its orthonormalization), and orthogonium's power iteration on the reshaped weight.
 """
 
 import argparse
 import math
+import random
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -107,13 +112,13 @@ def orthogonium(layers):
     return layers
 
 
-CONTENDERS = {"plain": lambda layers: layers, "ours": ours, "P": parametrization, "O": hook}
+TORCHS = {"P": parametrization, "O": hook}
 PEERS = {}
 if find_spec("deel") and find_spec("deel.torchlip"):
     PEERS["deel-torchlip"] = torchlip
 if find_spec("orthogonium"):
     PEERS["orthogonium"] = orthogonium
-CONTENDERS |= PEERS
+CONTENDERS = {"plain": lambda layers: layers, "ours": ours, **TORCHS, **PEERS}
 
 
 class Step:
@@ -163,11 +168,18 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def in_turns(calls, repeats, device, *, between=None):
-    """Time each of ``calls`` (name to function) ``repeats`` times, one after the other in every round."""
-    times = {name: [] for name in calls}
+def in_turns(calls, repeats, device, *, before=None, between=None):
+    """Time each of ``calls`` (name to function) ``repeats`` times, once in every round, in an order drawn for it.
+
+    ``before`` is called before each and ``between``, by name, after each; neither is timed.
+    """
+    times, order, draw = {name: [] for name in calls}, list(calls), random.Random(0)
     for round_number in range(repeats + 3):
-        for name, call in calls.items():
+        draw.shuffle(order)
+        for name in order:
+            call = calls[name]
+            if before is not None:
+                before()
             synchronize(device)
             start = time.perf_counter()
             call()
@@ -184,10 +196,23 @@ def copy_time(numel, repeats, device):
     return in_turns({"copy": lambda: torch.mul(source, 1.5, out=target)}, repeats, device)["copy"]
 
 
-def normalization(shapes, repeats, device, names=("plain", "ours", "P", "O")):
+def normalization(shapes, repeats, device, names, *, before=None):
     """Milliseconds of each contender's step, the plain one's too."""
     steps = {name: Step(shapes, CONTENDERS[name], device) for name in names}
-    return in_turns(steps, repeats, device, between={name: step.change for name, step in steps.items()})
+    between = {name: step.change for name, step in steps.items()}
+    return in_turns(steps, repeats, device, before=before, between=between)
+
+
+class OtherWork:
+    """What fills the caches between two uses of a network's weights: a convolution of 16 images of 64 x 32 x 32."""
+
+    def __init__(self, device):
+        self.images = torch.randn(16, 64, 32, 32, device=device)
+        self.layer = nn.Conv2d(64, 64, 3, device=device)
+
+    @torch.no_grad()
+    def __call__(self):
+        self.layer(self.images)
 
 
 def net(found, name):
@@ -198,32 +223,40 @@ NETS = ("plain", "ours", "P")
 
 
 def of_sets(repeats, device):
-    rows = []
+    """The table of torch's two, and that of the peers, if there are any."""
+    lines = [
+        "| weights | layers | numbers | floor | ours | P | O | P / ours | O / ours | ours / floor | "
+        "ours, after other work | P | P / ours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    peers = [
+        "| weights | ours |" + "".join(f" {peer} | {peer} / ours |" for peer in PEERS),
+        "|---|---|" + "---|---|" * len(PEERS),
+    ]
     for name, shapes in weight_sets().items():
         numel = sum(math.prod(shape) for shape in shapes)
-        found = normalization(shapes, repeats if numel < 1e7 else max(5, repeats // 4), device, tuple(CONTENDERS))
-        floor = copy_time(numel, repeats, device)
+        rounds = repeats if numel < 1e7 else max(5, repeats // 4)
+        found = normalization(shapes, rounds, device, ("plain", "ours", *TORCHS))
+        chilled = normalization(shapes, rounds, device, NETS, before=OtherWork(device))
+        copy = copy_time(numel, rounds, device)
         # Two copies: the weight and its gradient, each read once and written once.
-        rows.append((name, len(shapes), numel, found, Spread(2 * floor.median, 2 * floor.lowest)))
-    more = "".join(f" {peer} | {peer} / ours |" for peer in PEERS)
-    lines = [
-        f"| weights | layers | numbers | floor | ours | P | O | P / ours | O / ours | ours / floor |{more}",
-        "|---|---|---|---|---|---|---|---|---|---|" + "---|---|" * len(PEERS),
-    ]
-    for name, num_layers, numel, found, floor in rows:
-        cells = [name, str(num_layers), f"{numel / 1e6:.2f} M", f"{floor.median:.2f}"]
-        mine = net(found, "ours")
-        others = [net(found, each) for each in ("P", "O")]
-        cells += [f"{each.median:.2f} ({each.lowest:.2f})" for each in (mine, *others)]
-        cells += [f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})" for each in others]
-        cells += [f"{mine.median / floor.median:.1f}"]
-        for each in (net(found, peer) for peer in PEERS):
-            cells += [
-                f"{each.median:.2f} ({each.lowest:.2f})",
-                f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        cells = [name, str(len(shapes)), f"{numel / 1e6:.2f} M", f"{2 * copy.median:.2f}", *_cells(found, TORCHS)]
+        cells += [f"{net(found, 'ours').median / (2 * copy.median):.1f}", *_cells(chilled, ["P"])]
+        lines.append(f"| {' | '.join(cells)} |")
+        if PEERS:
+            with_peers = normalization(shapes, max(5, rounds // 2), device, ("plain", "ours", *PEERS))
+            mine, *others = _cells(with_peers, PEERS)
+            times, ratios = others[: len(PEERS)], others[len(PEERS) :]
+            cells = [name, mine, *(cell for pair in zip(times, ratios, strict=True) for cell in pair)]
+            peers.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *peers] if PEERS else lines
+
+
+def _cells(found, rivals):
+    """The net times of ours and of rivals, and theirs over ours, as a table has them."""
+    mine, others = net(found, "ours"), [net(found, rival) for rival in rivals]
+    times = [f"{each.median:.2f} ({each.lowest:.2f})" for each in (mine, *others)]
+    return [*times, *(f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})" for each in others)]
 
 
 def of_growth(repeats, device):
@@ -401,7 +434,8 @@ def main():
         "## The normalization of one discriminator step",
         "",
         "Two uses of every weight, one backward, the weights changed in between; net of the same without "
-        "normalization. The floor is two copies of the weights: each weight and each gradient read and written once.",
+        "normalization. The floor is two copies of the weights: each weight and each gradient read and written once. "
+        "After other work: a convolution of images before every step, which leaves nothing of it in a cache.",
         "",
         *sets,
         "",
