@@ -611,9 +611,6 @@ static void renew(const following *all_maps, int64_t which, const team *all, tea
     divide(all_maps->how, which, all, thread);
 }
 
-/* That of the frame and that of its leading vector. A division, by which threads are measured, is worth two. */
-#define PRODUCTS_OF_ENTRY (TRACKED + 1)
-
 static int is_shared(const following *maps, int64_t which, const team *all) {
     return atomic_load(&all->size) > 1 && entries_of(maps->maps + maps->first_maps[which] * MAP_WIDTH) >= LARGE;
 }
@@ -651,7 +648,9 @@ int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t n
     division how = {weights, targets, sizes, rules, divisors, active, entries >= STREAMED};
     following all = {maps, first_maps, ages, num_weights, frames, directions, next, vectors, sigmas, weight_sigmas,
                      scratch, size, eps, targets ? &how : NULL};
-    together(renew_all, &all, entries * PRODUCTS_OF_ENTRY / 2, threads);
+    /* By entries and not by products: where another process has the core, a thread is waited for as long as a whole
+     * model of small weights takes. */
+    together(renew_all, &all, entries, threads);
     free(scratch);
     return 0;
 }

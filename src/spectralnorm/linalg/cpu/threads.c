@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "vectors.h"
 
-#define WORTH_A_THREAD (1 << 17)
+#define WORTH_A_THREAD (1 << 18)
 
 void meet(team *all) {
     if (all->size == 1) return;
