@@ -51,6 +51,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session")
+def vmap_of_bits() -> None:
+    """Skips where torch cannot read numbers as bits under ``vmap``, as up to 2.11."""
+    try:
+        torch.vmap(lambda number: number.view(torch.int64))(torch.ones(1, dtype=torch.float64))
+    except RuntimeError as error:
+        pytest.skip(f"this torch cannot do it: {error}")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Give every test the same random numbers alone and in any order."""

@@ -246,6 +246,7 @@ class TestCircumstances:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert gram_upper_bound(matrix) == expected
 
+    @pytest.mark.usefixtures("vmap_of_bits")
     def test_under_vmap_it_is_the_same(self, device):
         matrices = torch.randn(4, 10, 20, device=device)
         torch.testing.assert_close(torch.vmap(gram_upper_bound)(matrices), gram_upper_bound(matrices))

@@ -163,6 +163,7 @@ class TestOtherWays:
                 weight = torch.randn(20, 30, device=device, dtype=dtype)
                 assert 0.7 < exact_norm(functional_call(layer, {name: weight}, inputs)) <= 1
 
+    @pytest.mark.usefixtures("vmap_of_bits")
     def test_vmap(self, dtype, device):
         layer = spectral_norm(nn.Linear(30, 20, bias=False).to(device, dtype), strict=True).eval()
         weights = torch.randn(4, 20, 30, device=device, dtype=dtype)

@@ -48,7 +48,8 @@ def sharded_of(weight: Tensor) -> Tensor | None:
 def is_anything_sharded() -> bool:
     """Whether FSDP2 manages anything in this process."""
     books = sys.modules.get(_BOOKS)
-    return books is not None and bool(books._module_state_mapping)
+    # Not its truth: torch.compile could not ask a weak dictionary for that up to 2.11.
+    return books is not None and len(books._module_state_mapping) > 0
 
 
 def is_between_uses(weight: Tensor) -> bool:
