@@ -360,7 +360,7 @@ def of_whole_steps(repeats, device, batch=64):
         "O": DiscriminatorStep(hook, batch, device),
         "WGAN-GP": DiscriminatorStep(CONTENDERS["plain"], batch, device, penalty=10.0),
     }
-    found = in_turns(steps, max(5, repeats // 4), device)
+    found = in_turns(steps, max(5, repeats // 2), device)
     lines = ["| step | ms | over plain |", "|---|---|---|"]
     lines += [
         f"| {name} | {each.median:.1f} ({each.lowest:.1f}) | {each.over(found['plain']):+.1%} |"
@@ -369,7 +369,7 @@ def of_whole_steps(repeats, device, batch=64):
     judges = {name: steps[name] for name in ("plain", "plain, another", "ours", "P", "O")}
     for step in judges.values():
         step.network.eval()
-    seen = in_turns({name: step.judge for name, step in judges.items()}, max(10, repeats // 2), device)
+    seen = in_turns({name: step.judge for name, step in judges.items()}, max(10, repeats), device)
     lines += ["", "| forward in eval mode | ms | over plain |", "|---|---|---|"]
     lines += [
         f"| {name} | {each.median:.1f} ({each.lowest:.1f}) | {each.over(seen['plain']):+.2%} |"
@@ -377,9 +377,7 @@ def of_whole_steps(repeats, device, batch=64):
     ]
     # Each after a whole forward, which leaves nothing of it in a cache.
     names = ("plain", "ours", "P")
-    reads = in_turns(
-        {name: judges[name].read for name in names}, max(10, repeats // 2), device, between=_judges_of(steps)
-    )
+    reads = in_turns({name: judges[name].read for name in names}, max(10, repeats), device, between=_judges_of(steps))
     lines += ["", "| reading all weights in eval mode | ms | over plain, of its forward |", "|---|---|---|"]
     lines += [
         f"| {name} | {reads[name].median:.3f} ({reads[name].lowest:.3f}) | "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -11,10 +11,16 @@ from torch import Tensor
 __all__ = ["is_eager", "plain_arithmetic"]
 
 
-@contextmanager
-def plain_arithmetic(weight: Tensor) -> Iterator[None]:
+def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
     """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
     kind = weight.device.type
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind):
+        return _switched_back(kind)
+    return torch.no_grad()
+
+
+@contextmanager
+def _switched_back(kind: str) -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

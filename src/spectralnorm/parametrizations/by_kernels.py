@@ -230,7 +230,7 @@ class ByKernels:
             sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
             # Bound to what belongs to this step, and not to this object, which old graphs need not hold.
             pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
-            divided = values, how.divisors, how.active.view(torch.bool)
+            divided = values, how.divisors, how.active
         else:
             self._tracked = tracked = self._tracking.track(*options, eps=eps)
             us, vs, sigmas = self._tracking.whole(tracked, out_dims)

@@ -383,7 +383,6 @@ def _sends_gradients() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-@torch.no_grad()
 def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
     """Write u and v into the buffers, also those of the weights that were renewed together with this one."""
     together = [
@@ -400,4 +399,5 @@ def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
     vectors = []
     for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
         vectors += its_kept.vectors_for(its_buffers)
-    torch._foreach_copy_(buffers, vectors)  # type: ignore[reportPrivateImportUsage]
+    with torch.no_grad():
+        torch._foreach_copy_(buffers, vectors)  # type: ignore[reportPrivateImportUsage]

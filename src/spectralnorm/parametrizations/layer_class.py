@@ -110,7 +110,9 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
 
 _module_call = nn.Module.__call__
-_is_compiling = torch.compiler.is_compiling
+# Not `is_compiling`, which asks for more: where an export does without Dynamo, the weight is another than the one
+# of which a value is kept.
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def _reader(name: str) -> Callable[[Any], Any]:

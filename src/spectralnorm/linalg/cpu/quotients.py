@@ -43,7 +43,7 @@ class Division(NamedTuple):
     sizes: Tensor
     rules: Tensor
     divisors: Tensor
-    active: Tensor  # int8
+    active: Tensor  # bool
 
 
 class Divided(NamedTuple):
@@ -137,7 +137,7 @@ class QuotientPlan:
         kernels().spectralnorm_divide(
             weights, targets, sizes, len(outs), of_rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
         )
-        return Divided(outs, division.divisors, division.active.view(torch.bool))
+        return Divided(outs, division.divisors, division.active)
 
     def prepared(self, outs: Sequence[Tensor], *, targets: Tensor | None = None) -> Division:
         """The division into ``outs`` as `TrackingPlan.track` takes it, which fills in divisors and ``active``.
@@ -149,7 +149,7 @@ class QuotientPlan:
         if targets is None:
             self._check_layouts(outs, range(len(self._shapes)))
             targets = integers([out.data_ptr() for out in outs])
-        divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.int8, device="cpu")
+        divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.bool, device="cpu")
         return Division(self._addresses, targets, self._sizes, self._rules, divisors, active)
 
     def gradients(
