@@ -48,8 +48,8 @@ O = Contender("O", nn.utils.spectral_norm, "weight_orig", "weight_u")  # noqa: E
 
 
 def contenders(*failing: str, reason: str = "known to fail"):
-    """Ours and torch's two; the ones named are known to fail."""
-    known = pytest.mark.xfail(strict=True, raises=Exception, reason=reason)
+    """Ours and torch's two; the ones named are known to fail, in the torch that the tests are for."""
+    known = pytest.mark.xfail(strict=torch.__version__.startswith("2.13."), raises=Exception, reason=reason)
     cases = [pytest.param(each, id=each.name, marks=[known] if each.name in failing else []) for each in (OURS, P, O)]
     return pytest.mark.parametrize("sn", cases)
 

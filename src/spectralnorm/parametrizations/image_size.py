@@ -84,11 +84,11 @@ class InputSizeLearner:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the first image."""
-        # What is traced has sizes that are no numbers.
-        is_traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-        if self.normalization.learned_size is None and not is_traced:
+        if self.normalization.learned_size is None and torch._C._get_tracing_state() is None:
             images = args[0] if args else kwargs["input"]
-            self.normalization.learn_size(tuple(images.shape[-self.num_axes :]))
+            size = images.shape[-self.num_axes :]
+            if all(type(each) is int for each in size):  # what is exported may have sizes that are no numbers
+                self.normalization.learn_size(tuple(map(int, size)))
 
 
 class InputSizeCheck:
