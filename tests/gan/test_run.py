@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
+from spectralnorm.metrics import CriticOptions, wasserstein_lower_bound
 from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
 
 TINY = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8, "log_every": 2}
@@ -192,6 +194,22 @@ def test_a_folder_whose_claim_was_killed_or_found_no_space_is_taken(tmp_path: Pa
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"at most the number of training images \(\d+\), got 64"):
         _train(tmp_path, _config(batch_size=64))
+
+
+@pytest.mark.parametrize("num_held_out", [4, 39])
+def test_a_critic_with_too_few_held_out_images_is_refused_before_training(tmp_path: Path, num_held_out: int):
+    with pytest.raises(UserError, match=f"critic strict needs at least 40 held-out images, and .* has {num_held_out};"):
+        train(_config(critic="strict"), out=tmp_path / "run", data=_images(10 * num_held_out))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_critic_with_just_enough_held_out_images_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    quick = partial(wasserstein_lower_bound, options=CriticOptions(width=4, num_hidden=1, num_steps=3))
+    monkeypatch.setattr("spectralnorm.metrics.measures.wasserstein_lower_bound", quick)
+    config = _config(steps=100, critic="strict", num_evaluation_samples=100, num_evaluations=1, num_sample_grids=1)
+    run = train(config, out=tmp_path, data=_images(400))
+    (evaluation,) = [r for r in read_records(run.folder / "metrics.jsonl") if isinstance(r, Evaluation)]
+    assert "W1 lower bound-SqueezeNet" in {metric.name for metric in evaluation.metrics}
 
 
 def test_cuda_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.point_metrics import measure_points
 from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.metrics import (
+    MEASURES,
     FeatureExtractor,
     NetworkExtractor,
     Progress,
@@ -24,7 +25,7 @@ from spectralnorm.metrics import (
 )
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of"]
+__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of", "require_measurable"]
 
 MOST_SEARCHED = 100_000
 """Training images among which copies are looked for; the first are a fair sample."""
@@ -43,6 +44,21 @@ def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> l
 def metrics_of(config: Config) -> tuple[str, ...]:
     """What a run measures while it trains and at its end."""
     return ("default", "wasserstein") if config.critic == "strict" else ("default",)
+
+
+def require_measurable(config: Config, images: ImageSet | ImageStream) -> None:
+    """Check before a run that it will not fail at what it measures.
+
+    Raises:
+        UserError: there are too few held-out images for a critic.
+    """
+    # Half of them stand in for generated ones and give the floor.
+    num_held_out, fewest = images.summary.num_held_out, 2 * max(MEASURES["wasserstein"].fewest)
+    if config.critic == "strict" and num_held_out < fewest:
+        raise UserError(
+            f"critic strict needs at least {fewest} held-out images, and {images.name} has {num_held_out}; take more "
+            "images, or leave out critic."
+        )
 
 
 def measure(

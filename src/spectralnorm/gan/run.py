@@ -30,7 +30,7 @@ from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.distributed import Processes, started
-from spectralnorm.gan.evaluation import extractors_for
+from spectralnorm.gan.evaluation import extractors_for, require_measurable
 from spectralnorm.gan.final import finish
 from spectralnorm.gan.inputs import GIVEN_DATA, open_data, resolve_device
 from spectralnorm.gan.networks import build_discriminator, build_generator
@@ -160,6 +160,7 @@ def _train(
             f"batch_size must be at most the number of training images ({images.num_training}), got "
             f"{config.batch_size}."
         )
+    require_measurable(config, images)
     # The caller's global random state is left as it was; inside, it is the run's own and part of its checkpoints.
     with ExitStack() as held, _full_disk_told(folder), torch.random.fork_rng():
         extractors = extractors_for(images, device=device) if processes.is_first else []
