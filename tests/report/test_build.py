@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from spectralnorm.errors import UserError
-from spectralnorm.records import Ending, Scalars
+from spectralnorm.records import Ending, Evaluation, Scalars
 from spectralnorm.report import build_report
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -120,6 +120,25 @@ def test_metrics_of_different_provenance_are_different_series(finished_html: str
         ("5,000 samples", 1),
     ]
     assert chart["rules"] == [{"y": 0.71, "label": "real data", "color": "soft"}]
+
+
+def test_a_metric_that_was_measured_again_at_a_step_is_one_point_there(
+    make_run: MakeRun, synthetic: SimpleNamespace
+) -> None:
+    def measured(step: int, value: float) -> Evaluation:
+        evaluation = synthetic.evaluation(step)
+        return dataclasses.replace(evaluation, metrics=[dataclasses.replace(evaluation.metrics[0], value=value)])
+
+    # The last one is of a checkpoint before the cut, measured after it.
+    evaluations = [measured(100, 9.0), measured(200, 8.0), measured(300, 7.0), measured(200, 6.0)]
+    (chart,) = figures(build_report(make_run(evaluations)).read_text(encoding="utf-8"))["charts"].values()
+    (series,) = chart["series"]
+    assert (series["x"]["step"], series["y"]) == ([100, 200, 300], [9.0, 6.0, 7.0])
+
+
+def test_a_metric_of_one_step_alone_has_no_chart(make_run: MakeRun, synthetic: SimpleNamespace) -> None:
+    twice = [synthetic.evaluation(100), synthetic.evaluation(100)]
+    assert figures(build_report(make_run(twice)).read_text(encoding="utf-8"))["charts"] == {}
 
 
 def test_details_of_a_metric_are_bars_only_where_they_are_shares_of_a_whole(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,19 +151,27 @@ def spectrum_chart(spectra: Spectra | None, *, normalization: str) -> Chart | No
 
 
 def metric_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
-    """A chart of each metric over training. Values of different provenance do not compare: each has its own series."""
-    counts = Counter(metric.name for evaluation in evaluations for metric in evaluation.metrics)
-    # One value is no course: the table has it.
-    names = [name for name, count in counts.items() if count > 1]
+    """A chart of each metric over training.
+
+    Values of different provenance do not compare: each has its own series. Of two at one step the later one counts.
+    """
+    steps: dict[str, set[int]] = defaultdict(set)
+    for evaluation in evaluations:
+        for metric in evaluation.metrics:
+            steps[metric.name].add(evaluation.step)
+    # One step is no course: the table has it.
+    names = [name for name, of_name in steps.items() if len(of_name) > 1]
     return [_metric_chart(index, name, evaluations) for index, name in enumerate(names)]
 
 
 def _metric_chart(index: int, name: str, evaluations: Sequence[Evaluation]) -> Chart:
-    groups: dict[Provenance, list[tuple[Evaluation, Metric]]] = {}
+    by_step: dict[Provenance, dict[int, tuple[Evaluation, Metric]]] = defaultdict(dict)
     for evaluation in evaluations:
         for metric in evaluation.metrics:
             if metric.name == name:
-                groups.setdefault(metric.provenance, []).append((evaluation, metric))
+                by_step[metric.provenance][evaluation.step] = (evaluation, metric)
+    # A generator that was measured afterwards may be of a step before the last one.
+    groups = {provenance: [points[step] for step in sorted(points)] for provenance, points in by_step.items()}
     series, floors = [], {}
     for provenance, points in groups.items():
         sample_text = f"{count_text(provenance.num_fake)} samples"
