@@ -1,5 +1,7 @@
 """Two networks that two processes train together are those that one process trains on the same images."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,7 +49,8 @@ def train(processes, *, strategy="ddp", penalty=None, accumulate=1, num_steps=3)
                 fake = g(latents)
                 loss = (1 - d(real)).relu().mean() + (1 + d(fake.detach())).relu().mean()
                 if penalty is not None:
-                    loss = loss + PENALTIES[penalty](d.exactly, real, fake.detach(), random=random)
+                    compute = partial(PENALTIES[penalty], d.exactly, real, fake.detach(), random=random)
+                    loss = loss + d.penalty(compute, share=1 / accumulate)
                 (loss / accumulate).backward()
         adam_d.step()
         gradients = [parameter.grad for parameter in discriminator.parameters()]
@@ -81,6 +84,8 @@ def check(**settings):
         {"accumulate": 2, "penalty": "r1-r2"},
         {"strategy": "fsdp"},
         {"strategy": "fsdp", "accumulate": 2},
+        {"strategy": "fsdp", "penalty": "r1"},
+        {"strategy": "fsdp", "accumulate": 2, "penalty": "r1-r2"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "ddp",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -50,6 +50,7 @@ class InTraining:
         self.module = module
         self._precision = precision
         self._is_frozen = False
+        self._is_last = True
         self._is_sharded = strategy == "fsdp" and processes.size > 1
         if processes.size > 1:
             from spectralnorm.gan.shared_batch_norm import share_batch_norm  # not for a run of one process
@@ -82,6 +83,27 @@ class InTraining:
     def exactly(self, *inputs: Tensor | None) -> Tensor:
         """The same in full precision and as written, so that it can be differentiated twice: compiled code cannot."""
         return self.module(*(each for each in inputs if each is not None))
+
+    def penalty(self, compute: Callable[[], Tensor], *, share: float = 1.0) -> Tensor:
+        """A loss that is made of gradients of `exactly`, to be added to that of the same pass, before its backward.
+
+        FSDP2 frees the weights of a layer once a gradient has passed it, which the second derivatives still need. So
+        they stay whole meanwhile, the loss is differentiated here, and what comes back has no graph any more.
+
+        Args:
+            compute: gives the loss, a scalar.
+            share: of the pass in the step, by which its backward multiplies.
+        """
+        if not self._is_sharded:
+            return compute()
+        module: Any = self.module
+        module.set_requires_gradient_sync(False)
+        module.set_reshard_after_backward(False)
+        loss = compute()
+        (share * loss).backward()
+        module.set_reshard_after_backward(True)
+        module.set_requires_gradient_sync(self._is_last)
+        return loss.detach()
 
     def as_written(self) -> AbstractContextManager[Any]:
         """A context in which compiled code is left aside.
@@ -118,6 +140,7 @@ class InTraining:
             is_last: whether this is the last of them, in which the processes share the sum.
         """
         if self._is_sharded:
+            self._is_last = is_last
             self.module.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
         if is_last or not isinstance(self._called, DistributedDataParallel):
             return nullcontext()

@@ -25,7 +25,7 @@ from spectralnorm.gan.ema import GeneratorAverage
 from spectralnorm.gan.in_training import InTraining
 from spectralnorm.gan.losses import LOSSES
 from spectralnorm.gan.optimizers import make_optimizer
-from spectralnorm.gan.penalties import PENALTIES, path_length_penalty, path_lengths
+from spectralnorm.gan.penalties import PENALTIES, Discriminator, path_length_penalty, path_lengths
 from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.trainer_state import restore, state_of
 from spectralnorm.gan.weight_control import OrthonormalPenalty, clip_weights
@@ -248,10 +248,8 @@ class Trainer:
             # Generated images have the labels of the real ones, and so has what lies between them.
             judge = partial(self._judge_exactly, labels=real.labels)
             with self.processes.draws(len(real.images)):
-                assert self.penalty is not None
-                penalty = self.penalty(judge, real.images, fake.images, random=self.random)
-            loss = loss + config.penalty_weight * config.penalty_interval * penalty
-            self.means.add("penalty/discriminator", penalty)
+                weighted = partial(self._weighted_penalty, judge, real.images, fake.images)
+                loss = loss + self._discriminate.penalty(weighted, share=1 / config.accumulate)
         if self._orthonormal is not None:
             penalty = self._orthonormal()
             loss = loss + config.orthonormal_weight * penalty
@@ -260,6 +258,12 @@ class Trainer:
         self.means.add("logits/real", real_logits.mean())
         self.means.add("logits/fake", fake_logits.mean())
         return loss
+
+    def _weighted_penalty(self, judge: Discriminator, real: Tensor, fake: Tensor) -> Tensor:
+        assert self.penalty is not None
+        penalty = self.penalty(judge, real, fake, random=self.random)
+        self.means.add("penalty/discriminator", penalty)
+        return self.config.penalty_weight * self.config.penalty_interval * penalty
 
     def _is_penalty_due(self) -> bool:
         update = self.images_seen // self.config.batch_size
@@ -396,9 +400,9 @@ def _check_shares(config: Config, size: int) -> None:
                 f"{2 * num}, got {value}."
             )
     if size > 1 and config.strategy == "fsdp":
-        for name in ("penalty", "orthonormal_weight", "path_length_weight"):
+        for name in ("orthonormal_weight", "path_length_weight"):
             if getattr(config, name):
                 raise UserError(
-                    f"strategy fsdp has no second derivatives and no losses of whole weights, so {name} must be left "
-                    "out; use strategy ddp."
+                    f"strategy fsdp gathers weights within the forward of a network only, and {name} needs them "
+                    "outside of it; leave it out, or use strategy ddp."
                 )
