@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import Batch, Batches
 from spectralnorm.gan.distributed import Processes
+from spectralnorm.gan.in_training import InTraining
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import Averaging
+from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -128,11 +131,34 @@ def check(**settings):
         {"strategy": "fsdp", **WIDE},
         {"strategy": "fsdp", **WIDE, "penalty": "r1-r2", "penalty_interval": 2, "augmentation": "shift,flip"},
         {"strategy": "fsdp", **WIDE, "penalty": "gradient-penalty", "accumulate": 2, "batch_size": 8},
+        {"strategy": "fsdp", **WIDE, "penalty": "r1", "architecture": "sagan"},
     ],
-    ids=["dcgan", "r1", "accumulated", "ada", "batch-norm", "relativistic", "fsdp", "fsdp-r1-r2", "fsdp-accumulated"],
+    ids=[
+        *("dcgan", "r1", "accumulated", "ada", "batch-norm", "relativistic"),
+        *("fsdp", "fsdp-r1-r2", "fsdp-accumulated", "fsdp-sagan"),
+    ],
 )
 def test_two_processes_train_what_one_does(pair, settings):
     pair.run(check, **settings)
+
+
+def check_parts(architecture):
+    config = dataclasses.replace(CONFIG, architecture=architecture, strategy="fsdp", num_discriminator_steps=1)
+    trainer = make(config, together())
+    trainer._take_step()
+    assert all(isinstance(each, DTensor) for each in (*trainer.generator.parameters(), *trainer._trained))
+
+
+@pytest.mark.parametrize("architecture", [name for name, each in ARCHITECTURES.items() if not each.makes_points])
+def test_every_architecture_is_held_in_parts(pair, architecture):
+    pair.run(check_parts, architecture=architecture)
+
+
+def test_a_parameter_that_has_no_parts_is_refused():
+    network = nn.Sequential(nn.Linear(4, 1))
+    network.register_parameter("temperature", nn.Parameter(torch.ones(())))
+    with pytest.raises(UserError, match=r"'temperature' is a single number.*shape \(1,\)"):
+        InTraining(network, precision=Precision("fp32", CPU), processes=Processes(0, 2), strategy="fsdp")
 
 
 def check_resume(strategy):

@@ -61,6 +61,12 @@ class InTraining:
                 raise UserError("A network that is held in parts is not compiled; leave out compile or strategy fsdp.")
             if precision.dtype == torch.float16:
                 raise UserError("strategy fsdp has no scaling of float16 gradients; use precision bf16-mixed or fp32.")
+            for name, parameter in module.named_parameters():
+                if parameter.dim() == 0:
+                    raise UserError(
+                        f"The parameter '{name}' is a single number, of which strategy fsdp can make no parts; use "
+                        "strategy ddp, or in a network of your own the shape (1,)."
+                    )
             _shard(module, processes.size)
         # Static shapes: the loop knows two or three of them. One graph or an error, never a silent return to slow code.
         self._bare: nn.Module = torch.compile(module, fullgraph=True, dynamic=False) if compile else module  # pyright: ignore[reportAttributeAccessIssue]

@@ -148,7 +148,7 @@ class SelfAttention2d(nn.Module):
         self.key = glorot(nn.Conv2d(num_channels, narrow, 1, bias=False))
         self.value = glorot(nn.Conv2d(num_channels, half, 1, bias=False))
         self.output = glorot(nn.Conv2d(half, num_channels, 1, bias=False))
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
         """Begins at zero, so that the network first learns from neighbouring pixels."""
 
     def forward(self, maps: Tensor) -> Tensor:

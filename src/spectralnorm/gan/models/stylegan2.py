@@ -152,7 +152,7 @@ class _StyledConvolution(nn.Module):
         else:
             self.convolution = ModulatedConv2d(in_channels, out_channels, 3)
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.noise_strength = nn.Parameter(torch.zeros(1))
         self.register_buffer("fixed_noise", torch.randn(size, size))
         self.blur = Blur(padding=1, gain=4.0) if up else None
         self.activation = ScaledLeakyReLU()
