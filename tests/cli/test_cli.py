@@ -145,6 +145,17 @@ def test_a_folder_is_compared_with_the_held_out_part_of_data(photos: list[Path],
     assert "real images (held-out)" in printed
 
 
+def test_nothing_in_a_table_of_metrics_is_cut_short(
+    photos: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main(["evaluate", str(photos[0]), "--against", str(photos[1]), "--metrics", "fd,diversity"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    rows = [line.split() for line in printed.splitlines() if "SqueezeNet " in line and ":" not in line]
+    assert [row[-1] for row in rows] == ["lower", "1"]
+
+
 @pytest.mark.usefixtures("few_held_out")
 def test_the_path_length_of_a_run_is_measured(run: Path, capsys: pytest.CaptureFixture[str]):
     command = ["evaluate", str(run / "generator.safetensors"), "--num", "100", "--metrics", "ppl"]

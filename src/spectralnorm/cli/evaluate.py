@@ -84,8 +84,8 @@ def run(words: list[str]) -> int:
             metrics, generator = measure_images(options, names, device=device, progress=progress.show), None
     table = _table(metrics, options)
     # As wide as it is: a name that was cut short names nothing.
-    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console.print(table, width=max(width, console.width), crop=False)
+    table.width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, crop=False)
     for line in _provenance(metrics):
         console.print(line, markup=False)
     if any(metric.floor is not None for metric in metrics):
