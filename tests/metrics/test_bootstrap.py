@@ -1,5 +1,6 @@
 """Intervals by drawing again, against draws with new data and against sums written out."""
 
+import math
 import statistics
 
 import pytest
@@ -87,6 +88,15 @@ def test_the_kernel_draws_are_the_discrepancy_without_pairs_of_one_image(monkeyp
     values = [squared_discrepancy_by_hand(real[a], fake[b]) for a, b in zip(*drawn, strict=True)]
     assert found.standard_error == pytest.approx(statistics.stdev(values))
     assert found.bias == pytest.approx(statistics.fmean(values) - squared_discrepancy_by_hand(real, fake))
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_few_images_have_a_kernel_error_too(num: int) -> None:
+    found = kernel_bootstrap(draw(num, seed=1), draw(20, seed=2))
+    assert found.standard_error > 0
+    assert math.isfinite(found.standard_error)
+    assert math.isfinite(found.bias)
+    assert found.num_draws == 100
 
 
 def test_the_kernel_error_is_the_spread_over_new_data() -> None:

@@ -82,7 +82,7 @@ def kernel_bootstrap(
     """Draw both sets again, and compute their squared maximum mean discrepancy each time, over all pairs.
 
     An image that is drawn twice makes no pair with itself: such pairs are no evidence of how alike two images are, and
-    would raise the discrepancy.
+    would raise the discrepancy. A draw of one image alone is drawn again.
 
     Args:
         real: (n, d), n >= 2.
@@ -110,8 +110,13 @@ def kernel_bootstrap(
 
 
 def _weights(num: int, num_draws: int, generator: torch.Generator) -> Tensor:
-    drawn = [torch.bincount(torch.randint(num, (num,), generator=generator), minlength=num) for _ in range(num_draws)]
-    return torch.stack([torch.ones(num, dtype=torch.int64), *drawn]).double()
+    rows = [torch.ones(num, dtype=torch.int64)]
+    while len(rows) <= num_draws:
+        drawn = torch.bincount(torch.randint(num, (num,), generator=generator), minlength=num)
+        # One image alone, which happens where there are few, makes no pair.
+        if int(drawn.max()) < num:
+            rows.append(drawn)
+    return torch.stack(rows).double()
 
 
 def _sums(x: Tensor, y: Tensor, x_weights: Tensor, y_weights: Tensor, *, same: bool) -> Tensor:
