@@ -56,6 +56,16 @@ def test_the_cache_lies_where_the_system_says(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "elsewhere" / "spectralnorm" / "features" / "key.safetensors").exists()
 
 
+def test_without_a_home_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SPECTRALNORM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert remember("key", lambda: {"a": torch.ones(3)})["a"].sum() == 3
+
+
 def test_a_hash_tells_images_apart_by_every_pixel_and_by_shape() -> None:
     images = torch.zeros(1500, 1, 2, 2, dtype=torch.uint8)
     changed = images.clone()

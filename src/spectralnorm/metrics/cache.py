@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spectralnorm.user_cache import cache_folder
+
 __all__ = ["hash_of", "remember"]
 
 MAX_BYTES = 2**29
@@ -34,7 +36,10 @@ def remember(key: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[s
         key: what the result depends on; see :func:`hash_of`.
         compute: called without arguments if there is no entry that can be read; returns tensors on the CPU.
     """
-    path = _folder() / f"{key}.safetensors"
+    try:
+        path = cache_folder("features") / f"{key}.safetensors"
+    except OSError:  # the user has no home
+        return compute()
     found = _read(path)
     if found is None:
         found = compute()
@@ -53,15 +58,6 @@ def hash_of(*facts: object, images: Tensor | None = None) -> str:
         for part in images.split(1000):
             digest.update(part.contiguous().cpu().numpy().data)
     return digest.hexdigest()[:40]
-
-
-def _folder() -> Path:
-    """``$SPECTRALNORM_CACHE/features``, else ``spectralnorm/features`` in the user's cache folder."""
-    own = os.environ.get("SPECTRALNORM_CACHE")
-    if own:
-        return Path(own) / "features"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spectralnorm" / "features"
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
