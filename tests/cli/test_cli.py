@@ -326,7 +326,8 @@ def test_a_certificate_is_written_beside_the_run_and_into_its_report(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "give --recipe NAME"),
+        (["nowhere"], "nowhere does not exist; give a run folder or a file of weights"),
+        ([__file__], "give --recipe NAME"),
         (["nowhere", "--recipe", "fashion"], "There is no file nowhere"),
         (["nowhere", "--max", "-1"], "max must be a positive number"),
     ],

@@ -213,7 +213,8 @@ def test_augmenting_and_adapting_never_wait_for_the_device(name: str, images: to
     ("name", "says"),
     [
         ("shift,swirl", "Unknown augmentation 'swirl'; choose one of none, diffaugment, ada, shift"),
-        ("ada,shift", "Unknown augmentation 'ada'"),
+        ("ada,shift", "'ada' stands alone, not in a list; a list may hold shift, cutout, flip, color, translation"),
+        ("flip,none", "'none' stands alone"),
         ("ada:speed=3", "Unknown option 'speed=3'"),
         ("ada:p=1.5", "Unknown option 'p=1.5'"),
         ("ada:p=nan", "Unknown option 'p=nan'"),

@@ -101,7 +101,10 @@ def test_an_unknown_critic_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "fashion", "data": "toy-ring"}, "'toy-ring' are points, not images; take --recipe toy-ring"),
+        (
+            {"recipe": "fashion", "data": "toy-ring"},
+            "'toy-ring' are points, not images; take --recipe toy-ring, which has the networks for them",
+        ),
         ({"recipe": "toy-ring", "data": "photos"}, "The architecture 'points' is for the data toy-ring or toy-grid"),
         ({"recipe": "toy-grid", "augmentation": "flip"}, "without augmentation"),
     ],

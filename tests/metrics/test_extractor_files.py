@@ -163,7 +163,7 @@ def test_files_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path) -
         load_extractor(str(tmp_path / "text.pt"))
     with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\)"):
         load_extractor(str(tmp_path / "nowhere.pt"))
-    with pytest.raises(UserError, match="needs a file of weights, which is never downloaded"):
+    with pytest.raises(UserError, match="needs a file of weights, which is never downloaded; give it as weights"):
         load_extractor("dinov2")
     with pytest.raises(UserError, match="comes with its weights; leave out the file"):
         load_extractor("squeezenet", weights=tmp_path / "text.pt")

@@ -64,6 +64,8 @@ def run(words: list[str]) -> int:
         discriminator, config = discriminator_of_run(options.source)
     else:
         if options.recipe is None:
+            if not options.source.exists():
+                raise UserError(f"{options.source} does not exist; give a run folder or a file of weights.")
             raise UserError(f"{options.source} does not say which network it holds; give --recipe NAME with it.")
         config = make_config(options.recipe, **settings)
         discriminator, config = discriminator_of_file(options.source, config)

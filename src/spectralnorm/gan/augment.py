@@ -122,6 +122,11 @@ def read_augmentation(augmentation: str) -> Plan:
     assert names is not None
     if names != (_ADA,):
         for name in names:
+            if name in (*POLICIES, _ADA):
+                raise UserError(
+                    f"The augmentation '{name}' stands alone, not in a list; a list may hold "
+                    f"{', '.join(AUGMENTATIONS)}."
+                )
             if name not in AUGMENTATIONS:
                 choices = ", ".join([*POLICIES, _ADA, *AUGMENTATIONS])
                 raise UserError(f"Unknown augmentation '{name}'; choose one of {choices}.")

@@ -247,7 +247,8 @@ class Config:
         is_toy, makes_points = self.data in MIXTURES, ARCHITECTURES[self.architecture].makes_points
         if is_toy and not makes_points:
             raise UserError(
-                f"The data '{self.data}' are points, not images; take --recipe {self.data}, or --architecture points."
+                f"The data '{self.data}' are points, not images; take --recipe {self.data}, which has the networks for "
+                "them."
             )
         if makes_points and (not (is_toy or self.data == GIVEN_DATA) or self.augmentation != "none"):
             raise UserError(

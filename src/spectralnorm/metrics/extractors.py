@@ -49,7 +49,9 @@ def load_extractor(
         return EXTRACTORS[name](device)
     if name in EXTRACTORS_FROM_FILE:
         if weights is None:
-            raise UserError(f"The extractor {name!r} needs a file of weights, which is never downloaded; name it.")
+            raise UserError(
+                f"The extractor {name!r} needs a file of weights, which is never downloaded; give it as weights."
+            )
         return EXTRACTORS_FROM_FILE[name](Path(weights), device)
     if is_torchscript(name):
         return load_torchscript(Path(name), device)
