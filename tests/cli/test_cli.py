@@ -2,6 +2,7 @@ import builtins
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def test_two_folders_are_compared_and_written_as_json(
     photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     command = ["evaluate", str(photos[0]), "--against", str(photos[1]), "--metrics", "fd, pr"]
-    assert main([*command, "--json", str(tmp_path / "numbers.json")]) == 0
-    written = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert main([*command, "--json", str(tmp_path / "new" / "numbers.json")]) == 0
+    written = json.loads((tmp_path / "new" / "numbers.json").read_text(encoding="utf-8"))
     assert [metric["name"] for metric in written["metrics"]] == [
         *("FD-SqueezeNet", "Precision-SqueezeNet", "Recall-SqueezeNet")
     ]
@@ -154,6 +155,19 @@ def test_nothing_in_a_table_of_metrics_is_cut_short(
     assert "…" not in printed
     rows = [line.split() for line in printed.splitlines() if "SqueezeNet " in line and ":" not in line]
     assert [row[-1] for row in rows] == ["lower", "1"]
+
+
+@pytest.mark.usefixtures("few_held_out")
+def test_numbers_of_a_run_are_recorded_although_their_file_cannot_be_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = len(list(read_records(run / "metrics.jsonl")))
+    (tmp_path / "file").write_text("")
+    command = ["evaluate", str(copy), "--num", "100", "--no-intervals", "--json", str(tmp_path / "file" / "n.json")]
+    assert main(command) == 2
+    assert "give another --json" in capsys.readouterr().err
+    assert len(list(read_records(copy / "metrics.jsonl"))) == before + 1
 
 
 @pytest.mark.usefixtures("few_held_out")
@@ -235,6 +249,8 @@ def files(tmp_path: Path) -> Path:
         ("sample {}/empty --num 0", "num must be at least 1, got 0"),
         ("evaluate {}/nowhere", "does not exist"),
         ("evaluate {}/empty --num 5", "num must be at least 100"),
+        ("evaluate {}/one --against {}/one --image-size 0", "image_size must be at least 1, got 0"),
+        ("evaluate {}/one --against {}/one --image-size -5", "image_size must be at least 1, got -5"),
         ("evaluate {}/empty", "say what to compare them with: --data"),
         ("evaluate {}/empty --data a --against b", "two things to compare with"),
         ("evaluate {}/empty --metrics fd,nope", "Unknown metric 'nope'; choose one of default, all, fd"),

@@ -68,6 +68,8 @@ def run(words: list[str]) -> int:
     choose("device", options.device, ("auto", "cpu", "cuda"))
     if options.num is not None and options.num < 100:
         raise UserError(f"num must be at least 100 for a metric to mean anything, got {options.num}.")
+    if options.image_size is not None and options.image_size < 1:
+        raise UserError(f"image_size must be at least 1, got {options.image_size}.")
     # Here, and not above: a help page needs no torch.
     from spectralnorm.cli.measuring import is_run, measure_images, measure_run, metric_names
     from spectralnorm.gan.inputs import resolve_device
@@ -92,10 +94,10 @@ def run(words: list[str]) -> int:
         console.print(" The floor is what real images score that were set aside for it.", markup=False)
     if "all" in names:
         console.print(" Left out is what these images, extractors and data do not allow.", markup=False)
-    if options.json is not None:
-        _write_json(options, metrics)
     if generator is not None and options.target.is_dir() and options.data is None:
         _record(options.target, generator, metrics)
+    if options.json is not None:
+        _write_json(options, metrics)
     return 0
 
 
@@ -155,6 +157,7 @@ def _write_json(options: EvaluateOptions, metrics: tuple[Metric, ...]) -> None:
         "metrics": [metric_fields(metric) for metric in metrics],
     }
     try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         replace_text(options.json, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write {options.json} ({error.strerror}); give another --json.") from error
