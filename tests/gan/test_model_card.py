@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.hub_folder import write_hub_folder
 from spectralnorm.gan.model_card import model_card
 from spectralnorm.gan.scatter import SIDE
-from spectralnorm.records import Evaluation, Metric, Provenance, RecordFile
+from spectralnorm.records import Evaluation, Metric, Provenance, RecordFile, Scalars, read_records
 
 TINY: dict[str, Any] = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
@@ -107,6 +108,25 @@ def test_a_metric_that_is_measured_later_joins_the_others_of_a_card(run: Path, t
     assert "| FID | 55.5 |" in card
     assert "Of them only FID is the published one." in card
     assert "They are not FID" in model_card(run)
+
+
+def test_metrics_of_a_run_that_went_on_are_not_called_final(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    assert "Of the final evaluation, at step 3." in model_card(run)
+    file = RecordFile(tmp_path / "run" / "metrics.jsonl")
+    file.append(Scalars(step=5, images_seen=20, training_seconds=2.0, values={}))
+    file.close()
+    card = model_card(tmp_path / "run")
+    assert "Of an evaluation at step 3; the run went on to step 5." in card
+
+    (old,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
+    newer = [dataclasses.replace(metric, value=7.5) for metric in old.metrics]
+    file = RecordFile(tmp_path / "run" / "metrics.jsonl")
+    file.append(dataclasses.replace(old, step=4, final=False, metrics=newer))
+    file.close()
+    card = model_card(tmp_path / "run")
+    assert "Of an evaluation at step 4; the run went on to step 5." in card
+    assert "| KID | 7.5 |" in card
 
 
 def test_a_run_on_points_is_told_and_drawn_as_points(tmp_path: Path):

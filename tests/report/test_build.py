@@ -141,6 +141,14 @@ def test_a_metric_of_one_step_alone_has_no_chart(make_run: MakeRun, synthetic: S
     assert figures(build_report(make_run(twice)).read_text(encoding="utf-8"))["charts"] == {}
 
 
+def test_metrics_of_a_run_that_went_on_are_not_called_final(make_run: MakeRun, synthetic: SimpleNamespace) -> None:
+    # One that was interrupted, evaluated, and trained further.
+    records = [synthetic.session(), synthetic.evaluation(100, final=True), synthetic.scalars(200)]
+    text = Page(build_report(make_run(records)).read_text(encoding="utf-8")).text
+    assert "There is no final evaluation: the metrics shown are those of step 100." in text
+    assert "Latest evaluation, step 100." in text
+
+
 def test_details_of_a_metric_are_bars_only_where_they_are_shares_of_a_whole(
     make_run: MakeRun, synthetic: SimpleNamespace
 ) -> None:

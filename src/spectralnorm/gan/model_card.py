@@ -40,7 +40,8 @@ def model_card(run: Path, *, license: str | None = None, picture: str | None = N
         raise UserError(f"{run} has no readable {RECORDS_FILE} ({error.strerror}); give a run folder.") from error
     sessions = [record for record in records if isinstance(record, Session)]
     endings = [record for record in records if isinstance(record, Ending)]
-    evaluation = _final([record for record in records if isinstance(record, Evaluation)])
+    evaluation = latest_evaluation([record for record in records if isinstance(record, Evaluation)])
+    last_step = max((record.step for record in records), default=0)
     sections = [
         _front_matter(config, license),
         f"# {run.resolve().name}",
@@ -54,7 +55,7 @@ def model_card(run: Path, *, license: str | None = None, picture: str | None = N
         "## Training",
         _training(sessions, endings),
         "## Metrics",
-        _metrics(evaluation),
+        _metrics(evaluation, last_step),
         *_certificate(run / _CERTIFICATE_FILE),
         "## Limits",
         _limits(config, evaluation),
@@ -144,14 +145,12 @@ def _training(sessions: Sequence[Session], endings: Sequence[Ending]) -> str:
     return _table(("What", "Recorded"), rows)
 
 
-def _final(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    return latest_evaluation([one for one in evaluations if one.final] or evaluations)
-
-
-def _metrics(evaluation: Evaluation | None) -> str:
+def _metrics(evaluation: Evaluation | None, last_step: int) -> str:
     if evaluation is None:
         return "None were measured."
-    kind = "final" if evaluation.final else "last"
+    of = f"Of the {'final' if evaluation.final else 'last'} evaluation, at step {evaluation.step:,}"
+    if evaluation.step < last_step:
+        of = f"Of an evaluation at step {evaluation.step:,}; the run went on to step {last_step:,}"
     head = (
         "Metric",
         "Value",
@@ -164,9 +163,8 @@ def _metrics(evaluation: Evaluation | None) -> str:
         "Resize",
         "Seen by",
     )
-    return (
-        f"Of the {kind} evaluation, at step {evaluation.step:,}. What real images score is the same metric between two "
-        "halves of the real images.\n\n" + _table(head, map(_metric_row, evaluation.metrics))
+    return f"{of}. What real images score is the same metric between two halves of the real images.\n\n" + _table(
+        head, map(_metric_row, evaluation.metrics)
     )
 
 

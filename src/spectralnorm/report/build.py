@@ -95,6 +95,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
         "guarantee": guaranteed,
         "metric_charts": of_metrics,
         "evaluation": evaluation,
+        "is_final_evaluation": _is_final(contents, evaluation),
         "metric_groups": tables.metric_groups(evaluation),
         "metric_shares": metric_shares,
         "config": tables.config_rows(contents.config),
@@ -214,13 +215,18 @@ def _missing(contents: Contents, gallery: Gallery, evaluation: Evaluation | None
         sentences.append(f"Written when a run ends, and not there yet: {', '.join(absent)}.")
     if evaluation is None:
         sentences.append("No metrics were recorded: very short runs skip them, others write the first after a while.")
-    elif not evaluation.final:
+    elif not _is_final(contents, evaluation):
         sentences.append(
             f"There is no final evaluation: the metrics shown are those of step {count_text(evaluation.step)}."
         )
     if not contents.curves.names():
         sentences.append("No curves were logged.")
     return sentences
+
+
+def _is_final(contents: Contents, evaluation: Evaluation | None) -> bool:
+    """Whether it is of what the run ended with: a run may go on after it had ended, or was evaluated, once."""
+    return evaluation is not None and evaluation.final and evaluation.step == contents.step
 
 
 def _normalization_text(setting: str) -> str:
