@@ -248,6 +248,15 @@ def test_ones_own_networks_and_dataset_are_trained(tmp_path: Path):
         load(run.folder)
 
 
+@pytest.mark.parametrize("settings", [{}, {"generator_batch_size": 2}], ids=["shared", "own"])
+def test_a_generator_whose_images_do_not_fit_the_data_is_refused(tmp_path: Path, settings: dict):
+    generator = nn.Sequential(nn.Linear(8, 16 * 16), nn.Tanh(), nn.Unflatten(1, (1, 16, 16)))
+    with pytest.raises(
+        UserError, match=r"makes images of shape \(1, 16, 16\), and those of the data are \(1, 32, 32\)"
+    ):
+        _train(tmp_path, _config(**settings), generator=generator)
+
+
 def test_metrics_are_measured_when_the_run_is_long_enough(tmp_path: Path):
     run = _train(tmp_path, _config(steps=100, num_evaluation_samples=100, num_evaluations=1))
     evaluations = [r for r in read_records(run.folder / "metrics.jsonl") if isinstance(r, Evaluation)]

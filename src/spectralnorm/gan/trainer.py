@@ -143,7 +143,11 @@ class Trainer:
         """A clock that never stands still, in seconds, the same on all processes at every step."""
 
     def run(self, observers: Sequence[Observer]) -> None:
-        """Train until the budget is spent or an observer sets `stop_reason`."""
+        """Train until the budget is spent or an observer sets `stop_reason`.
+
+        Raises:
+            UserError: the generator's images have not the shape of the data's.
+        """
         self.stop_reason = self.stop_reason or self.spent_budget()
         self.clock.start()
         while self._goes_on():
@@ -193,6 +197,7 @@ class Trainer:
             # Only the last images may serve the generator as well, and need the graph that leads to it.
             with torch.set_grad_enabled(remaining == 0 and self.config.generator_batch_size is None):
                 fake = self.generate(self.config.batch_size, real.labels)
+            _check_images(fake.images, real.images)
             self.update_discriminator(real, fake)
         # The images that the discriminator has just learned from serve the generator too: no need to make others.
         if self.config.generator_batch_size is not None:
@@ -386,6 +391,15 @@ def _prepare(network: nn.Module, device: torch.device, *, channels_last: bool) -
     network = network.to(device).train()
     # Convolutions are faster in that order, on CPUs and on tensor cores.
     return network.to(memory_format=torch.channels_last) if channels_last else network  # pyright: ignore[reportCallIssue]
+
+
+def _check_images(fake: Tensor, real: Tensor) -> None:
+    """A generator of one's own may make images that the data do not have."""
+    if fake.shape[1:] != real.shape[1:]:
+        raise UserError(
+            f"The generator makes images of shape {tuple(fake.shape[1:])}, and those of the data are "
+            f"{tuple(real.shape[1:])}; change the generator, or image_size and channels."
+        )
 
 
 def _check_shares(config: Config, size: int) -> None:
