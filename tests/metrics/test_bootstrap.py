@@ -90,7 +90,7 @@ def test_the_kernel_draws_are_the_discrepancy_without_pairs_of_one_image(monkeyp
     assert found.bias == pytest.approx(statistics.fmean(values) - squared_discrepancy_by_hand(real, fake))
 
 
-@pytest.mark.parametrize("num", [2, 4])
+@pytest.mark.parametrize("num", [3, 4])
 def test_few_images_have_a_kernel_error_too(num: int) -> None:
     found = kernel_bootstrap(draw(num, seed=1), draw(20, seed=2))
     assert found.standard_error > 0
@@ -115,6 +115,12 @@ def test_the_kernel_error_is_the_spread_over_new_data() -> None:
 def test_an_interval_is_the_normal_one() -> None:
     found = bootstrap.Bootstrap(standard_error=2.0, bias=5.0, num_draws=10)
     assert found.interval(1.0) == (pytest.approx(1 - 2 * 1.959964), pytest.approx(1 + 2 * 1.959964))
+
+
+def test_two_images_have_one_pair_and_no_kernel_error() -> None:
+    for pair in ((draw(2, seed=1), draw(20, seed=2)), (draw(20, seed=1), draw(2, seed=2))):
+        with pytest.raises(UserError, match="at least 3 images on each side"):
+            kernel_bootstrap(*pair)
 
 
 @pytest.mark.parametrize("function", [frechet_bootstrap, kernel_bootstrap])

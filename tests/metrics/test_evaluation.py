@@ -146,6 +146,23 @@ def test_all_leaves_out_what_few_images_do_not_allow(num_fake: int, num_real: in
             measure(noise(num_fake), noise(num_real, seed=1), metrics=("wasserstein",))
 
 
+@pytest.mark.usefixtures("quick_critic")
+def test_all_leaves_out_what_copies_of_one_image_do_not_allow() -> None:
+    copies = noise(1).expand(40, -1, -1, -1)
+    found = measure(noise(20, seed=1), copies, metrics=("all",))
+    assert "FD-Mean" in found
+    assert "Diversity-Mean" not in found
+    with pytest.raises(UserError, match="The metric 'diversity' needs real images that differ"):
+        measure(noise(20, seed=1), copies, metrics=("diversity",))
+
+
+@pytest.mark.parametrize(("num_fake", "num_real"), [(2, 40), (20, 4), (20, 2)])
+def test_two_images_of_a_side_give_the_kernel_distance_no_interval(num_fake: int, num_real: int) -> None:
+    found = measure(noise(num_fake), noise(num_real, seed=1), metrics=("kid",), with_intervals=True)["KID-Mean"]
+    assert found.interval is None
+    assert "standard error" not in found.details
+
+
 def test_every_floor_is_what_the_stand_ins_score() -> None:
     real, extractor = noise(100, seed=1), MeanExtractor()
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))

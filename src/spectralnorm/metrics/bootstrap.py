@@ -17,8 +17,10 @@ from torch import Tensor
 from spectralnorm.errors import UserError
 from spectralnorm.metrics.pairwise import check_pair
 
-__all__ = ["Bootstrap", "frechet_bootstrap", "kernel_bootstrap"]
+__all__ = ["FEWEST_PAIRED", "Bootstrap", "frechet_bootstrap", "kernel_bootstrap"]
 
+FEWEST_PAIRED = 3
+"""Images on each side, of which the pairs differ from draw to draw."""
 _BLOCK_ROWS = 1024
 # Sets of ten times as many images are drawn by groups, if the groups' products of features take no more than this.
 _NUM_GROUPS = 100
@@ -82,11 +84,11 @@ def kernel_bootstrap(
     """Draw both sets again, and compute their squared maximum mean discrepancy each time, over all pairs.
 
     An image that is drawn twice makes no pair with itself: such pairs are no evidence of how alike two images are, and
-    would raise the discrepancy. A draw of one image alone is drawn again.
+    would raise the discrepancy. A draw of one image alone is drawn again; two images make one pair, which cannot vary.
 
     Args:
-        real: (n, d), n >= 2.
-        fake: (m, d), m >= 2.
+        real: (n, d), n >= 3.
+        fake: (m, d), m >= 3.
         num_draws: how often.
         seed: of the draws; the global random numbers are left alone.
         device: where to compute.
@@ -94,7 +96,7 @@ def kernel_bootstrap(
     Raises:
         UserError: the sets do not fit together.
     """
-    check_pair(real, fake)
+    check_pair(real, fake, least=FEWEST_PAIRED)
     _check_draws(num_draws)
     generator = torch.Generator().manual_seed(seed)
     sets = [part.to(device) for part in (real, fake)]

@@ -61,7 +61,7 @@ def evaluate(
         extractors: what they are seen through.
         metrics: of ``fd``, ``kid``, ``wasserstein`` (needs twenty images on each side, and tens of seconds),
             ``classes`` and ``is`` (need logits), ``pr`` and ``dc`` (need six real images beside those that stand in),
-            ``diversity`` and ``copying`` (needs ``training``);
+            ``diversity`` (needs real images that differ) and ``copying`` (needs ``training``);
             ``all`` stands for all that are possible, ``default`` for those of `DEFAULT_METRICS` that are.
         training: images that were trained on, uint8, among which to look for copies.
         split: which real images, for the provenance.

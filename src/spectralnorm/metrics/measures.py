@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.metrics.bootstrap import frechet_bootstrap, kernel_bootstrap
+from spectralnorm.metrics.bootstrap import FEWEST_PAIRED, frechet_bootstrap, kernel_bootstrap
 from spectralnorm.metrics.cache import hash_of, remember
 from spectralnorm.metrics.classes import COVERED_SHARE, class_statistics
 from spectralnorm.metrics.copying import copying
@@ -39,6 +39,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "logits": "an extractor that classifies",
         "classes": f"an extractor that classifies, with at most {_MOST_CLASSES} classes",
         "training": "the images that were trained on",
+        "differences": "real images that differ",
     }
 )
 """What a metric may need beside features, in words."""
@@ -113,6 +114,7 @@ class Measure:
             "logits": logits is not None,
             "classes": logits is not None and logits.shape[1] <= _MOST_CLASSES,
             "training": seen.training is not None,
+            "differences": bool((seen.reference.features != seen.reference.features[:1]).any()),
         }
         if not is_there[self.needs]:
             return NEEDS[self.needs]
@@ -159,7 +161,7 @@ def _kernel(seen: Seen) -> list[Metric]:
         lambda part: [kernel_distance(reference, part.features, subset_size=size, seed=seen.seed)[0]],
     )
     interval, details = None, {"subset size": size}
-    if seen.with_intervals:
+    if seen.with_intervals and min(len(reference), len(fake)) >= FEWEST_PAIRED:
         drawn = kernel_bootstrap(reference, fake, seed=seen.seed, device=seen.device)
         # The value is a mean over 100 random subsets of what the draws see whole: two sources of chance.
         error = math.hypot(drawn.standard_error, spread / 100**0.5)
@@ -371,7 +373,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "is": Measure(compute=_score, needs="logits"),
         "pr": Measure(compute=_precision, fewest=(_MANIFOLD_NEIGHBOURS + 1, _MOST_NEIGHBOURS + 1)),
         "dc": Measure(compute=_density, fewest=(2, _MOST_NEIGHBOURS + 1)),
-        "diversity": Measure(compute=_diversity),
+        "diversity": Measure(compute=_diversity, needs="differences"),
         "copying": Measure(compute=_copying, needs="training"),
     }
 )
