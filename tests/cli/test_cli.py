@@ -327,6 +327,7 @@ def test_a_certificate_is_written_beside_the_run_and_into_its_report(
     assert main(["certify", str(run), "--max", "8"]) == 0
     certificate = json.loads((run / "certificate.json").read_text(encoding="utf-8"))
     assert 0 < certificate["lower_bound"] <= certificate["upper_bound"] <= 8
+    assert certificate["step"] == 2
     assert "Lipschitz constant at most" in capsys.readouterr().out
     assert "with every rounding error accounted for" in (run / "report.html").read_text(encoding="utf-8")
     assert main(["certify", str(run), "--max", "0.01"]) == 1

@@ -20,6 +20,7 @@ from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import Averaging
 from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.trainer import Trainer
+from spectralnorm.transform import add_spectral_norm
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -158,6 +159,13 @@ def test_a_parameter_that_has_no_parts_is_refused():
     network = nn.Sequential(nn.Linear(4, 1))
     network.register_parameter("temperature", nn.Parameter(torch.ones(())))
     with pytest.raises(UserError, match=r"'temperature' is a single number.*shape \(1,\)"):
+        InTraining(network, precision=Precision("fp32", CPU), processes=Processes(0, 2), strategy="fsdp")
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"norm": "operator"}, {"mode": "learnable"}])
+def test_a_normalization_that_has_no_parts_is_refused(options):
+    network = add_spectral_norm(nn.Sequential(nn.Conv2d(3, 4, 3)), **options)
+    with pytest.raises(UserError, match="no normalization by strict, norm=operator or mode=learnable; leave it out"):
         InTraining(network, precision=Precision("fp32", CPU), processes=Processes(0, 2), strategy="fsdp")
 
 

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = RecordFile(folder / "metrics.jsonl")
     file.append(Evaluation(step=3, images_seen=12, training_seconds=1.0, final=True, metrics=metrics))
     file.close()
-    certificate = {"upper_bound": 8.700000000000001, "lower_bound": 3.1, "weights_sha256": "abcd" * 16}
+    certificate = {"step": 3, "upper_bound": 8.700000000000001, "lower_bound": 3.1, "weights_sha256": "abcd" * 16}
     (folder / "certificate.json").write_text(json.dumps(certificate))
     return folder
 
@@ -91,7 +91,7 @@ def test_a_card_tells_metrics_with_floor_and_provenance(run: Path):
     for told in ("0.03142", "0.002718", "1.618e-05", "7,919", "6,841", "held-out", "SqueezeNet `f77cf77cf77c`"):
         assert told in row
     assert "| Broken | nan |" in card
-    assert "at most 8.700000000000001, and at least 3.1" in card
+    assert "for the weights of step 3 `abcdabcdabcd`: at most 8.700000000000001, and at least 3.1" in card
 
 
 def test_a_metric_that_is_measured_later_joins_the_others_of_a_card(run: Path, tmp_path: Path):
@@ -118,6 +118,7 @@ def test_metrics_of_a_run_that_went_on_are_not_called_final(run: Path, tmp_path:
     file.close()
     card = model_card(tmp_path / "run")
     assert "Of an evaluation at step 3; the run went on to step 5." in card
+    assert "for the weights of step 3, after which the run went on to step 5, with SHA-256 `abcd" in card
 
     (old,) = [record for record in read_records(run / "metrics.jsonl") if isinstance(record, Evaluation)]
     newer = [dataclasses.replace(metric, value=7.5) for metric in old.metrics]

@@ -66,7 +66,7 @@ def test_a_recipe_trains_goes_on_samples_and_certifies_or_says_why_not(recipe: s
     assert torch.equal(samples, load(folder).sample(3, seed=1))
     assert len(samples.flatten(1).unique(dim=0)) == 3
 
-    discriminator, config = discriminator_of_run(folder)
+    discriminator, config, _ = discriminator_of_run(folder)
     shape = (config.channels, config.image_size, config.image_size)
     model, num_classes = of_steepest_class(discriminator) if config.conditional else (discriminator, None)
     # For all sizes of images and with a short search, where that takes a minute less.

@@ -45,6 +45,14 @@ def test_the_report_shows_the_certificate_of_its_run(copied_run: Path):
     assert "layers.0" in page
 
 
+def test_a_certificate_of_a_step_before_the_last_is_told(copied_run: Path):
+    file = copied_run / "certificate.json"
+    file.write_text(json.dumps({**CERTIFICATE, "step": 1}), encoding="utf-8")
+    assert "Of the weights of step 1, after which the run went on, with" in build_report(copied_run).read_text("utf-8")
+    file.write_text(json.dumps({**CERTIFICATE, "step": 10**6}), encoding="utf-8")
+    assert "Of the weights of step 1,000,000, with SHA-256" in build_report(copied_run).read_text("utf-8")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"upper_bound": 1}'])
 def test_a_broken_certificate_is_told_and_the_rest_is_shown(copied_run: Path, text: str):
     (copied_run / "certificate.json").write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,12 @@ def run(words: list[str]) -> int:
         for name in ("image_size", "channels", "discriminator_width")
         if getattr(options, name) is not None
     }
-    is_run = options.source.is_dir()
+    is_run, of_training = options.source.is_dir(), {}
     if is_run:
         if settings or options.recipe is not None:
             raise UserError("A run knows its own settings; leave out --recipe and what belongs to it.")
-        discriminator, config = discriminator_of_run(options.source)
+        discriminator, config, step = discriminator_of_run(options.source)
+        of_training = {"step": step}
     else:
         if options.recipe is None:
             if not options.source.exists():
@@ -76,7 +78,7 @@ def run(words: list[str]) -> int:
     folder = options.source if is_run else options.source.parent
     out = folder / _CERTIFICATE_FILE if options.out is None else options.out
     try:
-        replace_text(out, certificate.to_json() + "\n")
+        replace_text(out, json.dumps(of_training | json.loads(certificate.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
     print(f"\nCertificate: {out}")

@@ -27,8 +27,11 @@ _NORMALIZED = (".parametrizations.", "weight_orig")
 _EMBEDDING = re.compile(r"head\.embedding\.(weight|weight_orig|parametrizations\.weight\.original1?)")
 
 
-def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
+def discriminator_of_run(run: Path) -> tuple[nn.Module, Config, int]:
     """The discriminator as the last checkpoint of a run holds it, normalized as it was trained, in eval mode.
+
+    Returns:
+        The discriminator, the run's config, and the checkpoint's step.
 
     Raises:
         UserError: ``run`` is not a run folder or has no checkpoint, or a discriminator of one's own was trained in it.
@@ -46,7 +49,7 @@ def discriminator_of_run(run: Path) -> tuple[nn.Module, Config]:
     _load(discriminator, under("discriminator.", checkpoint.tensors), checkpoint.path)
     # With what was followed from step to step, its weights are divided by the very numbers of the training.
     load_tracking_state(discriminator, under("tracking.", checkpoint.tensors))
-    return discriminator.eval(), config
+    return discriminator.eval(), config, checkpoint.numbers["step"]
 
 
 def discriminator_of_file(file: Path, config: Config) -> tuple[nn.Module, Config]:

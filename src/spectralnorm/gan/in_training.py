@@ -16,6 +16,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 from spectralnorm.gan.precision import Precision
+from spectralnorm.parametrizations import SpectralNorm
 
 __all__ = ["InTraining"]
 
@@ -61,6 +62,12 @@ class InTraining:
                 raise UserError("A network that is held in parts is not compiled; leave out compile or strategy fsdp.")
             if precision.dtype == torch.float16:
                 raise UserError("strategy fsdp has no scaling of float16 gradients; use precision bf16-mixed or fp32.")
+            for part in module.modules():
+                if isinstance(part, SpectralNorm) and (part.strict or part.follows_map or part.scale is not None):
+                    raise UserError(
+                        "strategy fsdp has no normalization by strict, norm=operator or mode=learnable; leave it out, "
+                        "or use strategy ddp."
+                    )
             for name, parameter in module.named_parameters():
                 if parameter.dim() == 0:
                     raise UserError(

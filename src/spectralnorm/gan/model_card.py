@@ -56,7 +56,7 @@ def model_card(run: Path, *, license: str | None = None, picture: str | None = N
         _training(sessions, endings),
         "## Metrics",
         _metrics(evaluation, last_step),
-        *_certificate(run / _CERTIFICATE_FILE),
+        *_certificate(run / _CERTIFICATE_FILE, last_step),
         "## Limits",
         _limits(config, evaluation),
         "## All settings",
@@ -184,13 +184,17 @@ def _metric_row(metric: Metric) -> tuple[str, ...]:
     )
 
 
-def _certificate(file: Path) -> list[str]:
+def _certificate(file: Path, last_step: int) -> list[str]:
     if not file.exists():
         return []
     certificate = _json(file)
+    step = certificate.get("step")
+    of_step = "" if step is None else f" of step {step:,}"
+    if step is not None and step < last_step:
+        of_step += f", after which the run went on to step {last_step:,}, with SHA-256"
     # In full: a bound must not be rounded down.
     text = (
-        f"Proven by `spectralnorm certify` for the weights `{certificate['weights_sha256'][:12]}`: at most "
+        f"Proven by `spectralnorm certify` for the weights{of_step} `{certificate['weights_sha256'][:12]}`: at most "
         f"{certificate['upper_bound']!r}, and at least {certificate['lower_bound']!r}."
     )
     return ["## Lipschitz constant of the discriminator", text]

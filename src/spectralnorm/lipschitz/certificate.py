@@ -104,7 +104,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """What `to_json` wrote.
+        """What `to_json` wrote, whatever else has been written beside it.
 
         Raises:
             UserError: ``text`` is not a certificate.
@@ -114,7 +114,8 @@ class Certificate:
             layers = tuple(
                 LayerBound(**(layer | {"output_shape": tuple(layer["output_shape"])})) for layer in fields["layers"]
             )
-            return cls(**(fields | {"layers": layers, "input_shape": tuple(fields["input_shape"])}))
+            given = {name: fields[name] for name in cls.__dataclass_fields__}
+            return cls(**(given | {"layers": layers, "input_shape": tuple(fields["input_shape"])}))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"Expected the JSON of a certificate, as to_json writes it, but {error}.") from error
 

@@ -93,6 +93,7 @@ def _view(contents: Contents, gallery: Gallery) -> Mapping[str, Any]:
         "curves": curves,
         "spectrum": spectrum,
         "guarantee": guaranteed,
+        "last_step": contents.step,
         "metric_charts": of_metrics,
         "evaluation": evaluation,
         "is_final_evaluation": _is_final(contents, evaluation),

@@ -37,6 +37,8 @@ class Guarantee:
     layers: Sequence[LayerBar]
     weights: str
     seconds: str
+    step: int | None
+    """Of the run, if it is known."""
 
 
 def guarantee(certificate: Mapping[str, Any]) -> Guarantee:
@@ -53,6 +55,7 @@ def guarantee(certificate: Mapping[str, Any]) -> Guarantee:
         layers=[_bar(layer, longest) for layer in layers],
         weights=str(certificate["weights_sha256"])[:12],
         seconds=number_text(float(certificate["seconds"]), 3),
+        step=int(certificate["step"]) if "step" in certificate else None,
     )
 
 
