@@ -452,7 +452,7 @@ def main():
     figure = path.with_suffix(".svg")
     figure.write_text(picture, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"![Net time against depth and width]({figure.name})\n")
+        file.write(f"\n![Net time against depth and width]({figure.name})\n")
     print(f"Written: {path.relative_to(RESULTS.parent.parent)}")
 
 
