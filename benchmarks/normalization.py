@@ -171,7 +171,7 @@ def synchronize(device):
 def in_turns(calls, repeats, device, *, before=None, between=None):
     """Time each of ``calls`` (name to function) ``repeats`` times, once in every round, in an order drawn for it.
 
-    ``before`` is called before each and ``between``, by name, after each; neither is timed.
+    What is in ``before`` and ``between``, by name, is called before and after each; neither is timed.
     """
     times, order, draw = {name: [] for name in calls}, list(calls), random.Random(0)
     for round_number in range(repeats + 3):
@@ -179,7 +179,7 @@ def in_turns(calls, repeats, device, *, before=None, between=None):
         for name in order:
             call = calls[name]
             if before is not None:
-                before()
+                before[name]()
             synchronize(device)
             start = time.perf_counter()
             call()
@@ -237,7 +237,7 @@ def of_sets(repeats, device):
         numel = sum(math.prod(shape) for shape in shapes)
         rounds = repeats if numel < 1e7 else max(5, repeats // 4)
         found = normalization(shapes, rounds, device, ("plain", "ours", *TORCHS))
-        chilled = normalization(shapes, rounds, device, NETS, before=OtherWork(device))
+        chilled = normalization(shapes, rounds, device, NETS, before=dict.fromkeys(NETS, OtherWork(device)))
         copy = copy_time(numel, rounds, device)
         # Two copies: the weight and its gradient, each read once and written once.
         cells = [name, str(len(shapes)), f"{numel / 1e6:.2f} M", f"{2 * copy.median:.2f}", *_cells(found, TORCHS)]
@@ -375,9 +375,10 @@ def of_whole_steps(repeats, device, batch=64):
         f"| {name} | {each.median:.1f} ({each.lowest:.1f}) | {each.over(seen['plain']):+.2%} |"
         for name, each in seen.items()
     ]
-    # Each after a whole forward, which leaves nothing of it in a cache.
+    # Each after a whole forward of its own, which leaves nothing of it in a cache, and as long after the last use.
     names = ("plain", "ours", "P")
-    reads = in_turns({name: judges[name].read for name in names}, max(10, repeats), device, between=_judges_of(steps))
+    forwards = {name: judges[name].judge for name in names}
+    reads = in_turns({name: judges[name].read for name in names}, max(10, repeats), device, before=forwards)
     lines += ["", "| reading all weights in eval mode | ms | over plain, of its forward |", "|---|---|---|"]
     lines += [
         f"| {name} | {reads[name].median:.3f} ({reads[name].lowest:.3f}) | "
@@ -385,10 +386,6 @@ def of_whole_steps(repeats, device, batch=64):
         for name in names
     ]
     return lines
-
-
-def _judges_of(steps):
-    return {name: step.judge for name, step in steps.items()}
 
 
 def launches(device):
