@@ -21,7 +21,7 @@ MATRICES = {
     "square": random(1, 64, 64),
     "wide": random(1, 37, 101),
     "tall": random(1, 101, 37),
-    "shared by threads": random(1, 256, 1152),
+    "shared by threads": random(1, 512, 1152),
     "convolution": random(1, 24, 9, 3, 3),
     "one channel": random(1, 17, 1, 3, 3),
     "channels_last": random(24, 9, 3, 3).contiguous(memory_format=torch.channels_last)[None],
@@ -84,11 +84,16 @@ def test_following_gives_what_torch_gives(name: str, is_left: bool, num_threads:
         torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=2e-3, atol=0)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def test_what_is_compared_on_several_threads_is_large_enough_for_them(threads, teams) -> None:
+    threads(2)
+    matrix, (weight, out_dim) = MATRICES["shared by threads"], WEIGHTS["large"]
+    cpu.TrackingPlan([matrix]).track([frame_for(matrix, True)])
+    assert teams == [2]
+    plan, sigma = cpu.QuotientPlan([(weight, out_dim)], [1.0]), torch.ones(1)
+    values = plan.divide(sigma).values
+    assert teams == [2, 2]
+    plan.gradients([weight], values, [random(750)], [random(700)], sigma)
+    assert teams == [2, 2, 2]
 
 
 def test_all_together_on_any_number_of_threads_give_the_bits_of_each_alone(threads) -> None:
@@ -189,7 +194,7 @@ def test_the_largest_block_decides_and_nan_is_larger_than_any() -> None:
 
 WEIGHTS = {
     "linear": (random(30, 21), 0),
-    "large": (random(300, 700), 0),
+    "large": (random(750, 700), 0),
     "second dimension": (random(30, 21), 1),
     "convolution": (random(9, 5, 3, 3), 0),
     "channels_last": (random(9, 5, 3, 3).contiguous(memory_format=torch.channels_last), 0),
@@ -268,7 +273,7 @@ def test_gradients_of_some_in_any_order() -> None:
 
 
 def test_gradients_of_two_uses_are_those_of_their_sum(threads) -> None:
-    weights = [*WEIGHTS.values(), (random(300, 700), 0)]
+    weights = [*WEIGHTS.values(), (random(750, 700), 0)]
     plan = cpu.QuotientPlan(weights, [1.0] * len(weights))
     sigmas = torch.linspace(1, 2, len(weights))
     values = plan.divide(sigmas).values
@@ -287,7 +292,7 @@ def test_gradients_of_two_uses_are_those_of_their_sum(threads) -> None:
 
 
 def test_dividing_while_following_gives_the_bits_of_dividing_after(threads) -> None:
-    weights = [random(300, 700), random(20, 30), random(24, 4, 3, 3), random(9, 6, 3, 3)]
+    weights = [random(750, 700), random(20, 30), random(24, 4, 3, 3), random(9, 6, 3, 3)]
     views = [weights[0][None], weights[1][None], weights[2].unflatten(0, (3, 8)), weights[3].movedim(1, 0)[None]]
     tracking = cpu.TrackingPlan(views)
     quotients = cpu.QuotientPlan([*((weight, 0) for weight in weights[:3]), (weights[3], 1)], [1.0, 0.5, 2.0, 1.0])

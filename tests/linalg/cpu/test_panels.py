@@ -27,7 +27,7 @@ PROBLEMS = {
     "a few rows": ((1, 3, 64, 3, 3), (16, 16)),
     "one row": ((1, 1, 5, 3), (8,)),
     "one tap along an axis": ((1, 12, 30, 1, 3), (4, 6)),
-    "deeper than a sum": ((1, 130, 200, 2, 2), (3, 3)),
+    "deeper than a sum": ((1, 130, 200, 2, 2), (4, 4)),
 }
 
 
@@ -72,13 +72,6 @@ def of_each(matrices: PanelMatrices, num_iterations: int, start: Tensor | None) 
         for place in range(len(matrices))
     ]
     return torch.tensor([value for value, _ in found], dtype=torch.float64), torch.cat([vector for _, vector in found])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -148,6 +141,16 @@ def test_the_leading_ones_are_followed_further() -> None:
     assert largest == float(values.index_copy(0, leading, further).max())
     # More than there are: all of them.
     torch.testing.assert_close(found.followed(Effort(2, 1000, 5), None)[1], of_each(found, 5, vectors)[1])
+
+
+def test_a_problem_is_large_enough_for_several_threads(threads, teams) -> None:
+    threads(2)
+    found = in_panels(*problem("deeper than a sum"))
+    assert teams == [2]
+    value, _ = found.followed(Effort(4, 3, 2), None)
+    assert teams == [2, 2]
+    have_factor(found, value * 0.9)
+    assert teams == [2, 2, 2]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
