@@ -25,7 +25,7 @@ from spectralnorm.linalg.layout import is_dense, layout_of
 from spectralnorm.linalg.tracking import PROBE_LENGTH
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
-from spectralnorm.parametrizations.kept import Kept, Member, Verdict, free_memory, host_has
+from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.memory import Memory
 from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
@@ -126,6 +126,13 @@ class Plans:
         self.quotients = self.kernels.QuotientPlan(rows, coefficients, caps, eps=self.eps)
         self.store = self.kernels.VectorStore()
         self._tracking: Any = None
+        self._narrow_prototypes: dict[torch.dtype, list[Tensor]] = {}
+
+    def prototypes_of(self, dtype: torch.dtype) -> list[Tensor]:
+        """The prototypes with another type."""
+        if dtype not in self._narrow_prototypes:
+            self._narrow_prototypes[dtype] = [torch.empty_like(like, dtype=dtype) for like in self.prototypes]
+        return self._narrow_prototypes[dtype]
 
     def tracking(self, weights: _Weights) -> Any:
         """The plan of the weights' matrices, for the same weights as these were made for."""
@@ -203,6 +210,8 @@ class ByKernels:
         self._tracked: Any = None
         self._division: Division | None = None
         self._verdict: Verdict | None = None
+        # To which type the values were rounded for uses under autocast since they were computed.
+        self._used_dtype: torch.dtype | None = None
 
     def renew(self, members: Sequence[Member]) -> None:
         """One step of power iteration for all, and the division by the norms."""
@@ -213,10 +222,12 @@ class ByKernels:
         frames = self._tracked
         if frames is None:
             frames = [kept.triplets[0].frame for kept in kepts]
-        values, gradients_memory = self._memory(kepts)
+        rounded = self._used_dtype
+        values, gradients_memory, narrows = self._memory(kepts, rounded)
         options = (frames, ages, num_iterations)
         out_dims, ends = [view.out_dim for view in plans.views], None
-        outs = values.free_at(range(len(kepts)), plans.prototypes)
+        everywhere = range(len(kepts))
+        outs = values.free_at(everywhere, plans.prototypes)
         promised: dict[str, Any] = {}
         if self._strict:
             self._tracked = tracked = self._tracking.track(*options, eps=eps)
@@ -224,24 +235,58 @@ class ByKernels:
             pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
             promised = plans.promised(self._promises(members), sigmas)
             divided = values, *plans.quotients.divide(sigmas, outs, rules=promised["rules"])[1:]
-        elif plans.kernels.are_of_host:
-            how = plans.quotients.prepared(outs, targets=values.addresses)
-            self._tracked = tracked = self._tracking.track(*options, eps=eps, division=how)
-            sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
-            # Bound to what belongs to this step, and not to this object, which old graphs need not hold.
-            pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
-            divided = values, how.divisors, how.active
         else:
-            self._tracked = tracked = self._tracking.track(*options, eps=eps)
-            us, vs, sigmas = self._tracking.whole(tracked, out_dims)
-            pairs = partial(list, zip(us, vs, strict=True))
-            divided = values, *plans.quotients.divide(sigmas, outs)[1:]
-        self._division = Division(plans, sigmas, pairs, divided, gradients_memory, ends, **promised)
-        self._verdict = verdict = Verdict(sigmas, eps)
+            also: dict[str, Any] = {}
+            if narrows is not None and rounded is not None:
+                also["narrows"] = narrows.free_at(everywhere, plans.prototypes_of(rounded))
+                also["narrow_targets"] = narrows.addresses
+            how = plans.quotients.prepared(outs, targets=values.addresses, **also)
+            if self._tracking.divides:
+                self._tracked = tracked = self._tracking.track(*options, eps=eps, division=how)
+                sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
+                # Bound to what belongs to this step, and not to this object, which old graphs need not hold.
+                pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
+            else:
+                self._tracked = tracked = self._tracking.track(*options, eps=eps)
+                us, vs, sigmas = self._tracking.whole(tracked, out_dims)
+                pairs = partial(list, zip(us, vs, strict=True))
+                how.divide(sigmas)
+            divided = values, how.divisors, how.active
+        self._division = division = Division(plans, sigmas, pairs, divided, gradients_memory, ends, **promised)
+        self._verdict = verdict = Verdict(sigmas, eps, self._verdict)
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
+        self._used_dtype = None
+        if narrows is not None and rounded is not None:
+            division.rounded = rounded, narrows
+            for kept, value in zip(kepts, narrows, strict=True):
+                kept.rounded = Rounded(rounded, value, value._version, outputs=Outputs())
+
+    def can_round(self, dtype: torch.dtype) -> bool:
+        """Whether `round` can be asked for values of ``dtype``."""
+        division, kernels = self._division, self._plans.kernels
+        return (
+            division is not None
+            and not kernels.are_of_host
+            and division.rounded is None
+            and all(like.dtype == torch.float32 for like in self._plans.prototypes)
+        )
+
+    @torch.no_grad()
+    def round(self, dtype: torch.dtype) -> None:
+        """Round all values for uses under autocast to ``dtype``, as the next ones will be at once if these are used."""
+        division, members = self._division, self.current()
+        assert division is not None
+        likes = self._plans.prototypes_of(dtype)
+        narrows = Memory([None] * len(likes), self._plans.device)
+        rounded = narrows.free_at(range(len(likes)), likes)
+        torch._foreach_copy_(rounded, [*division.values])  # type: ignore[reportPrivateImportUsage]
+        division.rounded = dtype, narrows
+        for _, kept in members:
+            value = rounded[kept.index]
+            kept.rounded = Rounded(dtype, value, value._version, outputs=Outputs())
 
     def _promises(self, members: Sequence[Member]) -> dict[int, Promise]:
         """Of the strict weights, by place."""
@@ -256,20 +301,25 @@ class ByKernels:
             promises[place] = promise_of(normalization, weight, upper, leading)
         return promises
 
-    def _memory(self, kepts: Sequence[Kept]) -> tuple[Memory, Memory]:
-        """Of the last values, as far as it is free, and of the last gradients."""
+    def _memory(self, kepts: Sequence[Kept], dtype: torch.dtype | None) -> tuple[Memory, Memory, Memory | None]:
+        """Of the last values and gradients, and of the last values of another ``dtype``, as far as it is free."""
         plans, before = self._plans, self._division
+        new = partial(Memory, [None] * len(kepts), plans.device)
         if before is None:
             found = [free_memory(kept) for kept in kepts]
             values = Memory(plans.fitting([value for value, _ in found]), plans.device)
-            return values, Memory([None] * len(kepts), plans.device)
+            return values, new(), None
         self._division = None
-        values, gradients, graphs = before.values, before.gradients_memory, ref(before)
+        values, gradients, narrows, graphs = before.values, before.gradients_memory, before.rounded, ref(before)
         for kept in kepts:
             kept.value = None  # type: ignore[assignment]
         del before
         # A graph may hold the tensors themselves, and not only their memory.
-        return values if graphs() is None else Memory([None] * len(kepts), plans.device), gradients
+        is_free = graphs() is None
+        values = values if is_free else new()
+        if dtype is None or narrows is None:
+            return values, gradients, None
+        return values, gradients, narrows[1] if is_free else new()
 
     @property
     def is_for_one_node(self) -> bool:
@@ -333,10 +383,14 @@ class ByKernels:
                 found.append((normalization, kept))
         return found
 
-    def some(self, kepts: Sequence[Kept]) -> SomeOf:
-        """The division of some members."""
-        assert self._division is not None
-        return SomeOf(self._division, [kept.index for kept in kepts], [kept.moment for kept in kepts])
+    def some(self, kepts: Sequence[Kept], *, are_rounded: bool = False) -> SomeOf:
+        """The division of some members, for uses of the values or of the rounded ones."""
+        division = self._division
+        assert division is not None
+        if are_rounded and division.rounded is not None:
+            self._used_dtype = division.rounded[0]
+        places, moments = [kept.index for kept in kepts], [kept.moment for kept in kepts]
+        return SomeOf(division, places, moments, are_rounded=are_rounded)
 
     def quotient_of(self, index: int, moment: Moment) -> Quotient:
         """What is to be known of a member's value, which was computed at a ``moment``."""

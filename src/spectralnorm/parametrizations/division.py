@@ -34,7 +34,8 @@ class Division:
         sigmas: the norms, (weights,).
         values: the weights divided.
         gradients_memory: on the CPU that of the last gradients.
-        ends: addresses of the vectors where they are known, (weights, 2).
+        ends: where the vectors are, if that is known: on the CPU their addresses, (weights, 2).
+        rounded: the values of another type for uses under autocast, and that type; None: there are none.
         uppers: of strict weights, by place, what the norm is guaranteed not to exceed.
     """
 
@@ -43,9 +44,9 @@ class Division:
         plans: Plans,
         sigmas: Tensor,
         pairs: Callable[[], _Pairs],
-        divided: tuple[Memory, Tensor, Tensor],
+        divided: tuple[Memory, Tensor | None, Tensor | None],
         gradients_memory: Memory,
-        ends: Tensor | None = None,
+        ends: Any = None,
         *,
         uppers: Mapping[int, Tensor] | None = None,
         rules: Tensor | None = None,
@@ -56,7 +57,8 @@ class Division:
             plans: as the attribute.
             sigmas: as the attribute.
             pairs: gives the whole vectors u and v of each.
-            divided: the values, what they were divided by, and whether that depends on the norm.
+            divided: the values, what they were divided by, and whether that depends on the norm; None where it is to
+                be found out when it is asked for.
             gradients_memory: as the attribute.
             ends: as the attribute.
             uppers: as the attribute; None: no weight is strict.
@@ -69,6 +71,7 @@ class Division:
         self.ends, self._pairs = ends, pairs
         self._found_pairs: _Pairs | None = None
         self._ends_of_pairs: Tensor | None = None
+        self.rounded: tuple[torch.dtype, Memory] | None = None
         self._numbers: tuple[Sequence[Any], Sequence[Any]] | None = None
 
     @property
@@ -87,8 +90,11 @@ class Division:
         that is gone.
         """
         if self._numbers is None:
-            is_of_host = self.plans.kernels.are_of_host
             divisors, active = self._divisors, self._active
+            if divisors is None or active is None:
+                with plain_arithmetic(self.sigmas):
+                    divisors, active = self.plans.quotients.divisors(self.sigmas)
+            is_of_host = self.plans.kernels.are_of_host
             self._numbers = (divisors.tolist(), active.tolist()) if is_of_host else (divisors.unbind(), active.unbind())
         coefficient, is_cap = self.plans.rules[place]
         return Quotient(
@@ -119,49 +125,60 @@ class Division:
         self, places: Sequence[int], values: Sequence[Tensor], pairs: _Pairs, grads: Sequence[Sequence[Tensor]]
     ) -> Sequence[Tensor]:
         firsts, others = self._laid_out(places, grads)
-        options: dict[str, Any] = {"more_grads": others}
-        if not self.plans.kernels.are_of_host:
-            firsts, options = _sums(firsts, others), {}
-        elif self._rules is not None:
-            options["rules"] = self._rules
+        options: dict[str, Any] = {} if self._rules is None else {"rules": self._rules}
         return self.plans.quotients.gradients(
             firsts,
             values,
             [u for u, _ in pairs],
             [v for _, v in pairs],
             self.sigmas,
+            more_grads=others,
             places=places,
             are_checked=True,
             **options,
         )
 
-    def gradients_at(self, places: Sequence[int], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-        """The same of the weights at ``places``, for the sums of one or two each."""
+    def gradients_at(
+        self, places: Sequence[int], grads: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None
+    ) -> Sequence[Tensor]:
+        """The same of the weights at ``places``, for the sums of one or two each, of their own type or of ``dtype``."""
+        firsts, others = self._laid_out(places, grads, dtype)
+        quotients = self.plans.quotients
+        is_whole = places == list(range(len(self.plans.prototypes)))
         if not self.plans.kernels.are_of_host:
-            values, pairs = [self.values[place] for place in places], [self.pairs[place] for place in places]
-            return self._gradients_of(places, values, pairs, grads)
-        firsts, others = self._laid_out(places, grads)
+            if self.ends is None:
+                values, pairs = [self.values[place] for place in places], [self.pairs[place] for place in places]
+                us, vs = [u for u, _ in pairs], [v for _, v in pairs]
+                return quotients.gradients(
+                    firsts, values, us, vs, self.sigmas, more_grads=others, places=places, are_checked=True
+                )
+            addresses = self.values.addresses.tolist()
+            if is_whole:
+                return quotients.differentiate(firsts, others, addresses, self.ends, self.sigmas, None)
+            addresses = [addresses[place] for place in places]
+            return quotients.differentiate(firsts, others, addresses, self.ends, self.sigmas, places)
         ends = self._ends_of_pairs if self.ends is None else self.ends
         if ends is None:
             ends = self._ends_of_pairs = integers([[u.data_ptr(), v.data_ptr()] for u, v in self.pairs])
         outs = self.gradients_memory.free_at(places, self.plans.prototypes)
-        self.plans.quotients.differentiate(
+        quotients.differentiate(
             firsts,
             others,
             self.values.addresses,
             self.gradients_memory.addresses,
             ends,
             self.sigmas,
-            None if places == list(range(len(self.plans.prototypes))) else places,
+            None if is_whole else places,
             self._rules,
         )
         return [out.detach() for out in outs]
 
     def _laid_out(
-        self, places: Sequence[int], grads: Sequence[Sequence[Tensor]]
+        self, places: Sequence[int], grads: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The first and the second of what comes for each weight, in memory as the weight."""
-        likes = [self.plans.prototypes[place] for place in places]
+        prototypes = self.plans.prototypes if dtype is None else self.plans.prototypes_of(dtype)
+        likes = [prototypes[place] for place in places]
         firsts = [_laid_out(of_one[0], like) for of_one, like in zip(grads, likes, strict=True)]
         others = [_laid_out(each[1], like) if len(each) > 1 else None for each, like in zip(grads, likes, strict=True)]
         return firsts, others
@@ -170,13 +187,18 @@ class Division:
 class SomeOf:
     """The weights at some places of a division, as `NormalizedWeights` takes them."""
 
-    def __init__(self, division: Division, places: Sequence[int], moments: Sequence[Moment]) -> None:
+    def __init__(
+        self, division: Division, places: list[int], moments: Sequence[Moment], *, are_rounded: bool = False
+    ) -> None:
         self.division, self.places, self._moments = division, places, moments
+        self._dtype, self._values = None, division.values
+        if are_rounded and division.rounded is not None:
+            self._dtype, self._values = division.rounded
 
     @property
     def values(self) -> list[Tensor]:
         """The weights divided."""
-        return [self.division.values[place] for place in self.places]
+        return [self._values[place] for place in self.places]
 
     def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
         """dL/dW of each for the sum of what came from its uses; None where nothing came."""
@@ -185,25 +207,12 @@ class SomeOf:
             return gradients_of([*map(self.division.quotient, self.places, self._moments)], grads)
         results: list[Tensor | None] = [None] * len(grads)
         if len(indices) == len(grads):
-            return [*self.division.gradients_at(self.places, grads)]
+            return [*self.division.gradients_at(self.places, grads, self._dtype)]
         places = [self.places[index] for index in indices]
-        found = self.division.gradients_at(places, [grads[index] for index in indices])
+        found = self.division.gradients_at(places, [grads[index] for index in indices], self._dtype)
         for index, result in zip(indices, found, strict=True):
             results[index] = result
         return results
-
-
-def _sums(firsts: list[Tensor], others: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those that have another one with it added, in one call."""
-    places = [place for place, other in enumerate(others) if other is not None]
-    if not places:
-        return firsts
-    more = [other for other in others if other is not None]
-    added = torch._foreach_add([firsts[place] for place in places], more)  # type: ignore[reportPrivateImportUsage]
-    sums = list(firsts)
-    for place, each in zip(places, added, strict=True):
-        sums[place] = each
-    return sums
 
 
 def _laid_out(grad: Tensor, like: Tensor) -> Tensor:

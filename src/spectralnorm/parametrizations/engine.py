@@ -10,8 +10,9 @@ renewed alone and anew (`spectralnorm.linalg.refine`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ from spectralnorm.parametrizations.by_kernels import (
     quotient_by_kernels,
     refresh_by_kernels,
 )
-from spectralnorm.parametrizations.kept import Alone, Kept, Member, Rounded, Verdict, free_memory, host_has
+from spectralnorm.parametrizations.kept import Alone, Kept, Member, Outputs, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.promise import (
     Divisor,
@@ -51,12 +52,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Member",
-    "connect_rounded",
     "divisors_of",
     "keep_triplets",
     "output_for_use",
     "refresh_together",
     "rounded_for_autocast",
+    "rounded_output_for_use",
     "stepped_together",
     "write_buffers",
 ]
@@ -210,9 +211,12 @@ def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor
         with plain_arithmetic(weight):
             if normalization.strict:
                 kept.rounded = _rounded_strict(normalization, kept, weight.detach(), dtype)
+            elif isinstance(kept.followed, ByKernels) and kept.own_quotient is None and kept.followed.can_round(dtype):
+                kept.followed.round(dtype)
             else:
                 value = kept.value.to(dtype)
                 kept.rounded = Rounded(dtype, value, value._version)
+    assert kept.rounded is not None
     return kept.rounded
 
 
@@ -229,14 +233,24 @@ def _rounded_strict(normalization: SpectralNorm, kept: Kept, weight: Tensor, dty
     return Rounded(dtype, value, value._version, quotient)
 
 
-def connect_rounded(normalization: SpectralNorm, kept: Kept, rounded: Rounded, weight: Tensor) -> Tensor:
-    """Make the node of the graph for what is used under autocast."""
-    if rounded.quotient is not None:
-        output, _ = NormalizedWeights.apply([rounded.quotient], weight)
-    else:
-        output = CastWeight.apply(output_for_use(normalization, kept, weight), rounded.value)
-    rounded.output = output
-    return output
+def rounded_output_for_use(normalization: SpectralNorm, kept: Kept, rounded: Rounded, weight: Tensor) -> Tensor:
+    """What is used under autocast in the graph, for one use."""
+    if rounded.outputs is not None:
+        if rounded.outputs.is_used_up():
+            _connect(normalization, kept, weight, partial(_rounded_outputs_of, rounded.dtype), are_rounded=True)
+        return rounded.outputs.take()
+    if rounded.output is None:
+        if rounded.quotient is not None:
+            rounded.output, _ = NormalizedWeights.apply([rounded.quotient], weight)
+        else:
+            rounded.output = CastWeight.apply(output_for_use(normalization, kept, weight), rounded.value)
+    assert rounded.output is not None
+    return rounded.output[...]
+
+
+def _rounded_outputs_of(dtype: torch.dtype, kept: Kept) -> Outputs | None:
+    rounded = kept.rounded
+    return None if rounded is None or rounded.dtype != dtype else rounded.outputs
 
 
 def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[Divisor]:
@@ -327,39 +341,44 @@ def _stacked(
 
 def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> Tensor:
     """The value in the graph, for one use."""
-    # D(real) and D(fake) take one each: what comes from both is added up where the gradient is computed, and not in a
-    # pass through memory before it. What a user hangs on it (a hook, `retain_grad`) stays with that use, so nobody else
-    # is given the same one.
-    if not kept.fresh and kept.shared is None:
-        _connect(normalization, kept, weight)
-    if kept.fresh:
-        return kept.fresh.pop()
-    assert kept.shared is not None
-    output, other = kept.shared
-    kept.shared = other, output
-    # An alias, of the views the cheapest, lets a sparse gradient through, as that of an embedding may be.
-    return output[...]
+    outputs = kept.outputs
+    if outputs.is_used_up():
+        _connect(normalization, kept, weight, _outputs_of)
+    return outputs.take()
 
 
-def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> None:
+def _outputs_of(kept: Kept) -> Outputs | None:
+    return kept.outputs
+
+
+def _connect(
+    normalization: SpectralNorm,
+    kept: Kept,
+    weight: Tensor,
+    outputs_of: Callable[[Kept], Outputs | None],
+    *,
+    are_rounded: bool = False,
+) -> None:
     """Make the node of the graph for a kept value, and for the small ones renewed with it."""
     joined, most = [(kept, weight)], _most_in_shared_node(kept)
     if weight.numel() <= most:
-        mates = [(mate, mate.moment.clock.weight) for _, mate in _renewed_with(normalization, kept)]
-        joined = [
-            (mate, its)
-            for mate, its in mates
-            if mate is kept or (not mate.fresh and mate.shared is None and its.requires_grad and its.numel() <= most)
-        ]
+        joined = []
+        for _, mate in _renewed_with(normalization, kept):
+            its, outputs = mate.moment.clock.weight, outputs_of(mate)
+            is_wanting = outputs is not None and outputs.is_used_up() and its.requires_grad and its.numel() <= most
+            if mate is kept or is_wanting:
+                joined.append((mate, its))
     kepts = [each for each, _ in joined]
     followed = kept.followed
-    quotients = followed.some(kepts) if isinstance(followed, ByKernels) else [each.quotient for each in kepts]
+    if isinstance(followed, ByKernels):
+        quotients = followed.some(kepts, are_rounded=are_rounded)
+    else:
+        quotients = [each.quotient for each in kepts]
     outputs = NormalizedWeights.apply(quotients, *[each for _, each in joined])
     for each, *its_outputs in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
-        if each.fresh is None:
-            each.fresh = its_outputs
-        else:
-            each.shared = tuple(its_outputs)
+        of_each = outputs_of(each)
+        assert of_each is not None
+        of_each.add(its_outputs)
 
 
 def _renewed_with(normalization: SpectralNorm, kept: Kept) -> list[tuple[SpectralNorm, Kept]]:

@@ -36,8 +36,8 @@ class Verdict:
 
     __slots__ = ("_are_all_good", "_arrived", "_on_host", "_sigmas", "eps", "is_immediate")
 
-    def __init__(self, sigmas: Tensor, eps: float) -> None:
-        """Start to find out about ``sigmas``, one for each weight."""
+    def __init__(self, sigmas: Tensor, eps: float, before: Verdict | None = None) -> None:
+        """Start to find out about ``sigmas``, one for each weight, in the place of the last verdict about them."""
         self.eps = eps
         self.is_immediate = host_has(sigmas.device)
         self._arrived: torch.cuda.Event | None = None
@@ -47,9 +47,14 @@ class Verdict:
         if self.is_immediate:
             self._sigmas = sigmas.tolist()
         elif sigmas.device.type == "cuda":
-            self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, pin_memory=True)
+            if before is not None and before._sigmas is not None and before._on_host is not None:
+                self._on_host, self._arrived = before._on_host, before._arrived
+                before._on_host = None
+            else:
+                self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, pin_memory=True)
+                self._arrived = torch.cuda.Event()
+            assert self._arrived is not None
             self._on_host.copy_(sigmas, non_blocking=True)
-            self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(sigmas.device))
 
     @property
@@ -74,6 +79,42 @@ class Verdict:
         return sigmas is not None and not self.eps < sigmas[index] < math.inf
 
 
+class Outputs:
+    """A value as outputs of nodes of the graph, one for each use.
+
+    D(real) and D(fake) take one each: what comes from both is added up where the gradient is computed, and not in a
+    pass through memory before it. What a user hangs on it (a hook, `retain_grad`) stays with that use, so nobody else
+    is given the same one.
+    """
+
+    __slots__ = ("_fresh", "_shared")
+
+    def __init__(self) -> None:
+        self._fresh: list[Tensor] | None = None  # that nobody has been given yet; two are made at the first use
+        self._shared: tuple[Tensor, Tensor] | None = None  # of another node, made when a third is wanted
+
+    def is_used_up(self) -> bool:
+        """Whether a node has to be made before the next use."""
+        return not self._fresh and self._shared is None
+
+    def add(self, outputs: list[Tensor]) -> None:
+        """Two of a new node."""
+        if self._fresh is None:
+            self._fresh = outputs
+        else:
+            self._shared = outputs[0], outputs[1]
+
+    def take(self) -> Tensor:
+        """One for a use."""
+        if self._fresh:
+            return self._fresh.pop()
+        assert self._shared is not None
+        output, other = self._shared
+        self._shared = other, output
+        # An alias, of the views the cheapest, lets a sparse gradient through, as that of an embedding may be.
+        return output[...]
+
+
 @dataclass(slots=True)
 class Rounded:
     """A value for use under autocast, which would round one that is not, at every use.
@@ -84,6 +125,7 @@ class Rounded:
         version: the version of the value when it was made.
         quotient: of a strict weight, which is divided by another number then.
         output: the value as a node of the graph, made at the first use under grad.
+        outputs: instead of ``output``, of a value that was rounded together with others.
     """
 
     dtype: torch.dtype
@@ -91,6 +133,7 @@ class Rounded:
     version: int
     quotient: Quotient | None = None
     output: Tensor | None = None
+    outputs: Outputs | None = None
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the value."""
@@ -124,9 +167,7 @@ class Kept:
         moment: of the weight, when the value was computed.
         value: the normalized weight.
         value_version: the value's version, by which a write of the user's into it is noticed.
-        fresh: the value as outputs of a node of the graph that nobody has been given yet; two are made at the first use
-            under grad.
-        shared: as two outputs of another node, made when a third is wanted: what is given out then are aliases.
+        outputs: the value as outputs of the graph.
         followed: where the triplets are to be found.
         age: refreshes since the frames were computed anew.
         is_in_buffers: whether the buffers hold u and v.
@@ -139,8 +180,7 @@ class Kept:
     moment: Moment
     value: Tensor
     value_version: int
-    fresh: list[Tensor] | None
-    shared: tuple[Tensor, Tensor] | None
+    outputs: Outputs
     followed: Followed
     age: int
     is_in_buffers: bool
@@ -156,8 +196,7 @@ class Kept:
             moment=quotient.moment,
             value=quotient.value,
             value_version=quotient.value._version,
-            fresh=None,
-            shared=None,
+            outputs=Outputs(),
             followed=followed,
             age=age,
             is_in_buffers=False,
@@ -168,7 +207,7 @@ class Kept:
 
     def forget_graphs(self) -> None:
         """Let the user's graphs be the only ones that hold the value."""
-        self.fresh = self.shared = self.rounded = None
+        self.outputs, self.rounded = Outputs(), None
 
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
@@ -235,8 +274,7 @@ class Kept:
             value=value,
             own_quotient=quotient,
             value_version=value._version,
-            fresh=None,
-            shared=None,
+            outputs=Outputs(),
             rounded=None,
             followed=Alone(self.triplets, self.index),
         )

@@ -113,6 +113,7 @@ class TrackingPlan:
         shapes: of each tensor (batch, rows, columns).
         vector_sizes: of u, v, u, v, ..., if each tensor is one matrix.
         vector_owners: which tensor each of those is of.
+        divides: whether `track` takes a division.
 
     Raises:
         ValueError: a matrix has another type or device, no entries, or strides that no kernel reads (`form_of`).
@@ -137,6 +138,7 @@ class TrackingPlan:
         sizes = [size for _, *both in self.shapes for size in both]
         starts = [4 * start for start in accumulate([0, *sizes[:-1]])]
         self.vector_sizes, self._vector_places = integers(sizes), integers(starts).view(-1, 2)
+        self.divides = True
         self.vector_owners = integers([place // 2 for place in range(len(sizes))])
         self._first_matrices = integers([0, *accumulate(batch for batch, _, _ in self.shapes)])
         self._tables: dict[tuple[bool, ...], tuple[Tensor, tuple[bool, ...], int]] = {}

@@ -22,8 +22,41 @@ _PER_LAUNCH = 8
 
 
 def launch(kernel: Any, num_programs: int, *arguments: object, num_warps: int = 4) -> None:
-    """Start a kernel; its last arguments may be constants to compile for."""
-    kernel[(num_programs,)](*arguments, REVISION=_revision(kernel.fn.__module__), num_warps=num_warps)
+    """Start a kernel; its last arguments may be constants to compile for.
+
+    What Triton has compiled for such arguments is kept and started as it is: looking it up takes Triton several times
+    as long as starting it.
+
+    Args:
+        kernel: whose parameters are tensors, floats, integers that are not specialized for, and constants.
+        num_programs: at least 1.
+        arguments: all but ``REVISION``. Floats are the same at every call, or a few.
+        num_warps: of each program.
+    """
+    revision = _revision(kernel.fn.__module__)
+    if not isinstance(kernel, triton.JITFunction) or not _TAKES_CONSTANTS:  # the former: in Triton's interpreter
+        kernel[(num_programs,)](*arguments, REVISION=revision, num_warps=num_warps)
+        return
+    key = (kernel, num_warps, torch.cuda.current_device(), *map(_kind, arguments))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(num_programs,)](*arguments, REVISION=revision, num_warps=num_warps)
+    else:
+        compiled[num_programs, 1, 1](*arguments, revision)
+
+
+# What Triton 3.2 has compiled takes the other arguments alone.
+_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _kind(argument: object) -> object:
+    """What Triton compiles anew for: a tensor's type and whether 16 divides its address, a long integer, a constant."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    if type(argument) is int:
+        return -(2**31) <= argument < 2**31
+    return argument
 
 
 @cache

@@ -62,26 +62,24 @@ class Entry(IntEnum):
     ADDRESS = 0
     NUMEL = 1
     IS_ALIGNED = 2
-    TARGET = 3  # where its result begins among those of all, in bytes
-    ROWS = 4
-    COLUMNS = 5
-    ROW_INNER = 6  # three each, as in `Levels`
-    COLUMN_INNER = 9
-    PLACE_INNER = 12
-    FAST_IS_COLUMNS = 15
-    PARTS = 16  # where the parts of its inner product are, and their number
-    WIDTH = 18
+    ROWS = 3
+    COLUMNS = 4
+    ROW_INNER = 5  # three each, as in `Levels`
+    COLUMN_INNER = 8
+    PLACE_INNER = 11
+    FAST_IS_COLUMNS = 14
+    PARTS = 15  # where the parts of its inner product are, and their number
+    WIDTH = 17
 
 
 class Call(IntEnum):
     """What the table of a backward pass holds for each weight, as int64."""
 
     GRAD = 0  # addresses
-    VALUE = 1
-    U = 2
-    V = 3
-    IS_ALIGNED = 4
-    WIDTH = 5
+    MORE = 1  # of what is added to it; 0: nothing
+    VALUE = 2
+    IS_ALIGNED = 3
+    WIDTH = 4
 
 
 _PIECE = tl.constexpr(PIECE)
@@ -95,7 +93,6 @@ _RULE_WIDTH = tl.constexpr(int(Rule.WIDTH))
 _ADDRESS = tl.constexpr(int(Entry.ADDRESS))
 _NUMEL = tl.constexpr(int(Entry.NUMEL))
 _IS_ALIGNED = tl.constexpr(int(Entry.IS_ALIGNED))
-_TARGET = tl.constexpr(int(Entry.TARGET))
 _ROWS = tl.constexpr(int(Entry.ROWS))
 _COLUMNS = tl.constexpr(int(Entry.COLUMNS))
 _ROW_INNER = tl.constexpr(int(Entry.ROW_INNER))
@@ -105,9 +102,8 @@ _FAST_IS_COLUMNS = tl.constexpr(int(Entry.FAST_IS_COLUMNS))
 _PARTS = tl.constexpr(int(Entry.PARTS))
 _WIDTH = tl.constexpr(int(Entry.WIDTH))
 _CALL_GRAD = tl.constexpr(int(Call.GRAD))
+_CALL_MORE = tl.constexpr(int(Call.MORE))
 _CALL_VALUE = tl.constexpr(int(Call.VALUE))
-_CALL_U = tl.constexpr(int(Call.U))
-_CALL_V = tl.constexpr(int(Call.V))
 _CALL_IS_ALIGNED = tl.constexpr(int(Call.IS_ALIGNED))
 _CALL_WIDTH = tl.constexpr(int(Call.WIDTH))
 
@@ -132,7 +128,8 @@ def _target(out, field, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _divide_piece(entry, target_field, out, start_field, divisor, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+def _divide_piece(entry, target_field, out, start_field, divisor, DTYPE: tl.constexpr, HAS_NARROW: tl.constexpr,
+                  NARROW: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
     source = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
     target = _target(out, target_field, DTYPE, IS_ALIGNED)
     start = tl.load(start_field)
@@ -140,38 +137,52 @@ def _divide_piece(entry, target_field, out, start_field, divisor, DTYPE: tl.cons
     if IS_ALIGNED:
         # Whole pieces only: a mask that may end anywhere would split the loads.
         index = tl.multiple_of(start, _PIECE) + tl.arange(0, _PIECE)
-        value = tl.load(source + index).to(tl.float32)
-        tl.store(target + index, tl.div_rn(value, divisor).to(DTYPE))
+        value = tl.div_rn(tl.load(source + index).to(tl.float32), divisor).to(DTYPE)
+        tl.store(target + index, value)
+        if HAS_NARROW:
+            tl.store(_target(out, target_field + 1, NARROW, True) + index, value.to(NARROW))
     else:
-        index = tl.arange(0, _PIECE)
-        value = tl.load(source + start + index, mask=index < left, other=0.0).to(tl.float32)
-        tl.store(target + start + index, tl.div_rn(value, divisor).to(DTYPE), mask=index < left)
+        index = start + tl.arange(0, _PIECE)
+        mask = tl.arange(0, _PIECE) < left
+        value = tl.div_rn(tl.load(source + index, mask=mask, other=0.0).to(tl.float32), divisor).to(DTYPE)
+        tl.store(target + index, value, mask=mask)
+        if HAS_NARROW:
+            tl.store(_target(out, target_field + 1, NARROW, False) + index, value.to(NARROW), mask=mask)
 
 
 @triton.jit
-def divide_kernel(
-    weights, rules, targets, blocks, sigmas, out, divisors, actives, DTYPE: tl.constexpr, REVISION: tl.constexpr
-):
-    """A piece of a weight divided; a weight's first program says by what."""
+def divide_kernel(weights, rules, targets, blocks, sigmas, out,
+                  DTYPE: tl.constexpr, HAS_NARROW: tl.constexpr, NARROW: tl.constexpr,
+                  REVISION: tl.constexpr):  # fmt: skip
+    """A piece of a weight divided, and the same rounded to ``NARROW`` as well."""
     block = blocks + 2 * tl.program_id(0)
     which = tl.load(block)
     start = tl.load(block + 1)
     entry = weights + which * _WIDTH
-    divisor, is_active = _divisor(rules, sigmas, which)
+    divisor, _ = _divisor(rules, sigmas, which)
+    target_field = targets + 2 * which
     is_whole = tl.load(entry + _NUMEL) - start >= _PIECE
     if is_whole & (tl.load(entry + _IS_ALIGNED) != 0):
-        _divide_piece(entry, targets + which, out, block + 1, divisor, DTYPE, True)
+        _divide_piece(entry, target_field, out, block + 1, divisor, DTYPE, HAS_NARROW, NARROW, True)
     else:
-        _divide_piece(entry, targets + which, out, block + 1, divisor, DTYPE, False)
-    if start == 0:
-        tl.store(divisors + which, divisor)
-        tl.store(actives + which, is_active.to(tl.int8))
+        _divide_piece(entry, target_field, out, block + 1, divisor, DTYPE, HAS_NARROW, NARROW, False)
 
 
 @triton.jit
-def _inner_product(entry, call, block, DTYPE: tl.constexpr, FAST_IS_COLUMNS: tl.constexpr, IS_ALIGNED: tl.constexpr):
+def _summed(grad, more, at, mask):
+    """What came from one or two uses, in float32. ``more`` is null if there was one."""
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    if more.to(tl.int64) != 0:
+        g += tl.load(more + at, mask=mask, other=0.0).to(tl.float32)
+    return g
+
+
+@triton.jit
+def _inner_product(entry, call, block, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+                   FAST_IS_COLUMNS: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
     """<G, W'> over one block of the matrix."""
-    grad = address_at(call + _CALL_GRAD, DTYPE, IS_ALIGNED)
+    grad = address_at(call + _CALL_GRAD, GRAD_DTYPE, IS_ALIGNED)
+    more = address_at(call + _CALL_MORE, GRAD_DTYPE, IS_ALIGNED)
     value = address_at(call + _CALL_VALUE, DTYPE, IS_ALIGNED)
     fast_size = size_at(entry + (_COLUMNS if FAST_IS_COLUMNS else _ROWS), IS_ALIGNED)
     slow_size = tl.load(entry + (_ROWS if FAST_IS_COLUMNS else _COLUMNS)).to(tl.int32)
@@ -188,13 +199,13 @@ def _inner_product(entry, call, block, DTYPE: tl.constexpr, FAST_IS_COLUMNS: tl.
         slow = start + tl.arange(0, _SLOW)
         at = slow_offsets(slow, slow_inner, slow_outer, slow_stride, IS_ALIGNED)[:, None] + at_fast[None, :]
         mask = (slow < slow_size)[:, None] & (fast < fast_size)[None, :]
-        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        total += g * tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
+        total += _summed(grad, more, at, mask) * tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
     return tl.sum(tl.sum(total, axis=1), axis=0)
 
 
 @triton.jit
-def inner_kernel(weights, calls, blocks, parts, DTYPE: tl.constexpr, REVISION: tl.constexpr):
+def inner_kernel(weights, calls, blocks, parts,
+                 DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
     """Parts of <G, W'>: one program for each block."""
     block = blocks + 4 * tl.program_id(0)
     entry = weights + tl.load(block) * _WIDTH
@@ -202,24 +213,26 @@ def inner_kernel(weights, calls, blocks, parts, DTYPE: tl.constexpr, REVISION: t
     part = parts + tl.load(block + 3)
     if tl.load(entry + _FAST_IS_COLUMNS) != 0:
         if tl.load(call + _CALL_IS_ALIGNED) != 0:
-            tl.store(part, _inner_product(entry, call, block, DTYPE, True, True))
+            tl.store(part, _inner_product(entry, call, block, DTYPE, GRAD_DTYPE, True, True))
         else:
-            tl.store(part, _inner_product(entry, call, block, DTYPE, True, False))
+            tl.store(part, _inner_product(entry, call, block, DTYPE, GRAD_DTYPE, True, False))
     else:
         if tl.load(call + _CALL_IS_ALIGNED) != 0:
-            tl.store(part, _inner_product(entry, call, block, DTYPE, False, True))
+            tl.store(part, _inner_product(entry, call, block, DTYPE, GRAD_DTYPE, False, True))
         else:
-            tl.store(part, _inner_product(entry, call, block, DTYPE, False, False))
+            tl.store(part, _inner_product(entry, call, block, DTYPE, GRAD_DTYPE, False, False))
 
 
 @triton.jit
-def _gradient(entry, call, block, targets, out, divisor, is_active, along,
-              DTYPE: tl.constexpr, FAST_IS_COLUMNS: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
+def _gradient(entry, call, block, vectors, ends, targets, out, divisor, is_active, along,
+              DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, FAST_IS_COLUMNS: tl.constexpr,
+              IS_ALIGNED: tl.constexpr):  # fmt: skip
     """G / d + along u v^T over one block of the matrix."""
-    grad = address_at(call + _CALL_GRAD, DTYPE, IS_ALIGNED)
+    grad = address_at(call + _CALL_GRAD, GRAD_DTYPE, IS_ALIGNED)
+    more = address_at(call + _CALL_MORE, GRAD_DTYPE, IS_ALIGNED)
     target = _target(out, targets + tl.load(block), DTYPE, IS_ALIGNED)
-    u = tl.load(call + _CALL_U).to(tl.pointer_type(tl.float32))
-    v = tl.load(call + _CALL_V).to(tl.pointer_type(tl.float32))
+    end = ends + 2 * tl.load(block)
+    u, v = vectors + tl.load(end), vectors + tl.load(end + 1)
     fast_size = size_at(entry + (_COLUMNS if FAST_IS_COLUMNS else _ROWS), IS_ALIGNED)
     slow_size = tl.load(entry + (_ROWS if FAST_IS_COLUMNS else _COLUMNS)).to(tl.int32)
     fast_levels = entry + (_COLUMN_INNER if FAST_IS_COLUMNS else _ROW_INNER)
@@ -246,16 +259,15 @@ def _gradient(entry, call, block, targets, out, divisor, is_active, along,
         else:
             slow_factor = v + offsets(slow.to(tl.int64), place_inner, place_outer, place_stride)
         slow_factor = tl.load(slow_factor, mask=slow < slow_size, other=0.0)
-        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * reciprocal
+        g = _summed(grad, more, at, mask) * reciprocal
         # The vectors of a weight without a norm mean nothing, and may be NaN.
         g = tl.where(is_active, g + slow_factor[:, None] * fast_factor[None, :], g)
         tl.store(target + at, g.to(DTYPE), mask=mask)
 
 
 @triton.jit
-def gradients_kernel(
-    weights, rules, targets, calls, blocks, sigmas, parts, out, DTYPE: tl.constexpr, REVISION: tl.constexpr
-):
+def gradients_kernel(weights, rules, targets, calls, blocks, sigmas, vectors, ends, parts, out,
+                     DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
     """The gradient of one block, with the inner product from its parts."""
     block = blocks + 4 * tl.program_id(0)
     which = tl.load(block)
@@ -271,11 +283,15 @@ def gradients_kernel(
     along = tl.where(is_active, -tl.sum(total, axis=0) / tl.load(sigmas + which), 0.0)
     if tl.load(entry + _FAST_IS_COLUMNS) != 0:
         if tl.load(call + _CALL_IS_ALIGNED) != 0:
-            _gradient(entry, call, block, targets, out, divisor, is_active, along, DTYPE, True, True)
+            _gradient(entry, call, block, vectors, ends, targets, out, divisor, is_active, along, DTYPE, GRAD_DTYPE,
+                      True, True)  # fmt: skip
         else:
-            _gradient(entry, call, block, targets, out, divisor, is_active, along, DTYPE, True, False)
+            _gradient(entry, call, block, vectors, ends, targets, out, divisor, is_active, along, DTYPE, GRAD_DTYPE,
+                      True, False)  # fmt: skip
     else:
         if tl.load(call + _CALL_IS_ALIGNED) != 0:
-            _gradient(entry, call, block, targets, out, divisor, is_active, along, DTYPE, False, True)
+            _gradient(entry, call, block, vectors, ends, targets, out, divisor, is_active, along, DTYPE, GRAD_DTYPE,
+                      False, True)  # fmt: skip
         else:
-            _gradient(entry, call, block, targets, out, divisor, is_active, along, DTYPE, False, False)
+            _gradient(entry, call, block, vectors, ends, targets, out, divisor, is_active, along, DTYPE, GRAD_DTYPE,
+                      False, False)  # fmt: skip

@@ -5,10 +5,11 @@
     gradients = plan.gradients(grads, divided.values, us, vs, sigmas)
 
 The division reads and writes each entry once. The gradient reads G and W' for the inner products, then reads G again
-and writes dL/dW; where the gradients lie is sent ahead in one small copy. Weights of several types make a launch for
-each type.
+and writes dL/dW. G is the sum of what came from one or two uses, which is added up where it is read. Where the
+gradients lie is sent ahead in one small copy, unless they lie where others lay before. Weights of several types make a
+launch for each type.
 
-In a captured CUDA graph the small copy becomes a launch for every eight numbers, of which there are five for each
+In a captured CUDA graph the small copy becomes a launch for every eight numbers, of which there are four for each
 weight. What is captured must have run once before, so that it is compiled. The mean of two views' gradients, for a
 weight divided by the mean of two norms, is that of two plans with other output dimensions and the same ``sigmas``.
 """
@@ -16,12 +17,13 @@ weight divided by the mean of two norms, is that of two plans with other output 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded, written
 from spectralnorm.linalg.cuda.quotient_kernels import (
     PIECE,
@@ -35,14 +37,14 @@ from spectralnorm.linalg.cuda.quotient_kernels import (
     inner_kernel,
 )
 from spectralnorm.linalg.cuda.tiles import FAST
-from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
+from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES, Ends
 from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import Layout, layout_of
 
-__all__ = ["Divided", "QuotientPlan"]
+__all__ = ["Divided", "Division", "QuotientPlan"]
 
 _ALIGNMENT_BYTES = 256
-_MOST_SUBSETS = 256  # of weights whose gradients came without the others', remembered
+_MOST_TABLES = 256  # of integers that are the same again, step after step
 
 
 class Divided(NamedTuple):
@@ -57,6 +59,36 @@ class Divided(NamedTuple):
     values: list[Tensor]
     divisors: Tensor
     active: Tensor
+
+
+class Division(NamedTuple):
+    """A division whose norms are still to be found: `QuotientPlan.prepared`.
+
+    Attributes:
+        plan: whose weights are divided.
+        targets: (weights, 2), int64: where each value and the same in a narrower type is written.
+        narrow: that type, or None.
+    """
+
+    plan: QuotientPlan
+    targets: Tensor
+    narrow: torch.dtype | None
+    divisors: None = None  # `QuotientPlan.divisors` are computed when they are asked for
+    active: None = None
+
+    def divide(self, sigmas: Tensor) -> None:
+        """Divide all weights by their norms, (weights,)."""
+        for index in range(len(self.plan._pieces)):
+            self.divide_group(index, sigmas)
+
+    def divide_group(self, index: int, sigmas: Tensor) -> None:
+        """Divide the weights of a group (`groups_of`) by their norms.
+
+        Args:
+            index: of the group.
+            sigmas: (weights,), float32: the norms of all weights. Only those of the group are read.
+        """
+        self.plan._divide_group(index, sigmas, self)
 
 
 class QuotientPlan:
@@ -99,11 +131,15 @@ class QuotientPlan:
             wanted = rule_of(coefficient, cap, eps)
             rule[Rule.COEFFICIENT], rule[Rule.THRESHOLD], rule[Rule.CONSTANT] = wanted
         self._rules = rules.float().to(self.device)
-        self._weights, self._pieces, self._blocks, self._num_parts, self._num_bytes = _tables(
+        # Addresses are given to the kernels as distances from here, or from one piece of memory for all results.
+        self._origin = self._rules.view(torch.uint8)
+        self._starts, self._num_bytes = _starts([weight for weight, _ in weights])
+        self._weights, self._pieces, self._blocks, self._num_parts = _tables(
             [weight for weight, _ in weights], self._layouts
         )
-        self._targets = self._weights[:, Entry.TARGET].contiguous()
-        self._last_distances: tuple[list[int], Tensor] | None = None
+        self._flat_targets = torch.tensor(self._starts, dtype=torch.int64, device=self.device)
+        self._sent: dict[Hashable, Tensor] = {}
+        self._last_targets: tuple[Tensor, Tensor | None, Tensor] | None = None
         self._some_blocks: dict[tuple[int, ...], _Launches] = {}
         if self.device.type == "cuda":
             with on_device_of(self._rules):
@@ -123,25 +159,66 @@ class QuotientPlan:
                 that something is written to them: their versions stay.
         """
         sigmas = self._checked(sigmas)
-        values, out, targets = self._targets_of(outs)
-        divisors = torch.empty_like(sigmas)
-        active = torch.empty(len(values), dtype=torch.int8, device=self.device)
+        values = self._in_one_piece()[0] if outs is None else list(outs)
+        self.prepared(values).divide(sigmas)
+        return Divided(values, *self.divisors(sigmas))
+
+    def divisors(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """What `divide` divides by, and whether that is ``sigma / coefficient``; each (weights,)."""
+        active = sigmas > self._rules[:, Rule.THRESHOLD]  # false for NaN
+        quotients = sigmas / self._rules[:, Rule.COEFFICIENT]
+        return torch.where(active, quotients, self._rules[:, Rule.CONSTANT]), active
+
+    def prepared(
+        self,
+        outs: Sequence[Tensor],
+        *,
+        targets: Tensor | None = None,
+        narrows: Sequence[Tensor] | None = None,
+        narrow_targets: Tensor | None = None,
+    ) -> Division:
+        """The division into ``outs`` as `TrackingPlan.track` takes it.
+
+        Args:
+            outs: as for `divide`.
+            targets: their addresses, int64 on the CPU, where the caller has had them checked before; None: not yet.
+                For the same tensor as at the last call nothing is sent to the device.
+            narrows: for each weight a tensor of its shape and strides, all of one narrower type, to which the value is
+                written as well; None: none.
+            narrow_targets: as ``targets``, of ``narrows``.
+        """
+        if targets is None:
+            self._check_outs(outs, range(len(self._layouts)))
+            targets = torch.tensor([out.data_ptr() for out in outs])
+        narrow = None if narrows is None else narrows[0].dtype
+        last = self._last_targets
+        if last is not None and last[0] is targets and last[1] is narrow_targets:
+            return Division(self, last[2], narrow)
+        origin = self._origin.data_ptr()
+        wide = (targets - origin).tolist()
+        second = wide if narrow_targets is None else (narrow_targets - origin).tolist()
+        table = self._on_device([number for pair in zip(wide, second, strict=True) for number in pair])
+        if not is_capturing(self.device):
+            self._last_targets = targets, narrow_targets, table
+        return Division(self, table, narrow)
+
+    def _divide_group(self, index: int, sigmas: Tensor, division: Division) -> None:
+        narrow = division.narrow
         with on_device_of(sigmas):
-            for dtype, blocks in self._pieces:
+            for dtype, blocks in self._pieces[index]:
                 launch(
                     divide_kernel,
                     blocks.shape[0],
                     self._weights,
                     self._rules,
-                    targets,
+                    division.targets,
                     blocks,
                     sigmas,
-                    out,
-                    divisors,
-                    active,
+                    self._origin,
                     dtype,
+                    narrow is not None,
+                    dtype if narrow is None else TRITON_DTYPES[narrow],
                 )
-        return Divided(values, divisors, active.view(torch.bool))
 
     def gradients(
         self,
@@ -152,6 +229,7 @@ class QuotientPlan:
         sigmas: Tensor,
         outs: Sequence[Tensor] | None = None,
         *,
+        more_grads: Sequence[Tensor | None] | None = None,
         places: Sequence[int] | None = None,
         are_checked: bool = False,
     ) -> list[Tensor]:
@@ -160,12 +238,13 @@ class QuotientPlan:
             dL/dW = G / d - active <G, W'> / sigma u v^T
 
         Args:
-            grads: G, of the weights' shapes, strides and types.
+            grads: G, of the weights' shapes, strides and types, or of the same narrower type for all.
             values: W', as `divide` returned them.
             us: whole left vectors, float32, (out,).
             vs: whole right vectors in torch's order, float32, (everything else,).
             sigmas: (weights,), float32: the norms that all weights were divided by.
-            outs: as for `divide`; may be ``grads``.
+            outs: as for `divide`; may be ``grads``, if nothing is added to them.
+            more_grads: for each what is added to its G, like that; None: nothing.
             places: of which weights the others are; None: of all. For some of them it waits for the device the first
                 time.
             are_checked: whether the caller knows that all tensors fit.
@@ -174,32 +253,75 @@ class QuotientPlan:
             ValueError: something has another shape, type or layout than the weight it belongs to.
         """
         sigmas = self._checked(sigmas)
-        is_whole = places is None or tuple(places) == tuple(range(len(self._layouts)))
-        some = range(len(self._layouts)) if is_whole else places
-        assert some is not None
+        some = range(len(self._layouts)) if places is None else places
+        others = [None] * len(grads) if more_grads is None else more_grads
         if not are_checked:
-            for tensors in (grads, values):
-                self._check_layouts(tensors, some)
+            narrow = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else None
+            for tensors in (grads, [grad if other is None else other for grad, other in zip(grads, others, strict=True)]):
+                self._check_layouts(tensors, some, narrow)
+            self._check_layouts(values, some)
             layouts = (self._layouts[place] for place in some)
             require_vectors(us, vs, ((layout.rows, layout.columns) for layout in layouts))
+        vectors = [vector for pair in zip(us, vs, strict=True) for vector in pair]
+        distances = [0] * (2 * len(self._layouts))
+        for place, (u, v) in zip(some, _pairs(relative_addresses(vectors)), strict=True):
+            distances[2 * place], distances[2 * place + 1] = u // 4, v // 4
+        ends = Ends(vectors[0], self._on_device(distances))
+        addresses = [value.data_ptr() for value in values]
+        return self.differentiate(grads, others, addresses, ends, sigmas, places, outs)
+
+    def differentiate(
+        self,
+        grads: Sequence[Tensor],
+        more_grads: Sequence[Tensor | None],
+        values: Sequence[int],
+        ends: Ends,
+        sigmas: Tensor,
+        places: Sequence[int] | None,
+        outs: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """`gradients`, of what is known to fit.
+
+        Args:
+            grads: as for `gradients`.
+            more_grads: the same.
+            values: addresses of W'.
+            ends: where the vectors of all weights are.
+            sigmas: contiguous.
+            places: of which weights ``grads``, ``more_grads`` and ``values`` are; None: of all.
+            outs: as for `gradients`.
+        """
+        is_whole = places is None or len(places) == len(self._layouts)
+        some = range(len(self._layouts)) if is_whole else tuple(places)
         calls = [0] * (Call.WIDTH * len(self._layouts))
-        for place, grad, value, u, v in zip(some, grads, values, us, vs, strict=True):
-            layout = self._layouts[place]
-            addresses = grad.data_ptr(), value.data_ptr()
+        for place, grad, other, value in zip(some, grads, more_grads, values, strict=True):
             row = Call.WIDTH * place
-            calls[row + Call.GRAD], calls[row + Call.VALUE] = addresses
-            calls[row + Call.U], calls[row + Call.V] = u.data_ptr(), v.data_ptr()
-            calls[row + Call.IS_ALIGNED] = int(layout.is_aligned and not any(address % 16 for address in addresses))
-        if is_whole:
-            results, out, targets = self._targets_of(outs)
+            address, more = grad.data_ptr(), 0 if other is None else other.data_ptr()
+            is_aligned = self._layouts[place].is_aligned and not (address | more | value) & 15
+            calls[row : row + Call.WIDTH] = address, more, value, is_aligned
+        if outs is not None:
+            results, out = list(outs), self._origin
+            self._check_outs(results, some)
+        elif is_whole:
+            results, out = self._in_one_piece()
         else:
-            results, out, targets = self._targets_of_some(some, grads, outs)
+            likes = (self._identity[place] for place in some)
+            results = [_new(dtype, shape, stride, self.device) for _, dtype, shape, stride, _ in likes]
+            out = self._origin
+        targets = self._flat_targets
+        if out is self._origin:
+            distances = [0] * len(self._layouts)
+            for place, result in zip(some, results, strict=True):
+                distances[place] = result.data_ptr() - out.data_ptr()
+            targets = self._on_device(distances)
         parts = torch.empty(self._num_parts, dtype=torch.float32, device=self.device)
-        blocks_of_types = self._blocks if is_whole else self._blocks_of(tuple(some))
+        blocks_of_types = self._blocks if is_whole else self._blocks_of(some)
+        is_narrow = grads[0].dtype != self._identity[some[0]][1]
         with on_device_of(sigmas):
-            table = uploaded(calls, self.device)
+            table = self._on_device(calls)
             for dtype, blocks in blocks_of_types:
-                launch(inner_kernel, blocks.shape[0], self._weights, table, blocks, parts, dtype)
+                grad_dtype = TRITON_DTYPES[grads[0].dtype] if is_narrow else dtype
+                launch(inner_kernel, blocks.shape[0], self._weights, table, blocks, parts, dtype, grad_dtype)
             for dtype, blocks in blocks_of_types:
                 launch(
                     gradients_kernel,
@@ -210,11 +332,26 @@ class QuotientPlan:
                     table,
                     blocks,
                     sigmas,
+                    ends.memory,
+                    ends.table,
                     parts,
                     out,
                     dtype,
+                    TRITON_DTYPES[grads[0].dtype] if is_narrow else dtype,
                 )
         return results
+
+    def _on_device(self, values: list[int]) -> Tensor:
+        """Integers, sent if they are not those of an earlier call; in a step like the last one they often are."""
+        if is_capturing(self.device):
+            return uploaded(values, self.device)
+        key = tuple(values)
+        found = self._sent.get(key)
+        if found is None:
+            if len(self._sent) >= _MOST_TABLES:
+                self._sent.clear()
+            found = self._sent[key] = uploaded(values, self.device)
+        return found
 
     def _checked(self, sigmas: Tensor) -> Tensor:
         shape = (len(self._layouts),)
@@ -222,40 +359,29 @@ class QuotientPlan:
             raise ValueError(f"Expected sigmas of shape {shape} in float32, got {tuple(sigmas.shape)} {sigmas.dtype}.")
         return sigmas.contiguous()
 
-    def _check_layouts(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
+    def _check_layouts(
+        self, tensors: Sequence[Tensor], places: Sequence[int], narrow: torch.dtype | None = None
+    ) -> None:
+        """Refuse tensors that are not like the weights, but for the type if it is ``narrow``."""
         for tensor, place in zip(tensors, places, strict=True):
             _, dtype, shape, stride, _ = self._identity[place]
-            if tensor.dtype != dtype or tensor.shape != shape or tensor.stride() != stride:
+            is_of_type = tensor.dtype == dtype or (tensor.dtype == narrow and narrow in TRITON_DTYPES)
+            if not is_of_type or tensor.shape != shape or tensor.stride() != stride:
                 raise ValueError(
                     f"Expected a tensor of {dtype}, shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
 
-    def _targets_of(self, outs: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The tensors to write to, an address and the distances in bytes from it."""
-        if outs is not None:
-            self._check_outs(outs, range(len(self._layouts)))
-            return list(outs), _as_bytes(outs[0]), self._distances(outs)
+    def _in_one_piece(self) -> tuple[list[Tensor], Tensor]:
+        """New tensors as the weights, which are written to independently, and the memory they lie in."""
         memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
-        made = []
-        start = 0
-        for _, dtype, shape, stride, _ in self._identity:
-            # Set, not viewed: what is written into one later must not change the version of the others.
-            tensor = torch.empty(0, dtype=dtype, device=self.device)
-            made.append(tensor.set_(memory.untyped_storage(), start // dtype.itemsize, shape, stride))
-            start += _padded(shape.numel() * dtype.itemsize)
-        return made, memory, self._targets
-
-    def _targets_of_some(
-        self, places: Sequence[int], grads: Sequence[Tensor], outs: Sequence[Tensor] | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """As `_targets_of`, each in memory of its own."""
-        made = [torch.empty_like(grad) for grad in grads] if outs is None else list(outs)
-        self._check_outs(made, places)
-        distances = [0] * len(self._layouts)
-        for place, distance in zip(places, relative_addresses(made), strict=True):
-            distances[place] = distance
-        return made, _as_bytes(made[0]), uploaded(distances, self.device)
+        by_dtype = {dtype: memory.view(dtype) for dtype in {identity[1] for identity in self._identity}}
+        # `data`: what is written into one later must not change the version of the others.
+        made = [
+            by_dtype[dtype].as_strided(shape, stride, start // dtype.itemsize).data
+            for (_, dtype, shape, stride, _), start in zip(self._identity, self._starts, strict=True)
+        ]
+        return made, memory
 
     def _check_outs(self, outs: Sequence[Tensor], places: Sequence[int]) -> None:
         self._check_layouts(outs, places)
@@ -266,22 +392,12 @@ class QuotientPlan:
         """Those of some weights."""
         blocks_of_types = self._some_blocks.get(places)
         if blocks_of_types is None:
-            if len(self._some_blocks) >= _MOST_SUBSETS:
+            if len(self._some_blocks) >= _MOST_TABLES:
                 self._some_blocks.clear()
             wanted = torch.tensor(places, device=self.device)
             chosen = [(dtype, blocks[torch.isin(blocks[:, 0], wanted)]) for dtype, blocks in self._blocks]
             blocks_of_types = self._some_blocks[places] = [each for each in chosen if len(each[1])]
         return blocks_of_types
-
-    def _distances(self, outs: Sequence[Tensor]) -> Tensor:
-        """In bytes, of each from the first; on the device already if they are those of the last time."""
-        distances = relative_addresses(outs)
-        if self._last_distances is None or self._last_distances[0] != distances:
-            on_device = uploaded(distances, self.device)
-            if is_capturing(self.device):
-                return on_device
-            self._last_distances = distances, on_device
-        return self._last_distances[1]
 
 
 _Identity = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...], int], ...]
@@ -291,30 +407,39 @@ def _identity_of(weights: Sequence[tuple[Tensor, int]]) -> _Identity:
     return tuple((weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), dim) for weight, dim in weights)
 
 
-def _padded(num_bytes: int) -> int:
-    return math.ceil(num_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _pairs(values: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(values[0::2], values[1::2], strict=True))
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor of bytes that begins where ``tensor`` does."""
-    first = tensor.storage_offset() * tensor.element_size()
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return whole.set_(tensor.untyped_storage(), first, (tensor.numel() * tensor.element_size(),), (1,))
+def _new(dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 _Launches = list[tuple[Any, Tensor]]
 
 
-def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, _Launches, _Launches, int, int]:
-    """The table of weights; for each type the pieces of the division and the blocks of the gradient; sizes."""
+def _starts(weights: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each weight begins if they follow each other in memory, in bytes, and where they end."""
+    starts, stop = [], 0
+    for weight in weights:
+        starts.append(stop)
+        size = weight.numel() * weight.element_size()
+        stop += math.ceil(size / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return starts, stop
+
+
+def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, list[_Launches], _Launches, int]:
+    """The table of weights; the pieces of each group's division and the blocks of the gradient, by type; their parts."""
     entries = []
-    pieces: dict[torch.dtype, list[list[int]]] = {}
+    groups = groups_of([weight.numel() * weight.element_size() for weight in weights])
+    pieces: list[dict[torch.dtype, list[list[int]]]] = [{} for _ in groups]
+    group_of = {place: index for index, places in enumerate(groups) for place in places}
     blocks: dict[torch.dtype, list[list[int]]] = {}
-    num_parts = num_bytes = 0
+    num_parts = 0
     for index, (weight, layout) in enumerate(zip(weights, layouts, strict=True)):
         entry = [0] * Entry.WIDTH
         entry[Entry.ADDRESS], entry[Entry.NUMEL] = weight.data_ptr(), weight.numel()
-        entry[Entry.IS_ALIGNED], entry[Entry.TARGET] = int(weight.data_ptr() % 16 == 0), num_bytes
+        entry[Entry.IS_ALIGNED] = int(weight.data_ptr() % 16 == 0)
         entry[Entry.ROWS], entry[Entry.COLUMNS] = layout.rows, layout.columns
         entry[Entry.ROW_INNER : Entry.ROW_INNER + 3] = layout.row_levels
         entry[Entry.COLUMN_INNER : Entry.COLUMN_INNER + 3] = layout.column_levels
@@ -326,13 +451,13 @@ def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tenso
         blocks.setdefault(weight.dtype, []).extend(
             [index, start, fast_start, num_parts + part] for part, (start, fast_start) in enumerate(starts)
         )
-        pieces.setdefault(weight.dtype, []).extend([index, start] for start in range(0, weight.numel(), PIECE))
+        of_group = pieces[group_of[index]].setdefault(weight.dtype, [])
+        of_group.extend([index, start] for start in range(0, weight.numel(), PIECE))
         num_parts += len(starts)
-        num_bytes += _padded(weight.numel() * weight.element_size())
         entries.append(entry)
     device = weights[0].device
     on_device = [
         [(TRITON_DTYPES[dtype], torch.tensor(some, device=device)) for dtype, some in launches.items()]
-        for launches in (pieces, blocks)
+        for launches in (*pieces, blocks)
     ]
-    return torch.tensor(entries, device=device), on_device[0], on_device[1], num_parts, num_bytes
+    return torch.tensor(entries, device=device), on_device[:-1], on_device[-1], num_parts

@@ -2,6 +2,7 @@
 
     store = VectorStore()
     store.copy(vectors, owners, sigmas, buffers, eps=1e-12)
+    store.copy_from(ends, sizes, owners, sigmas, buffers, eps=1e-12)  # without as many tensors being made
 
 A weight that is zero or not finite has no singular vectors: what was kept of it stays. Whether it is so is known to the
 device alone, and the kernel asks there.
@@ -21,20 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectralnorm.linalg.cuda.launch import launch, on_device_of, relative_addresses
-from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES
+from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded
+from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES, Ends
 from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore", "store_kernel"]
 
 _SPAN_ENTRIES = 1024  # that one program copies
-_MOST_TABLES = 8  # usually there are two, because frames change sides at every step
+_MOST_TABLES = 8  # usually there is one
 
 
 class _Row(IntEnum):
     """What the table holds for each vector, as int64."""
 
-    SOURCE = 0  # entries from the first vector
+    SOURCE = 0  # which of the ends
     TARGET = 1  # an address
     SIZE = 2
     OWNER = 3  # whose norm decides
@@ -50,7 +51,7 @@ _WIDTH = tl.constexpr(int(_Row.WIDTH))
 
 
 @triton.jit
-def store_kernel(table, spans, vectors, sigmas, eps, DTYPE: tl.constexpr, REVISION: tl.constexpr):
+def store_kernel(table, spans, vectors, ends, sigmas, eps, DTYPE: tl.constexpr, REVISION: tl.constexpr):
     """One span of one vector."""
     span = spans + 2 * tl.program_id(0)
     row = table + tl.load(span) * _WIDTH
@@ -58,7 +59,7 @@ def store_kernel(table, spans, vectors, sigmas, eps, DTYPE: tl.constexpr, REVISI
     if (sigma > eps) & (sigma < float("inf")):  # false for NaN
         index = tl.load(span + 1) + tl.arange(0, _SPAN)
         mask = index < tl.load(row + _SIZE)
-        value = tl.load(vectors + tl.load(row + _SOURCE) + index, mask=mask, other=0.0)
+        value = tl.load(vectors + tl.load(ends + tl.load(row + _SOURCE)) + index, mask=mask, other=0.0)
         target = tl.load(row + _TARGET).to(tl.pointer_type(DTYPE))
         tl.store(target + index, value.to(DTYPE), mask=mask)
 
@@ -68,6 +69,7 @@ class VectorStore:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[Any, ...], list[tuple[Any, Tensor, Tensor]]] = {}
+        self._ends: dict[tuple[int, ...], Tensor] = {}
 
     def copy(
         self,
@@ -90,35 +92,71 @@ class VectorStore:
         Raises:
             ValueError: a target has another size, another type or gaps.
         """
-        key = (
-            tuple(relative_addresses(vectors)),
-            tuple(owners),
-            tuple((target.data_ptr(), target.dtype, target.numel()) for target in targets),
-        )
+        for vector, target in zip(vectors, targets, strict=True):
+            require_target(vector, target, TRITON_DTYPES)
+        starts = tuple(distance // 4 for distance in relative_addresses(vectors))
+        ends = self._ends.get(starts)
+        if ends is None:
+            if len(self._ends) >= _MOST_TABLES:
+                self._ends.clear()
+            ends = uploaded(starts, sigmas.device)
+            if not is_capturing(sigmas.device):
+                self._ends[starts] = ends
+        self._store(Ends(vectors[0], ends), owners, sigmas, targets, eps)
+
+    def copy_from(
+        self,
+        ends: Ends,
+        sizes: Sequence[int],
+        owners: Sequence[int],
+        sigmas: Tensor,
+        targets: Sequence[Tensor],
+        *,
+        eps: float,
+    ) -> None:
+        """As `copy`, of vectors that are known by where they are.
+
+        Args:
+            ends: u and v of all weights, in this order.
+            sizes: entries of each.
+            owners: as for `copy`.
+            sigmas: as for `copy`.
+            targets: as for `copy`, which the caller knows to fit.
+            eps: as for `copy`.
+        """
+        self._store(ends, owners, sigmas, targets, eps)
+
+    def _store(
+        self,
+        ends: Ends,
+        owners: Sequence[int],
+        sigmas: Tensor,
+        targets: Sequence[Tensor],
+        eps: float,
+    ) -> None:
+        key = (*owners, *[(target.data_ptr(), target.dtype, target.numel()) for target in targets])
         tables = self._tables.get(key)
         if tables is None:
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
-            tables = self._tables[key] = _tables(vectors, owners, targets, sigmas.device)
+            tables = self._tables[key] = _tables(owners, targets, sigmas.device)
         with on_device_of(sigmas):
             for dtype, table, spans in tables:
-                launch(store_kernel, spans.shape[0], table, spans, vectors[0], sigmas, eps, dtype)
+                launch(store_kernel, spans.shape[0], table, spans, ends.memory, ends.table, sigmas, eps, dtype)
 
 
 def _tables(
-    vectors: Sequence[Tensor], owners: Sequence[int], targets: Sequence[Tensor], device: torch.device
+    owners: Sequence[int], targets: Sequence[Tensor], device: torch.device
 ) -> list[tuple[Any, Tensor, Tensor]]:
     """For each type of target the table of vectors and that of spans."""
     rows: dict[torch.dtype, list[list[int]]] = {}
     spans: dict[torch.dtype, list[list[int]]] = {}
-    distances = relative_addresses(vectors)
-    for vector, distance, owner, target in zip(vectors, distances, owners, targets, strict=True):
-        require_target(vector, target, TRITON_DTYPES)
+    for source, (owner, target) in enumerate(zip(owners, targets, strict=True)):
         row = [0] * _Row.WIDTH
-        row[_Row.SOURCE], row[_Row.TARGET] = distance // 4, target.data_ptr()
-        row[_Row.SIZE], row[_Row.OWNER] = vector.numel(), owner
+        row[_Row.SOURCE], row[_Row.TARGET] = source, target.data_ptr()
+        row[_Row.SIZE], row[_Row.OWNER] = target.numel(), owner
         of_dtype = rows.setdefault(target.dtype, [])
-        starts = range(0, vector.numel(), _SPAN_ENTRIES)
+        starts = range(0, target.numel(), _SPAN_ENTRIES)
         spans.setdefault(target.dtype, []).extend([len(of_dtype), start] for start in starts)
         of_dtype.append(row)
     return [

@@ -55,12 +55,24 @@ from spectralnorm.linalg.kernel_arguments import packed_frames
 from spectralnorm.linalg.layout import Layout, layout_of
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
-__all__ = ["TRITON_DTYPES", "Tracked", "TrackingPlan", "track_together_cuda"]
+__all__ = ["TRITON_DTYPES", "Ends", "Tracked", "TrackingPlan", "track_together_cuda"]
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Entries of a matrix that one program reads.
 _ENTRIES_PER_PROGRAM = 16384
+
+
+class Ends(NamedTuple):
+    """Where singular vectors of all weights are.
+
+    Attributes:
+        memory: a float32 tensor.
+        table: (weights, 2), int64: where u and v begin, in entries from the beginning of ``memory``.
+    """
+
+    memory: Tensor
+    table: Tensor
 
 
 class Tracked:
@@ -78,6 +90,11 @@ class Tracked:
         self.sides, self.next_sides = sides, tables.next_sides
         self.rows, self.vectors, self.sigmas = memory
         self._batches, self._tables = batches, tables
+
+    @property
+    def weight_sigmas(self) -> Tensor:
+        """The norms of the tensors, each of which is one matrix."""
+        return self.sigmas
 
     @cached_property
     def vector_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,7 +157,11 @@ class TrackingPlan:
             self._directions = torch.cat([each.detach().float() for pair in directions for each in pair])
         self._tables: dict[tuple[bool, ...], _Tables] = {}
         self._wholes: dict[tuple[tuple[bool, ...], tuple[int, ...]], tuple[Tensor, Tensor, list[int]]] = {}
+        self._ends: dict[tuple[bool, ...], Tensor] = {}
+        self.divides = all(layout.batch == 1 for layout in self._layouts)
         self._shifts: tuple[tuple[int, ...], Tensor] | None = None
+        self.vector_sizes = [size for layout in self._layouts for size in (layout.rows, layout.columns)]
+        self.vector_owners = [place for place in range(len(self._layouts)) for _ in range(2)]
 
     def fits(self, matrices: Sequence[Tensor]) -> bool:
         """Whether the plan is for these matrices, where they are now."""
@@ -153,6 +174,7 @@ class TrackingPlan:
         num_iterations: int = 1,
         *,
         eps: float = 1e-12,
+        division: Any = None,
     ) -> Tracked:
         """One step of power iteration for all matrices, as `track_together`.
 
@@ -188,6 +210,8 @@ class TrackingPlan:
                 sides = tables.next_sides
                 tables = self._tables_of(sides)
                 memory = self._iterated(tables, memory.rows, None, 0, eps)
+            if division is not None:
+                division.divide(memory.sigmas)
         return Tracked([layout.batch for layout in self._layouts], tables, sides, memory)
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -210,6 +234,19 @@ class TrackingPlan:
             launch(wholes_kernel, spans.shape[0], table, spans, tracked.vectors, tracked.sigmas, wholes, sigmas)
         parts = wholes.split(sizes)
         return list(parts[0::2]), list(parts[1::2]), sigmas
+
+    def ends(self, tracked: Tracked) -> Ends | None:
+        """Where u and v of each weight are, if each is one matrix; else None."""
+        if not self.divides:
+            return None
+        if tracked.sides not in self._ends:
+            tables = self._tables_of(tracked.sides)
+            starts, lead, end = [], 0, tables.num_lead
+            for lead_size, end_size, is_left in zip(tables.lead_sizes, tables.end_sizes, tracked.sides, strict=True):
+                starts.append([end, lead] if is_left else [lead, end])
+                lead, end = lead + lead_size, end + end_size
+            self._ends[tracked.sides] = torch.tensor(starts, device=self.device)
+        return Ends(tracked.vectors, self._ends[tracked.sides])
 
     def _iterated(self, tables: _Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> _Memory:
         num_spans, num_maps = tables.spans.shape[0], tables.maps.shape[0]
