@@ -507,9 +507,7 @@ class SpectralNorm(nn.Module):
             return value.detach()
         if dtype is None:
             return engine.output_for_use(self, kept, weight)
-        return engine.rounded_output_for_use(
-            self, kept, engine.rounded_for_autocast(self, kept, weight, dtype), weight
-        )
+        return engine.rounded_output_for_use(self, kept, engine.rounded_for_autocast(self, kept, weight, dtype), weight)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""

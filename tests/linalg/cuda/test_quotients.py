@@ -9,7 +9,8 @@ from torch import Tensor
 from spectralnorm.linalg import MatrixView
 
 pytest.importorskip("triton")
-from spectralnorm.linalg.cuda import quotient_kernels
+from spectralnorm.linalg.cuda import groups, quotient_kernels
+from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.quotients import QuotientPlan
 
 KERNELS = [name for name in quotient_kernels.__all__ if name.endswith("_kernel")]
@@ -115,6 +116,69 @@ def test_results_can_go_where_the_caller_wants_them(device: torch.device) -> Non
     gradients = plan.gradients(grads, outs, us, vs, torch.stack(sigmas))
     plan.gradients(grads, outs, us, vs, torch.stack(sigmas), grads)
     torch.testing.assert_close(grads, gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["one entry", "odd", "transposed", "transposed channels_last", "bfloat16"])
+@pytest.mark.parametrize("grad_dtype", [None, torch.float16], ids=str)
+def test_what_came_from_two_uses_is_added_up(name: str, grad_dtype: torch.dtype | None, device: torch.device) -> None:
+    weight, out_dim = WEIGHTS[name]()
+    weight = weight.to(device)
+    other = torch.randn(5, 3, device=device, dtype=weight.dtype)
+    triplets = [singular_triplet(weight, out_dim), singular_triplet(other, 0)]
+    us, vs, sigmas = (list(part) for part in zip(*triplets, strict=True))
+    plan = QuotientPlan([(weight, out_dim), (other, 0)], [0.7, 1.0])
+    sigmas = torch.stack(sigmas)
+    values = plan.divide(sigmas).values
+    grads = [torch.randn_like(each, dtype=grad_dtype) for each in (weight, other)]
+    more = torch.randn_like(weight, dtype=grad_dtype)
+    unit = torch.finfo(weight.dtype).eps
+    expected = differentiated(weight, out_dim, grads[0].double() + more.double(), us[0], vs[0], 0.7)
+    tolerance = max(2 * unit, 1e-5)
+    results = plan.gradients(grads, values, us, vs, sigmas, more_grads=[more, None])
+    alone = plan.gradients(grads[:1], values[:1], us[:1], vs[:1], sigmas, more_grads=[more], places=[0])
+    assert torch.equal(alone[0], results[0])
+    assert results[0].dtype == weight.dtype
+    # Of a single entry nothing is left: its two parts are equal.
+    scale = float((grads[0].double() + more.double()).abs().max() / sigmas[0])
+    torch.testing.assert_close(results[0].double(), expected, rtol=tolerance, atol=tolerance * scale)
+    expected = differentiated(other, 0, grads[1], us[1], vs[1], 1.0)
+    torch.testing.assert_close(
+        results[1].double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", ["odd", "more than one block", "channels_last"])
+def test_a_value_can_be_written_in_a_narrower_type_as_well(name: str, device: torch.device) -> None:
+    weight, out_dim = WEIGHTS[name]()
+    weight = weight.to(device)
+    plan = QuotientPlan([(weight, out_dim)], [1.0])
+    out, narrow = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.float16)
+    addresses = [torch.tensor([each.data_ptr()]) for each in (out, narrow)]
+    sigmas = torch.tensor([3.0], device=device)
+    for _ in range(2):
+        division = plan.prepared([out], targets=addresses[0], narrows=[narrow], narrow_targets=addresses[1])
+        division.divide(sigmas)
+        assert torch.equal(out, weight / 3)
+        assert torch.equal(narrow, (weight / 3).half())
+        weight.normal_()
+
+
+def test_groups_hold_about_equal_parts_and_every_weight_once() -> None:
+    assert groups_of([4, 5]) == [range(2)]
+    mib = 2**20
+    assert groups_of([10 * mib, 10 * mib, 10 * mib]) == [range(2), range(2, 3)]
+    groups = groups_of([mib] * 200)
+    assert [place for group in groups for place in group] == list(range(200))
+    assert [len(group) for group in groups] == pytest.approx([67, 67, 67], abs=2)
+    assert groups_of([100 * mib, 1, 1]) == [range(1), range(1, 3)]
+
+
+def test_large_models_are_divided_group_by_group(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_CACHE_BYTES", 300)
+    weights = [torch.randn(7, 5, device=device) for _ in range(6)]
+    sigmas = torch.arange(1.0, 7.0, device=device)
+    values = QuotientPlan([(weight, 0) for weight in weights], [1.0] * 6).divide(sigmas).values
+    torch.testing.assert_close(values, [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)])
 
 
 def test_a_write_into_one_value_is_not_one_into_the_others(device: torch.device) -> None:

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from spectralnorm.linalg.cuda.storing import VectorStore
+from spectralnorm.linalg.cuda.tracking import Ends
 
 
 def test_vectors_go_where_their_norm_is_one(device: torch.device) -> None:
@@ -27,6 +28,18 @@ def test_vectors_go_where_their_norm_is_one(device: torch.device) -> None:
     memory.normal_()
     store.copy(vectors, [0, 0, 0, 0], sigmas, targets, eps=1e-12)
     assert torch.equal(targets[0], vectors[0])
+
+
+def test_vectors_that_are_known_by_where_they_are_go_there_too(device: torch.device) -> None:
+    memory = torch.randn(9, device=device)
+    ends = Ends(memory, torch.tensor([[4, 0], [2, 7]], device=device))
+    targets = [torch.zeros(size, device=device) for size in (5, 4, 2, 2)]
+    sigmas = torch.tensor([1.0, 0.0], device=device)
+    VectorStore().copy_from(ends, [5, 4, 2, 2], [0, 0, 1, 1], sigmas, targets, eps=1e-12)
+    assert torch.equal(targets[0], memory[4:])
+    assert torch.equal(targets[1], memory[:4])
+    assert not targets[2].any()
+    assert not targets[3].any()
 
 
 def test_a_target_of_another_size_is_refused(device: torch.device) -> None:

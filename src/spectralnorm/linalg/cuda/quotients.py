@@ -257,7 +257,10 @@ class QuotientPlan:
         others = [None] * len(grads) if more_grads is None else more_grads
         if not are_checked:
             narrow = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else None
-            for tensors in (grads, [grad if other is None else other for grad, other in zip(grads, others, strict=True)]):
+            for tensors in (
+                grads,
+                [grad if other is None else other for grad, other in zip(grads, others, strict=True)],
+            ):
                 self._check_layouts(tensors, some, narrow)
             self._check_layouts(values, some)
             layouts = (self._layouts[place] for place in some)
@@ -291,8 +294,9 @@ class QuotientPlan:
             places: of which weights ``grads``, ``more_grads`` and ``values`` are; None: of all.
             outs: as for `gradients`.
         """
-        is_whole = places is None or len(places) == len(self._layouts)
-        some = range(len(self._layouts)) if is_whole else tuple(places)
+        everywhere = tuple(range(len(self._layouts)))
+        some = everywhere if places is None else tuple(places)
+        is_whole = some == everywhere
         calls = [0] * (Call.WIDTH * len(self._layouts))
         for place, grad, other, value in zip(some, grads, more_grads, values, strict=True):
             row = Call.WIDTH * place
@@ -429,7 +433,7 @@ def _starts(weights: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, list[_Launches], _Launches, int]:
-    """The table of weights; the pieces of each group's division and the blocks of the gradient, by type; their parts."""
+    """The table of weights; the pieces of each group's division and the gradient's blocks, by type; number of parts."""
     entries = []
     groups = groups_of([weight.numel() * weight.element_size() for weight in weights])
     pieces: list[dict[torch.dtype, list[list[int]]]] = [{} for _ in groups]

@@ -145,9 +145,7 @@ class VectorStore:
                 launch(store_kernel, spans.shape[0], table, spans, ends.memory, ends.table, sigmas, eps, dtype)
 
 
-def _tables(
-    owners: Sequence[int], targets: Sequence[Tensor], device: torch.device
-) -> list[tuple[Any, Tensor, Tensor]]:
+def _tables(owners: Sequence[int], targets: Sequence[Tensor], device: torch.device) -> list[tuple[Any, Tensor, Tensor]]:
     """For each type of target the table of vectors and that of spans."""
     rows: dict[torch.dtype, list[list[int]]] = {}
     spans: dict[torch.dtype, list[list[int]]] = {}

@@ -190,6 +190,7 @@ class TrackingPlan:
                 nothing is added. After the first iteration nothing is.
             num_iterations: at least 1.
             eps: smallest length to divide by.
+            division: of the same weights, each one matrix, by their norms: `QuotientPlan.prepared`.
 
         Returns:
             The triplets, u (batch, out), v (batch, in) with the columns in the order of the matrix' own dimensions,
