@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
-from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations import arithmetic, by_kernels
+
+# The package has a function of the module's name.
+spectral_norm_module = sys.modules["spectralnorm.parametrizations.spectral_norm"]
 
 pytestmark = pytest.mark.usefixtures("engine_or_kernels")
 
@@ -407,6 +411,62 @@ class TestWhereNothingIsKept:
     def test_vmap_over_inputs_with_the_kept_parameters_in_place(self, layer):
         inputs = torch.randn(3, 160, device=raw(layer).device)
         torch.testing.assert_close(vmap(layer)(inputs), layer(inputs), rtol=1e-4, atol=1e-5)
+
+    def test_what_a_captured_graph_has_changed_is_not_taken_for_what_was_kept(self, layer, monkeypatch):
+        before = layer.weight.detach().clone()
+        for module in (arithmetic, spectral_norm_module):
+            monkeypatch.setattr(module, "is_capturing", lambda weight: True)
+        layer.parametrizations.weight[0](raw(layer)).sum().backward()
+        for module in (arithmetic, spectral_norm_module):
+            monkeypatch.setattr(module, "is_capturing", lambda weight: False)
+        for is_training in (False, True):
+            layer.train(is_training)
+            raw(layer).data.neg_()  # as a replay does it: no version moves, no optimizer is heard
+            torch.testing.assert_close(layer.weight, -before, rtol=1e-4, atol=1e-5)
+            before.neg_()
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    def test_capturing_what_trains_nothing_changes_nothing(self, training, layer, monkeypatch):
+        layer.train(training).requires_grad_(not training)
+        for module in (arithmetic, spectral_norm_module):
+            monkeypatch.setattr(module, "is_capturing", lambda weight: True)
+        layer.parametrizations.weight[0](raw(layer))
+        for module in (arithmetic, spectral_norm_module):
+            monkeypatch.setattr(module, "is_capturing", lambda weight: False)
+        assert layer.weight.data_ptr() == layer.weight.data_ptr()
+
+    @pytest.mark.gpu
+    def test_a_captured_step_trains_at_every_replay(self):
+        torch.manual_seed(0)
+        model = sn.add_spectral_norm(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        inputs, targets = torch.randn(32, 12, device="cuda"), torch.randn(32, 4, device="cuda")
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+        graph.replay()
+        first = loss.item()
+        for _ in range(30):
+            graph.replay()
+        assert loss.item() < first
+        model.eval()
+        for linear in (model[0], model[2]):
+            weight = raw(linear)
+            torch.testing.assert_close(linear.weight, weight / norm_of(weight), rtol=1e-2, atol=1e-3)
 
     def test_grouped_weight_in_training_without_keeping_is_right(self):
         layer = spectral_norm(nn.Conv1d(8, 8, 3, groups=2))

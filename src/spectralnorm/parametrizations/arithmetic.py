@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["is_eager", "plain_arithmetic"]
+__all__ = ["is_capturing", "is_eager", "plain_arithmetic"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -38,5 +38,10 @@ def is_eager(weight: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not weight.is_meta
         and not weight.is_inference()
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not is_capturing(weight)
     )
+
+
+def is_capturing(weight: Tensor) -> bool:
+    """Whether what is done with ``weight`` is being captured in a CUDA graph."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

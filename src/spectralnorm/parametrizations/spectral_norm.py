@@ -25,7 +25,7 @@ from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone, unkept
-from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
+from spectralnorm.parametrizations.arithmetic import is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
@@ -181,7 +181,8 @@ class SpectralNorm(nn.Module):
         self._is_vector = weight.ndim < 2
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
-        self._keeps = update == "step" and not self._is_vector
+        self._is_captured = False
+        self._keeps = self._may_keep()
         self.train(module.training)
         if not self._is_vector:
             self._register_vectors(weight)
@@ -256,8 +257,12 @@ class SpectralNorm(nn.Module):
         if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
                 self.scale.fill_(self._coefficient)
-        self._keeps = self.update == "step" and not self._is_vector
+        self._keeps = self._may_keep()
         self._divide_again()
+
+    def _may_keep(self) -> bool:
+        # A CUDA graph that trains the weight changes it at every replay without anybody seeing it.
+        return self.update == "step" and not self._is_vector and not self._is_captured
 
     @property
     def divided_to(self) -> float:
@@ -486,6 +491,9 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
+            if is_capturing(weight) and self.training and weight.requires_grad and _is_grad_enabled():
+                self._is_captured, self._keeps = True, False
+                self.invalidate()
             if self.follows_map:
                 return unkept.use_map(self, weight)
             parameter = self._changing_parameter(weight)
