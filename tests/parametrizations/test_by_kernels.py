@@ -413,7 +413,7 @@ def test_launches_of_a_step_do_not_depend_on_the_number_of_layers(
         optimizer.zero_grad()
         sum(layer.weight.square().sum() for layer in model[:-1]).add(model[-1](images).sum()).backward()
         optimizer.step()
-    assert len(launches) == len(set(launches)) == 12  # with those of the backward
+    assert len(launches) == len(set(launches)) == 7  # with those of the backward
 
 
 @pytest.mark.usefixtures("with_kernels")

@@ -9,7 +9,7 @@ from spectralnorm.linalg import Frame, MatrixView, TrackedTriplet, probe_rows, t
 from spectralnorm.linalg.tracking import complete_frame
 
 pytest.importorskip("triton")
-from spectralnorm.linalg.cuda import tracking_kernels
+from spectralnorm.linalg.cuda import tracking, tracking_kernels
 from spectralnorm.linalg.cuda.tracking import TrackingPlan, track_together_cuda
 
 KERNELS = [name for name in tracking_kernels.__all__ if name.endswith("_kernel")]
@@ -160,6 +160,57 @@ def test_a_matrix_gets_the_same_bits_whatever_else_is_in_the_plan(device: torch.
             assert torch.equal(mine, theirs)
 
 
+def programs_of(plan: TrackingPlan, sides: tuple[bool, ...]) -> list[Tensor]:
+    """The tables of the programs of all launches."""
+    groups = plan._tables_of(sides).groups
+    return [programs for group in groups for launches in group for _, programs, _ in launches]
+
+
+@pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
+def test_no_order_of_the_programs_changes_a_bit(is_left: bool, device: torch.device) -> None:
+    # Several blocks of several parts each, whichever side is summed over.
+    matrices = [torch.randn(1, 140, 300, device=device), torch.randn(1, 20, 2100, device=device)]
+    frames = [random_frame(each, is_left) for each in matrices]
+    plan = TrackingPlan(matrices)
+    first = plan.track(frames)
+    for programs in programs_of(plan, (is_left, is_left)):
+        programs.copy_(programs.flip(0))
+    for mine, theirs in zip(first.triplets, plan.track(frames).triplets, strict=True):
+        for each, other in zip((*mine[:3], mine.frame.rows), (*theirs[:3], theirs.frame.rows), strict=True):
+            assert torch.equal(each, other)
+
+
+def test_counters_are_at_zero_between_launches(device: torch.device) -> None:
+    matrices = [torch.randn(1, 140, 300, device=device), torch.randn(2, 3, 2100, device=device)]
+    plan = TrackingPlan(matrices)
+    tracked = plan.track([random_frame(each, True) for each in matrices], num_iterations=2)
+    for sides in ((True, True), tracked.sides):
+        counters = plan._tables_of(sides).counters
+        assert counters.numel() > 10
+        assert not counters.any()
+
+
+def test_each_group_is_divided_when_its_norms_are_known(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [torch.randn(1, 9 + index, 20, device=device) for index in range(5)]
+    frames = [random_frame(each, index % 2 == 0) for index, each in enumerate(matrices)]
+    together = TrackingPlan(matrices).track(frames, num_iterations=2)
+    groups = [range(2), range(2, 3), range(3, 5)]
+    monkeypatch.setattr(tracking, "groups_of", lambda sizes: groups if len(sizes) == 5 else None)
+    divided: list[Tensor] = []
+
+    class Division:
+        def divide_group(self, index: int, sigmas: Tensor) -> None:
+            assert index == len(divided)
+            assert sigmas.shape == (5,)
+            divided.append(sigmas[groups[index].start : groups[index].stop].clone())
+
+    tracked = TrackingPlan(matrices).track(frames, num_iterations=2, division=Division())
+    assert torch.equal(torch.cat(divided), together.sigmas)
+    assert torch.equal(tracked.sigmas, together.sigmas)
+    for mine, theirs in zip(tracked.triplets, together.triplets, strict=True):
+        assert torch.equal(mine.frame.rows, theirs.frame.rows)
+
+
 @pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
 def test_whole_vectors_are_those_of_the_largest_block(is_left: bool, device: torch.device) -> None:
     grouped = torch.randn(12, 3, 3, device=device)
@@ -193,7 +244,7 @@ def test_launches_do_not_depend_on_the_number_of_weights(number: int, launches: 
     frames = [random_frame(each, index % 3 == 0) for index, each in enumerate(matrices)]
     plan = TrackingPlan(matrices)
     tracked = plan.track(frames)
-    assert len(launches) == 7
+    assert launches == ["images_kernel", "others_kernel"]
     plan.whole(tracked, [0] * number)
     assert sorted(launches) == sorted(KERNELS)
 

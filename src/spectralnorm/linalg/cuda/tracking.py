@@ -1,4 +1,4 @@
-"""`spectralnorm.linalg.track_together` for all matrices of a model in seven launches per iteration.
+"""`spectralnorm.linalg.track_together` for all matrices of a model in two launches per iteration.
 
     plan = TrackingPlan([weight.detach().unsqueeze(0) for weight in weights])  # (1, out, in, height, width)
     tracked = plan.track(frames)
@@ -10,31 +10,34 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 | kernel | reads | writes |
 |---|---|---|
 | images | the matrices; the frames, 32 R bytes for every 128 columns | parts of Y: P / 16 floats |
-| grams | the parts, the frames | Y: 32 C bytes |
-| turns | shares of 8 x 8 | 8 x 8 for each matrix |
-| frames | Y | the next frames: 32 C bytes |
+| | the parts | Y: 32 C bytes |
+| | Y | the next frames: 32 C bytes |
 | others | the matrices again | parts of z: P / 128 floats |
-| sums | the parts | z: 4 R bytes |
-| vectors | the leading rows and z | u, v, sigma |
+| | the parts, the leading rows | z: 4 R bytes; u, v, sigma |
 
-So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places.
-`TrackingPlan.whole`, for weights in blocks, is one launch more. All sums have a fixed order: the same inputs give the
-same bits, whatever else is in the plan. Matrices of several types make a launch of images and one of others for each.
+So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places. What
+an iteration writes is one piece of memory. Matrices that do not fit into the second-level cache together go through
+both kernels in groups (`spectralnorm.linalg.cuda.groups`), so that the second one still finds them there; those of
+several types make launches for each. `TrackingPlan.whole`, for weights in blocks, is one launch more.
+
+All sums have a fixed order: the same inputs give the same bits, whatever else is in the plan. Programs count
+themselves in memory of the plan, which is at zero between launches: a plan must not run on two streams at a time.
 
 The first call compiles the kernels, which takes seconds; Triton keeps them on the disk.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking_kernels import (
@@ -42,13 +45,8 @@ from spectralnorm.linalg.cuda.tracking_kernels import (
     SPAN,
     Field,
     WholeField,
-    frames_kernel,
-    grams_kernel,
     images_kernel,
     others_kernel,
-    sums_kernel,
-    turns_kernel,
-    vectors_kernel,
     wholes_kernel,
 )
 from spectralnorm.linalg.kernel_arguments import packed_frames
@@ -61,6 +59,21 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 # Entries of a matrix that one program reads.
 _ENTRIES_PER_PROGRAM = 16384
+
+# Pieces of the memory begin at multiples of as many floats.
+_ALIGNMENT = 32
+
+
+class GroupDivision(Protocol):
+    """A division that goes on with the weights of a group while they are in the cache."""
+
+    def divide_group(self, index: int, sigmas: Tensor) -> None:
+        """Divide those of a group of `groups_of`.
+
+        Args:
+            index: of the group.
+            sigmas: (weights,): the norms of all; those of this group and of earlier ones are known.
+        """
 
 
 class Ends(NamedTuple):
@@ -76,19 +89,16 @@ class Ends(NamedTuple):
 
 
 class Tracked:
-    """What `TrackingPlan.track` found, in one piece of memory for each kind.
+    """What `TrackingPlan.track` found.
 
     Attributes:
-        sigmas: (matrices,): those of all matrices, one after the other.
-        vectors: the memory of all u and v.
         sides: for each tensor whether its frame was on the left before the last iteration.
         next_sides: the same after it.
-        rows: the memory of all frames.
+        memory: of all frames, one after the other; behind them that of all vectors and norms.
     """
 
-    def __init__(self, batches: Sequence[int], tables: _Tables, sides: tuple[bool, ...], memory: _Memory) -> None:
-        self.sides, self.next_sides = sides, tables.next_sides
-        self.rows, self.vectors, self.sigmas = memory
+    def __init__(self, batches: Sequence[int], tables: _Tables, sides: tuple[bool, ...], memory: Tensor) -> None:
+        self.sides, self.next_sides, self.memory = sides, tables.next_sides, memory
         self._batches, self._tables = batches, tables
 
     @property
@@ -97,11 +107,16 @@ class Tracked:
         return self.sigmas
 
     @cached_property
+    def sigmas(self) -> Tensor:
+        """(matrices,): those of all matrices, one after the other."""
+        return self._tables.sigmas_in(self.memory)
+
+    @cached_property
     def vector_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """For each tensor u, flat, and the same of v."""
-        tables = self._tables
-        leads = self.vectors[: tables.num_lead].split(tables.lead_sizes)
-        ends = self.vectors[tables.num_lead :].split(tables.end_sizes)
+        sizes, number = self._tables.vector_sizes, len(self.sides)
+        vectors = self.memory[self._tables.first_vector : self._tables.first_vector + sum(sizes)].split(sizes)
+        leads, ends = vectors[:number], vectors[number:]
         us = [end if is_left else lead for lead, end, is_left in zip(leads, ends, self.sides, strict=True)]
         vs = [lead if is_left else end for lead, end, is_left in zip(leads, ends, self.sides, strict=True)]
         return us, vs
@@ -110,7 +125,7 @@ class Tracked:
     def triplets(self) -> list[TrackedTriplet]:
         """For each tensor u, v, sigma and the next frame."""
         sizes = [NUM_TRACKED * size for size in self._tables.next_sizes]
-        frames = self.rows[: sum(sizes)].split(sizes)
+        frames = self.memory[: sum(sizes)].split(sizes)
         parts = zip(
             self._batches,
             *self.vector_pairs,
@@ -174,7 +189,7 @@ class TrackingPlan:
         num_iterations: int = 1,
         *,
         eps: float = 1e-12,
-        division: Any = None,
+        division: GroupDivision | None = None,
     ) -> Tracked:
         """One step of power iteration for all matrices, as `track_together`.
 
@@ -190,7 +205,8 @@ class TrackingPlan:
                 nothing is added. After the first iteration nothing is.
             num_iterations: at least 1.
             eps: smallest length to divide by.
-            division: of the same weights, each one matrix, by their norms: `QuotientPlan.prepared`.
+            division: called for each group of the tensors, of which each must be one matrix, when their norms are on
+                the way.
 
         Returns:
             The triplets, u (batch, out), v (batch, in) with the columns in the order of the matrix' own dimensions,
@@ -200,20 +216,18 @@ class TrackingPlan:
         sides = frames.next_sides if is_going_on else tuple(frame.is_left for frame in frames)
         shifts, step = self._rolled(ages)
         rows = (
-            frames.rows
+            frames.memory
             if is_going_on
             else packed_frames(frames, [(each.batch, each.rows, each.columns) for each in self._layouts])
         )
         with on_device_of(rows):
-            tables = self._tables_of(sides)
-            memory = self._iterated(tables, rows, shifts, step, eps)
-            for _ in range(num_iterations - 1):
-                sides = tables.next_sides
+            for remaining in reversed(range(num_iterations)):
                 tables = self._tables_of(sides)
-                memory = self._iterated(tables, memory.rows, None, 0, eps)
-            if division is not None:
-                division.divide(memory.sigmas)
-        return Tracked([layout.batch for layout in self._layouts], tables, sides, memory)
+                rows = self._iterated(tables, rows, shifts, step, eps, division if remaining == 0 else None)
+                shifts, step = None, 0
+                if remaining > 0:
+                    sides = tables.next_sides
+        return Tracked([layout.batch for layout in self._layouts], tables, sides, rows)
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
@@ -229,52 +243,47 @@ class TrackingPlan:
         if all(layout.batch == 1 for layout in self._layouts):
             return *tracked.vector_pairs, tracked.sigmas
         table, spans, sizes = self._wholes_of(tracked.sides, tuple(out_dims))
-        wholes = self._empty(sum(sizes))
-        sigmas = self._empty(len(self._layouts))
+        wholes = self._empty(sum(sizes) + len(self._layouts))
         with on_device_of(wholes):
-            launch(wholes_kernel, spans.shape[0], table, spans, tracked.vectors, tracked.sigmas, wholes, sigmas)
-        parts = wholes.split(sizes)
-        return list(parts[0::2]), list(parts[1::2]), sigmas
+            launch(wholes_kernel, spans.shape[0], table, spans, tracked.memory, wholes)
+        *parts, sigmas = wholes.split([*sizes, len(self._layouts)])
+        return parts[0::2], parts[1::2], sigmas
 
     def ends(self, tracked: Tracked) -> Ends | None:
         """Where u and v of each weight are, if each is one matrix; else None."""
         if not self.divides:
             return None
         if tracked.sides not in self._ends:
-            tables = self._tables_of(tracked.sides)
-            starts, lead, end = [], 0, tables.num_lead
-            for lead_size, end_size, is_left in zip(tables.lead_sizes, tables.end_sizes, tracked.sides, strict=True):
-                starts.append([end, lead] if is_left else [lead, end])
-                lead, end = lead + lead_size, end + end_size
+            tables, number = self._tables_of(tracked.sides), len(self._layouts)
+            places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
+            both = zip(places[:number], places[number : 2 * number], tracked.sides, strict=True)
+            starts = [[end, lead] if is_left else [lead, end] for lead, end, is_left in both]
             self._ends[tracked.sides] = torch.tensor(starts, device=self.device)
-        return Ends(tracked.vectors, self._ends[tracked.sides])
+        return Ends(tracked.memory, self._ends[tracked.sides])
 
-    def _iterated(self, tables: _Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> _Memory:
-        num_spans, num_maps = tables.spans.shape[0], tables.maps.shape[0]
-        images, rows = self._empty(8 * tables.num_lead), self._empty(8 * tables.num_turned)
-        parts, others = self._empty(tables.num_parts), self._empty(tables.num_end)
-        grams, turns = self._empty(64 * num_spans), self._empty(64 * num_maps)
-        squares, sigmas = self._empty(num_spans), self._empty(num_maps)
-        vectors = self._empty(tables.num_lead + tables.num_end)
+    def _iterated(
+        self,
+        tables: _Tables,
+        frames: Tensor,
+        shifts: Tensor | None,
+        step: int,
+        eps: float,
+        division: GroupDivision | None,
+    ) -> Tensor:
+        """The memory that an iteration writes."""
+        memory = self._empty(tables.size)
         is_stirred = shifts is not None
         # Without stirring nothing is read from these two.
         stirring = (self._directions, shifts, step) if is_stirred else (frames, tables.maps, 0)
-        maps, spans, num_lead_spans = tables.maps, tables.spans, tables.num_lead_spans
-        for dtype, blocks in tables.image_blocks:
-            launch(images_kernel, blocks.shape[0], maps, blocks, frames, *stirring, parts, is_stirred, dtype)
-        launch(
-            grams_kernel, num_spans, maps, spans, num_lead_spans, frames, *stirring, parts, images, grams, is_stirred
-        )
-        launch(turns_kernel, num_maps, maps, grams, turns, num_warps=1)
-        launch(frames_kernel, num_lead_spans, maps, spans, images, turns, frames, rows, squares)
-        for dtype, blocks in tables.other_blocks:
-            launch(others_kernel, blocks.shape[0], maps, blocks, rows, parts, dtype)
-        launch(sums_kernel, num_spans - num_lead_spans, maps, spans, num_lead_spans, parts, others, squares)
-        ends = vectors[tables.num_lead :]
-        launch(
-            vectors_kernel, num_spans, maps, spans, num_lead_spans, rows, others, squares, vectors, ends, sigmas, eps
-        )
-        return _Memory(rows, vectors, sigmas)
+        maps, counters = tables.maps, tables.counters
+        for index, (image_blocks, other_blocks) in enumerate(tables.groups):
+            for dtype, blocks, number in image_blocks:
+                launch(images_kernel, number, maps, blocks, counters, frames, *stirring, memory, is_stirred, dtype)
+            for dtype, blocks, number in other_blocks:
+                launch(others_kernel, number, maps, blocks, counters, memory, eps, dtype)
+            if division is not None:
+                division.divide_group(index, tables.sigmas_in(memory))
+        return memory
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
@@ -307,22 +316,23 @@ class TrackingPlan:
             return self._wholes[sides, out_dims]
         tables = self._tables_of(sides)
         table, spans, sizes = [], [], []
-        first, lead_start, end_start = 0, 0, tables.num_lead
-        for weight, (layout, is_left, out_dim) in enumerate(zip(self._layouts, sides, out_dims, strict=True)):
-            lead, end = (layout.columns, layout.rows) if is_left else (layout.rows, layout.columns)
-            u = layout.rows, (end_start if is_left else lead_start), out_dim == 0
-            v = layout.columns, (lead_start if is_left else end_start), out_dim != 0
+        first_sigma, number = tables.first_sigma, len(self._layouts)
+        places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
+        parts = zip(self._layouts, sides, out_dims, places[:number], places[number : 2 * number], strict=True)
+        for layout, is_left, out_dim, lead, end in parts:
+            u = layout.rows, (end if is_left else lead), out_dim == 0
+            v = layout.columns, (lead if is_left else end), out_dim != 0
             for size, source, is_stacked in (u, v):
                 row = [0] * WholeField.WIDTH
-                row[WholeField.FIRST], row[WholeField.BLOCKS], row[WholeField.SIZE] = first, layout.batch, size
+                row[WholeField.SIGMAS], row[WholeField.BLOCKS], row[WholeField.SIZE] = first_sigma, layout.batch, size
                 row[WholeField.SOURCE], row[WholeField.TARGET] = source, sum(sizes)
-                row[WholeField.IS_STACKED], row[WholeField.WEIGHT] = int(is_stacked), weight
+                row[WholeField.IS_STACKED] = int(is_stacked)
                 sizes.append(size * layout.batch if is_stacked else size)
                 spans += [[len(table), start] for start in range(0, sizes[-1], SPAN)]
                 table.append(row)
-            first += layout.batch
-            lead_start += layout.batch * lead
-            end_start += layout.batch * end
+            first_sigma += layout.batch
+        for place, row in enumerate(table):
+            row[WholeField.SIGMA] = sum(sizes) + place // 2
         made = torch.tensor(table, device=self.device), torch.tensor(spans, device=self.device), sizes
         self._wholes[sides, out_dims] = made
         return made
@@ -371,12 +381,8 @@ def _identity_of(matrices: Sequence[Tensor]) -> _Identity:
     return tuple((matrix.data_ptr(), matrix.dtype, matrix.shape, matrix.stride()) for matrix in matrices)
 
 
-class _Memory(NamedTuple):
-    """What an iteration writes: the next frames, the vectors (leading ones first) and the norms."""
-
-    rows: Tensor
-    vectors: Tensor
-    sigmas: Tensor
+# For each type: the programs of a launch, and their number.
+_Launches = list[tuple[Any, Tensor, int]]
 
 
 class _Tables(NamedTuple):
@@ -386,37 +392,46 @@ class _Tables(NamedTuple):
     """
 
     maps: Tensor  # (matrices, Field.WIDTH)
-    image_blocks: list[tuple[Any, Tensor]]  # for each type: which matrix, N from, M from, M to, where the part goes
-    other_blocks: list[tuple[Any, Tensor]]  # the same with N and M exchanged
-    spans: Tensor  # which matrix, from where: first all spans of leading vectors, then those of ends
-    num_lead_spans: int
-    num_parts: int  # entries of all parts
-    num_lead: int  # entries of all leading vectors
-    num_end: int
-    lead_sizes: list[int]  # entries of each tensor's leading vectors
-    end_sizes: list[int]
+    counters: Tensor  # int32, at zero between launches
+    groups: list[tuple[_Launches, _Launches]]  # of images and of others: (programs, BlockField.WIDTH)
+    size: int  # entries of the memory
+    first_vector: int  # place of the leading vectors, which the ends follow
+    first_sigma: int
+    vector_sizes: list[int]  # entries of each tensor's leading vectors, then of each one's ends
     next_sizes: list[int]  # an eighth of the entries of each tensor's next frames
     next_sides: tuple[bool, ...]
-    num_turned: int  # an eighth of the entries of all next frames, and of those turned ones that are none
+
+    def sigmas_in(self, memory: Tensor) -> Tensor:
+        """The norms of all matrices."""
+        return memory[self.first_sigma : self.first_sigma + self.maps.shape[0]]
+
+
+class _Places:
+    """Pieces of a memory, one after the other."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, size: int) -> int:
+        """Where the next piece begins."""
+        self.size += size
+        return self.size - size
+
+    def align(self) -> None:
+        """Let the next piece begin at a multiple of `_ALIGNMENT`."""
+        self.size += -self.size % _ALIGNMENT
 
 
 def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool], device: torch.device) -> _Tables:
     maps: list[list[int]] = []
-    image_blocks: dict[torch.dtype, list[list[int]]] = {}
-    other_blocks: dict[torch.dtype, list[list[int]]] = {}
-    lead_spans: list[list[int]] = []
-    end_spans: list[list[int]] = []
-    lead_sizes, end_sizes, next_sizes, next_sides = [], [], [], []
-    complete: list[list[int]] = []
-    num_next = 0
-    num_lead = num_end = num_image_parts = num_other_parts = direction = 0
+    of_tensors: list[list[list[int]]] = []
+    frames, direction = _Places(), 0
     for (address, dtype, *_), layout, is_left in zip(identity, layouts, sides, strict=True):
         rows, columns = layout.rows, layout.columns
         of_rows = rows, layout.row_levels, (rows, 0, 1)
         of_columns = columns, layout.column_levels, layout.column_places
         (m, m_levels, m_places), (n, n_levels, n_places) = (of_rows, of_columns) if is_left else (of_columns, of_rows)
-        fast_is_m = layout.fast_is_columns != is_left
-        is_complete = _is_complete(m)
+        entries = []
         for index in range(layout.batch):
             entry = [0] * Field.WIDTH
             entry[Field.ADDRESS] = address + index * layout.batch_stride * dtype.itemsize
@@ -428,73 +443,106 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
                 (Field.N_PLACE_INNER, n_places),
             ):
                 entry[field : field + 3] = levels
-            entry[Field.IS_ALIGNED], entry[Field.FAST_IS_M] = int(layout.is_aligned), int(fast_is_m)
-            entry[Field.M_BEFORE], entry[Field.N_BEFORE] = num_end, num_lead
-            entry[Field.M_SPANS : Field.M_SPANS + 2] = len(end_spans), math.ceil(m / SPAN)
-            entry[Field.N_SPANS : Field.N_SPANS + 2] = len(lead_spans), math.ceil(n / SPAN)
+            entry[Field.IS_ALIGNED] = int(layout.is_aligned)
+            entry[Field.FAST_IS_M] = int(layout.fast_is_columns != is_left)
+            entry[Field.FRAME] = frames.take(NUM_TRACKED * m)
             entry[Field.DIRECTION] = direction if is_left else direction + rows
-            entry[Field.TURNED], entry[Field.KEPT] = num_next, -1
-            if is_complete:
-                entry[Field.KEPT] = num_next
-                complete.append(entry)
-            num_next += m if is_complete else n
-            of_images = _blocks(len(maps), n, m, fast_is_m, num_image_parts, NUM_TRACKED * n)
-            of_others = _blocks(len(maps), m, n, not fast_is_m, num_other_parts, m)
-            for field, blocks, first, size in (
-                (Field.IMAGE_PARTS, of_images, num_image_parts, NUM_TRACKED * n),
-                (Field.OTHER_PARTS, of_others, num_other_parts, m),
-            ):
-                entry[field : field + 2] = first, (blocks[-1][-1] - first) // size + 1
-            image_blocks.setdefault(dtype, []).extend(of_images)
-            other_blocks.setdefault(dtype, []).extend(of_others)
-            lead_spans += [[len(maps), start] for start in range(0, n, SPAN)]
-            end_spans += [[len(maps), start] for start in range(0, m, SPAN)]
-            num_image_parts = of_images[-1][-1] + NUM_TRACKED * n
-            num_other_parts = of_others[-1][-1] + m
-            num_lead, num_end = num_lead + n, num_end + m
-            maps.append(entry)
-        lead_sizes.append(layout.batch * n)
-        end_sizes.append(layout.batch * m)
-        next_sizes.append(layout.batch * (m if is_complete else n))
-        next_sides.append(is_left if is_complete else not is_left)
+            entries.append(entry)
+        maps += entries
+        of_tensors.append(entries)
         direction += rows + columns
+    memory, counters = _Places(), _Places()
+    # Next frames lie one after the other at the beginning, so that they can be read where they are; what is turned for
+    # its first row alone comes after them.
     for entry in maps:
-        entry[Field.M_SPANS] += len(lead_spans)
-    # Next frames lie one after the other, so that they can be read where they are; what is turned for its first row
-    # alone comes after them.
-    for entry in complete:
-        entry[Field.TURNED] = num_next
-        num_next += entry[Field.N]
+        is_complete = _is_complete(entry[Field.M])
+        place = memory.take(NUM_TRACKED * entry[Field.M if is_complete else Field.N])
+        entry[Field.TURNED], entry[Field.KEPT] = (-1, place) if is_complete else (place, -1)
+    for entry in maps:
+        if entry[Field.KEPT] >= 0:
+            entry[Field.TURNED] = memory.take(NUM_TRACKED * entry[Field.N])
+    for place, size in (Field.LEAD, Field.N), (Field.END, Field.M), (Field.SIGMA, None):
+        for entry in maps:
+            entry[place] = memory.take(1 if size is None else entry[size])
+    image_blocks, other_blocks = [], []
+    for index, entry in enumerate(maps):
+        m, n, fast_is_m = entry[Field.M], entry[Field.N], bool(entry[Field.FAST_IS_M])
+        memory.align()
+        images, entry[Field.IMAGE_PARTS : Field.IMAGE_PARTS + 3] = _blocks(
+            index, n, m, fast_is_m, memory, NUM_TRACKED * n
+        )
+        others, entry[Field.OTHER_PARTS : Field.OTHER_PARTS + 3] = _blocks(index, m, n, not fast_is_m, memory, m)
+        _, num_image_parts, num_image_blocks = entry[Field.IMAGE_PARTS : Field.IMAGE_PARTS + 3]
+        num_other_blocks = entry[Field.OTHER_PARTS + 2]
+        for field, size in (
+            (Field.IMAGE, NUM_TRACKED * n),
+            (Field.GRAMS, NUM_TRACKED**2 * (num_image_blocks + num_image_parts)),
+            (Field.TURN, NUM_TRACKED**2),
+            (Field.LENGTH, 1),
+            (Field.OTHER, m),
+            (Field.SQUARES, num_other_blocks),
+        ):
+            entry[field] = memory.take(size)
+        entry[Field.IMAGE_COUNTERS] = counters.take(num_image_blocks + 1)
+        entry[Field.OTHER_COUNTERS] = counters.take(num_other_blocks + 1)
+        image_blocks.append(images)
+        other_blocks.append(others)
+    dtypes = [dtype for (_, dtype, *_), layout in zip(identity, layouts, strict=True) for _ in range(layout.batch)]
+    sizes = [
+        layout.batch * layout.rows * layout.columns * dtype.itemsize
+        for (_, dtype, *_), layout in zip(identity, layouts, strict=True)
+    ]
+    first_maps = list(accumulate((layout.batch for layout in layouts), initial=0))
+    groups = []
+    for group in groups_of(sizes):
+        of_group = slice(first_maps[group.start], first_maps[group.stop])
+        groups.append(
+            tuple(_launches(dtypes[of_group], blocks[of_group], device) for blocks in (image_blocks, other_blocks))
+        )
+    are_complete = [_is_complete(entries[0][Field.M]) for entries in of_tensors]
     return _Tables(
         maps=torch.tensor(maps, device=device),
-        image_blocks=_on_device(image_blocks, device),
-        other_blocks=_on_device(other_blocks, device),
-        spans=torch.tensor(lead_spans + end_spans, device=device),
-        num_lead_spans=len(lead_spans),
-        num_parts=max(num_image_parts, num_other_parts),
-        num_lead=num_lead,
-        num_end=num_end,
-        lead_sizes=lead_sizes,
-        end_sizes=end_sizes,
-        next_sizes=next_sizes,
-        next_sides=tuple(next_sides),
-        num_turned=num_next,
+        counters=torch.zeros(counters.size, dtype=torch.int32, device=device),
+        groups=groups,
+        size=memory.size,
+        first_vector=maps[0][Field.LEAD],
+        first_sigma=maps[0][Field.SIGMA],
+        vector_sizes=[len(entries) * entries[0][field] for field in (Field.N, Field.M) for entries in of_tensors],
+        next_sizes=[
+            len(entries) * entries[0][Field.M if is_complete else Field.N]
+            for entries, is_complete in zip(of_tensors, are_complete, strict=True)
+        ],
+        next_sides=tuple(
+            is_left if is_complete else not is_left for is_left, is_complete in zip(sides, are_complete, strict=True)
+        ),
     )
 
 
-def _blocks(which: int, kept: int, summed: int, sums_fast: bool, first: int, part_size: int) -> list[list[int]]:
+def _blocks(
+    which: int, kept: int, summed: int, sums_fast: bool, memory: _Places, part_size: int
+) -> tuple[list[list[int]], list[int]]:
     """Programs of a product: blocks of the side that is kept, times parts of the one that is summed over.
 
     A part's blocks follow each other, so that programs that run at the same time read the same piece of the frame.
+
+    Returns:
+        Their rows of the table; the place of the parts, their number and that of the blocks.
     """
     width = 2 * SLOW if sums_fast else FAST
     length = _ENTRIES_PER_PROGRAM // width
-    return [
-        [which, kept_start, start, min(start + length, summed), first + part * part_size]
-        for part, start in enumerate(range(0, summed, length))
-        for kept_start in range(0, kept, width)
+    kept_starts, starts = range(0, kept, width), range(0, summed, length)
+    first = memory.take(len(starts) * part_size)
+    rows = [
+        [which, kept_start, start, min(start + length, summed), first + part * part_size, block]
+        for part, start in enumerate(starts)
+        for block, kept_start in enumerate(kept_starts)
     ]
+    return rows, [first, len(starts), len(kept_starts)]
 
 
-def _on_device(blocks: dict[torch.dtype, list[list[int]]], device: torch.device) -> list[tuple[Any, Tensor]]:
-    return [(TRITON_DTYPES[dtype], torch.tensor(some, device=device)) for dtype, some in blocks.items()]
+def _launches(dtypes: Sequence[torch.dtype], blocks: Sequence[list[list[int]]], device: torch.device) -> _Launches:
+    """One for each type."""
+    of_types: dict[torch.dtype, list[list[int]]] = {}
+    for dtype, rows in zip(dtypes, blocks, strict=True):
+        of_types.setdefault(dtype, []).extend(rows)
+    return [(TRITON_DTYPES[dtype], torch.tensor(rows, device=device), len(rows)) for dtype, rows in of_types.items()]

@@ -6,15 +6,18 @@ through the matrix in tiles; which side of a tile is summed over, the slow or th
 matrix that is not `Layout.is_aligned` goes through the same code with offsets computed by division and loads of single
 entries.
 
-No result depends on the order in which programs run: what several programs contribute to goes to memory of its own for
-each and is added up in a fixed order by the next kernel.
+A launch is one product for all matrices and everything that follows from it. Programs leave parts of the product in
+memory and count themselves; the last one that has to do with something goes on with it (`_is_last`): first over the
+parts of a block of the product, then over the blocks of a matrix. No result depends on which one that is: it adds up
+what all have left in a fixed order.
 
 Block sizes come from counting registers and bytes in flight, not from measurements. A tile of 4 x 128 is one 128-bit
 load for each thread of four warps. Summed over the slow side, four tiles are under way at a time and eight partial sums
 of a tile's size are kept; over the fast side two tiles and sixteen sums, because there each thread needs sums for each
 row. That is about 150 registers, hence three programs to a multiprocessor of an A100 or H100, with 12 to 24 KiB in
 flight: about what its share of the memory's bandwidth times the latency asks for. A program that reads 16384 entries
-makes thousands of programs of a large model, and one or two of a small layer.
+makes thousands of programs of a large model, and one or two of a small layer. What comes after the products needs fewer
+registers than they do.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -42,24 +45,20 @@ from spectralnorm.linalg.cuda.tiles import (
 __all__ = [
     "SLOW",
     "SPAN",
+    "BlockField",
     "Field",
     "WholeField",
-    "frames_kernel",
-    "grams_kernel",
     "images_kernel",
     "others_kernel",
-    "sums_kernel",
-    "turns_kernel",
-    "vectors_kernel",
     "wholes_kernel",
 ]
 
 SLOW = 4
-SPAN = 256  # entries of a vector in one program of the kernels that do not read a matrix
+SPAN = 256  # entries of a whole vector in one program
 
 
 class Field(IntEnum):
-    """What the table of maps holds for each matrix, as int64."""
+    """What the table of maps holds for each matrix, as int64. Places are entries from the beginning of the memory."""
 
     ADDRESS = 0
     M = 1  # size of the side where the frame is
@@ -70,28 +69,48 @@ class Field(IntEnum):
     N_PLACE_INNER = 12
     IS_ALIGNED = 15
     FAST_IS_M = 16
-    M_BEFORE = 17  # entries of all vectors of earlier matrices
-    N_BEFORE = 18
-    M_SPANS = 19  # first span and their number
-    N_SPANS = 21
-    IMAGE_PARTS = 23  # where the parts of Y are, and their number
-    OTHER_PARTS = 25  # of z
-    DIRECTION = 27  # where in the directions its own begins
-    TURNED = 28  # where T Y goes, in eights
-    KEPT = 29  # where a complete frame goes that stays as it is, in eights; else -1
-    WIDTH = 30  # of the table
+    FRAME = 17  # where the frame begins among all
+    DIRECTION = 18  # where in the directions its own begins
+    IMAGE_PARTS = 19  # place of the parts of Y = F A, their number, and that of the blocks of N
+    OTHER_PARTS = 22  # of z: the same, with blocks of M
+    IMAGE = 25  # place of Y
+    GRAMS = 26  # of the shares in Y Y^T, one for each block of N, and after them of those in F F^T, one for each part
+    TURN = 27  # of T, 8 x 8
+    TURNED = 28  # of T Y
+    KEPT = 29  # of a complete frame that stays as it is; else -1
+    LENGTH = 30  # of the squared length of the first row of T Y
+    LEAD = 31  # of the vector along N
+    OTHER = 32  # of z
+    SQUARES = 33  # of the shares in the square of its length, one for each block of M
+    END = 34  # of the vector along M
+    SIGMA = 35
+    IMAGE_COUNTERS = 36  # among all counters: one for each block of N, and one of the matrix
+    OTHER_COUNTERS = 37  # for each block of M, and one of the matrix
+    WIDTH = 38  # of the table
+
+
+class BlockField(IntEnum):
+    """What the table of programs holds for each of them, as int64."""
+
+    MAP = 0  # which matrix
+    KEPT_START = 1  # of the side that is kept
+    START = 2  # of the side that is summed over
+    STOP = 3
+    PART = 4  # place where the sums go
+    BLOCK = 5  # number of the block
+    WIDTH = 6
 
 
 class WholeField(IntEnum):
     """What the table of whole vectors holds for each of them, as int64."""
 
-    FIRST = 0  # of the weight's blocks among all matrices
+    SIGMAS = 0  # place of the norms of the weight's blocks
     BLOCKS = 1
     SIZE = 2  # of one block's vector
-    SOURCE = 3  # where the first block's begins
-    TARGET = 4
+    SOURCE = 3  # place of the first block's
+    TARGET = 4  # where it begins among all whole vectors
     IS_STACKED = 5  # whether the blocks follow each other along this vector
-    WEIGHT = 6
+    SIGMA = 6  # where the norm goes, behind the whole vectors
     WIDTH = 7
 
 
@@ -104,39 +123,74 @@ _M_PLACE_INNER = tl.constexpr(int(Field.M_PLACE_INNER))
 _N_PLACE_INNER = tl.constexpr(int(Field.N_PLACE_INNER))
 _IS_ALIGNED = tl.constexpr(int(Field.IS_ALIGNED))
 _FAST_IS_M = tl.constexpr(int(Field.FAST_IS_M))
-_M_BEFORE = tl.constexpr(int(Field.M_BEFORE))
-_N_BEFORE = tl.constexpr(int(Field.N_BEFORE))
-_M_SPANS = tl.constexpr(int(Field.M_SPANS))
-_N_SPANS = tl.constexpr(int(Field.N_SPANS))
+_FRAME = tl.constexpr(int(Field.FRAME))
+_DIRECTION = tl.constexpr(int(Field.DIRECTION))
 _IMAGE_PARTS = tl.constexpr(int(Field.IMAGE_PARTS))
 _OTHER_PARTS = tl.constexpr(int(Field.OTHER_PARTS))
-_DIRECTION = tl.constexpr(int(Field.DIRECTION))
+_IMAGE = tl.constexpr(int(Field.IMAGE))
+_GRAMS = tl.constexpr(int(Field.GRAMS))
+_TURN = tl.constexpr(int(Field.TURN))
 _TURNED = tl.constexpr(int(Field.TURNED))
 _KEPT = tl.constexpr(int(Field.KEPT))
+_LENGTH = tl.constexpr(int(Field.LENGTH))
+_LEAD = tl.constexpr(int(Field.LEAD))
+_OTHER = tl.constexpr(int(Field.OTHER))
+_SQUARES = tl.constexpr(int(Field.SQUARES))
+_END = tl.constexpr(int(Field.END))
+_SIGMA = tl.constexpr(int(Field.SIGMA))
+_IMAGE_COUNTERS = tl.constexpr(int(Field.IMAGE_COUNTERS))
+_OTHER_COUNTERS = tl.constexpr(int(Field.OTHER_COUNTERS))
 _WIDTH = tl.constexpr(int(Field.WIDTH))
 
-_WHOLE_FIRST = tl.constexpr(int(WholeField.FIRST))
+_BLOCK_MAP = tl.constexpr(int(BlockField.MAP))
+_BLOCK_KEPT_START = tl.constexpr(int(BlockField.KEPT_START))
+_BLOCK_START = tl.constexpr(int(BlockField.START))
+_BLOCK_STOP = tl.constexpr(int(BlockField.STOP))
+_BLOCK_PART = tl.constexpr(int(BlockField.PART))
+_BLOCK_BLOCK = tl.constexpr(int(BlockField.BLOCK))
+_BLOCK_WIDTH = tl.constexpr(int(BlockField.WIDTH))
+
+_WHOLE_SIGMAS = tl.constexpr(int(WholeField.SIGMAS))
 _WHOLE_BLOCKS = tl.constexpr(int(WholeField.BLOCKS))
 _WHOLE_SIZE = tl.constexpr(int(WholeField.SIZE))
 _WHOLE_SOURCE = tl.constexpr(int(WholeField.SOURCE))
 _WHOLE_TARGET = tl.constexpr(int(WholeField.TARGET))
 _WHOLE_IS_STACKED = tl.constexpr(int(WholeField.IS_STACKED))
-_WHOLE_WEIGHT = tl.constexpr(int(WholeField.WEIGHT))
+_WHOLE_SIGMA = tl.constexpr(int(WholeField.SIGMA))
 _WHOLE_WIDTH = tl.constexpr(int(WholeField.WIDTH))
 
 _SLOW = tl.constexpr(SLOW)
 _FAST = tl.constexpr(FAST)
 _SPAN = tl.constexpr(SPAN)
 _CHUNK = tl.constexpr(64)  # entries of eight rows whose 64 products are in registers at a time
+_SHARES = tl.constexpr(16)  # shares of 8 x 8 that are under way at a time
+_WIDE = tl.constexpr(512)  # entries of vectors: each thread of four warps has four, and all eight rows of them
 _SQUARINGS = tl.constexpr(12)
 _EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _frame(frames, field):
-    """A frame among all, by the entries of all vectors before it."""
-    return tl.multiple_of(frames + 8 * tl.load(field), 16)
+def _is_last(counter, number):
+    """Whether this is the last of a number of programs that come here; it then sees what the others have stored before.
+
+    The counter is at zero before and after.
+    """
+    # All threads have stored before the one that counts does so.
+    tl.debug_barrier()
+    before = 0
+    if number > 1:
+        before = tl.atomic_add(counter, 1, sem="acq_rel")
+    is_last = before == number - 1
+    if is_last & (number > 1):
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def _rows(memory, place):
+    """A frame, whose place the table has."""
+    return tl.multiple_of(memory + tl.load(place), 16)
 
 
 @triton.jit
@@ -185,19 +239,19 @@ def _stored(out, N, n, is_n, y0, y1, y2, y3, y4, y5, y6, y7, AXIS: tl.constexpr)
 
 
 @triton.jit
-def _image_over_slow(entry, block, frames, direction, back, parts,
+def _image_over_slow(entry, block, frames, direction, back, memory,
                      DTYPE: tl.constexpr, IS_STIRRED: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
     """Eight rows times a part of a matrix, summed over its slow side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    frame = _frame(frames, entry + _M_BEFORE)
+    frame = _rows(frames, entry + _FRAME)
     M = tl.load(entry + _M).to(tl.int32)
     N = size_at(entry + _N, IS_ALIGNED)
     m_inner, m_outer = tl.load(entry + _M_INNER), tl.load(entry + _M_INNER + 1)
     m_stride = stride_at(entry + _M_INNER + 2, IS_ALIGNED)
     n_inner, n_outer, n_stride = levels_at(entry + _N_INNER)
-    n = fast_start_at(block + 1) + tl.arange(0, _FAST)
-    m_start, m_stop = tl.load(block + 2).to(tl.int32), tl.load(block + 3).to(tl.int32)
-    out = parts + tl.load(block + 4)
+    n = fast_start_at(block + _BLOCK_KEPT_START) + tl.arange(0, _FAST)
+    m_start, m_stop = tl.load(block + _BLOCK_START).to(tl.int32), tl.load(block + _BLOCK_STOP).to(tl.int32)
+    out = memory + tl.load(block + _BLOCK_PART)
     is_n = n < N
     at_n = fast_offsets(n, n_inner, n_outer, n_stride, IS_ALIGNED)
     y0 = tl.zeros((_SLOW, _FAST), tl.float32)
@@ -226,23 +280,23 @@ def _image_over_slow(entry, block, frames, direction, back, parts,
 
 
 @triton.jit
-def _image_over_fast(entry, block, frames, direction, back, parts,
+def _image_over_fast(entry, block, frames, direction, back, memory,
                      DTYPE: tl.constexpr, IS_STIRRED: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
     """Eight rows times a part of a matrix, summed over its fast side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    frame = _frame(frames, entry + _M_BEFORE)
+    frame = _rows(frames, entry + _FRAME)
     M = size_at(entry + _M, IS_ALIGNED)
     N = tl.load(entry + _N).to(tl.int32)
     m_inner, m_outer, m_stride = levels_at(entry + _M_INNER)
     n_inner, n_outer = tl.load(entry + _N_INNER), tl.load(entry + _N_INNER + 1)
     n_stride = stride_at(entry + _N_INNER + 2, IS_ALIGNED)
-    m_start = fast_start_at(block + 2)
-    m_stop = size_at(block + 3, IS_ALIGNED)
-    out = parts + tl.load(block + 4)
+    m_start = fast_start_at(block + _BLOCK_START)
+    m_stop = size_at(block + _BLOCK_STOP, IS_ALIGNED)
+    out = memory + tl.load(block + _BLOCK_PART)
     # Each of the SLOW rows of a tile loads the frame for itself: a vector that all share would have to be passed round
     # the threads through shared memory.
     row = tl.arange(0, _SLOW)
-    n = tl.load(block + 1).to(tl.int32) + row
+    n = tl.load(block + _BLOCK_KEPT_START).to(tl.int32) + row
     next_n = n + _SLOW
     at_n = slow_offsets(n, n_inner, n_outer, n_stride, IS_ALIGNED)
     at_next_n = slow_offsets(next_n, n_inner, n_outer, n_stride, IS_ALIGNED)
@@ -279,71 +333,60 @@ def _image_over_fast(entry, block, frames, direction, back, parts,
     _stored(out, N, next_n, next_n < N, x0, x1, x2, x3, x4, x5, x6, x7, 1)
 
 
-@triton.jit(do_not_specialize=["step"])
-def images_kernel(maps, blocks, frames, directions, shifts, step, parts,
-                  IS_STIRRED: tl.constexpr, DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
-    """Parts of Y = F A: one program for each block of N and part of M."""
-    block = blocks + tl.program_id(0) * 5
-    which = tl.load(block)
-    entry = maps + which * _WIDTH
-    direction = directions + tl.load(entry + _DIRECTION)
-    back = ((tl.load(shifts + which) + step) % tl.load(entry + _M)).to(tl.int32)
-    if tl.load(entry + _FAST_IS_M) != 0:
-        if tl.load(entry + _IS_ALIGNED) != 0:
-            _image_over_fast(entry, block, frames, direction, back, parts, DTYPE, IS_STIRRED, True)
-        else:
-            _image_over_fast(entry, block, frames, direction, back, parts, DTYPE, IS_STIRRED, False)
-    else:
-        if tl.load(entry + _IS_ALIGNED) != 0:
-            _image_over_slow(entry, block, frames, direction, back, parts, DTYPE, IS_STIRRED, True)
-        else:
-            _image_over_slow(entry, block, frames, direction, back, parts, DTYPE, IS_STIRRED, False)
-
-
-@triton.jit(do_not_specialize=["step", "num_image_spans"])
-def grams_kernel(maps, spans, num_image_spans, frames, directions, shifts, step, parts, images, grams,
-                 IS_STIRRED: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
-    """Y from its parts; the shares of spans of Y in Y Y^T, and of spans of F in F F^T."""
-    span = tl.program_id(0)
-    which = tl.load(spans + 2 * span)
-    start = tl.load(spans + 2 * span + 1).to(tl.int32)
-    entry = maps + which * _WIDTH
-    M = tl.load(entry + _M).to(tl.int32)
-    N = tl.load(entry + _N).to(tl.int32)
+@triton.jit
+def _gram_of_frame(frame, direction, back, M, start, stop, IS_STIRRED: tl.constexpr):
+    """The share of some of its columns in F F^T."""
     row = tl.arange(0, 8)
-    gram = tl.zeros((8, 8), tl.float32)
-    if span < num_image_spans:
-        first_part = parts + tl.load(entry + _IMAGE_PARTS)
-        num_parts = tl.load(entry + _IMAGE_PARTS + 1).to(tl.int32)
-        image = images + 8 * tl.load(entry + _N_BEFORE)
-        for chunk in range(start, tl.minimum(start + _SPAN, N), _CHUNK):
-            n = chunk + tl.arange(0, _CHUNK)
-            mask = (n < N)[None, :] & (row < 8)[:, None]
-            places = row[:, None] * N + n[None, :]
-            y = tl.zeros((8, _CHUNK), tl.float32)
-            part = first_part
-            for _ in range(0, num_parts):
-                y += tl.load(part + places, mask=mask, other=0.0)
-                part += 8 * N
-            tl.store(image + places, y, mask=mask)
-            gram += tl.sum(y[:, None, :] * y[None, :, :], axis=2)
-    else:
-        frame = frames + 8 * tl.load(entry + _M_BEFORE)
-        direction = directions + tl.load(entry + _DIRECTION)
-        back = ((tl.load(shifts + which) + step) % M).to(tl.int32)
-        for chunk in range(start, tl.minimum(start + _SPAN, M), _CHUNK):
-            m = chunk + tl.arange(0, _CHUNK)
-            is_m = m < M
-            mask = is_m[None, :] & (row < 8)[:, None]
-            f = tl.load(frame + row[:, None] * M + m[None, :], mask=mask, other=0.0)
-            if IS_STIRRED:
-                f += tl.where(
-                    row[:, None] == 7,
-                    _stirred(tl.zeros((_CHUNK,), tl.float32), direction, back, m, M, is_m)[None, :],
-                    0.0,
-                )
-            gram += tl.sum(f[:, None, :] * f[None, :, :], axis=2)
-    tl.store(grams + span * 64 + row[:, None] * 8 + row[None, :], gram)
+    products = tl.zeros((8, 8, _CHUNK), tl.float32)
+    for chunk in range(start, stop, _CHUNK):
+        m = chunk + tl.arange(0, _CHUNK)
+        is_m = m < stop
+        mask = is_m[None, :] & (row < 8)[:, None]
+        f = tl.load(frame + row[:, None] * M + m[None, :], mask=mask, other=0.0)
+        if IS_STIRRED:
+            f += tl.where(
+                row[:, None] == 7,
+                _stirred(tl.zeros((_CHUNK,), tl.float32), direction, back, m, M, is_m)[None, :],
+                0.0,
+            )
+        products += f[:, None, :] * f[None, :, :]
+    return tl.sum(products, axis=2)
+
+
+@triton.jit
+def _image_and_gram(parts, number, image, N, start, stop):
+    """Some columns of Y from their parts, and their share in Y Y^T."""
+    row = tl.arange(0, 8)
+    products = tl.zeros((8, 8, _CHUNK), tl.float32)
+    for chunk in range(start, stop, _CHUNK):
+        n = chunk + tl.arange(0, _CHUNK)
+        mask = (n < stop)[None, :] & (row < 8)[:, None]
+        places = row[:, None] * N + n[None, :]
+        y = tl.zeros((8, _CHUNK), tl.float32)
+        part = parts
+        for _ in range(0, number):
+            y += tl.load(part + places, mask=mask, other=0.0)
+            part += 8 * N
+        tl.store(image + places, y, mask=mask)
+        products += y[:, None, :] * y[None, :, :]
+    return tl.sum(products, axis=2)
+
+
+@triton.jit
+def _store_gram(place, gram):
+    row = tl.arange(0, 8)
+    tl.store(place + row[:, None] * 8 + row[None, :], gram)
+
+
+@triton.jit
+def _total_gram(shares, number):
+    row = tl.arange(0, 8)
+    share = tl.arange(0, _SHARES)[:, None, None]
+    place = share * 64 + row[None, :, None] * 8 + row[None, None, :]
+    total = tl.zeros((_SHARES, 8, 8), tl.float32)
+    for first in range(0, number, _SHARES):
+        total += tl.load(shares + first * 64 + place, mask=first + share < number, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -400,72 +443,104 @@ def _reflection(gram):
 
 
 @triton.jit
-def _total_gram(grams, first, number):
-    row = tl.arange(0, 8)
-    total = tl.zeros((8, 8), tl.float32)
-    for index in range(first, first + number):
-        total += tl.load(grams + index * 64 + row[:, None] * 8 + row[None, :])
-    return total
-
-
-@triton.jit
-def turns_kernel(maps, grams, turns, REVISION: tl.constexpr):
-    """As `tracking._ritz_turns`: one program for each matrix."""
-    which = tl.program_id(0)
-    entry = maps + which * _WIDTH
-    start_gram = _total_gram(grams, tl.load(entry + _M_SPANS).to(tl.int32), tl.load(entry + _M_SPANS + 1).to(tl.int32))
-    image_gram = _total_gram(grams, tl.load(entry + _N_SPANS).to(tl.int32), tl.load(entry + _N_SPANS + 1).to(tl.int32))
+def _turn(start_gram, image_gram):
+    """As `tracking._ritz_turns`."""
     row = tl.arange(0, 8)
     white = _whitening(start_gram)
     turn = _product(_reflection(_product(_product(white, image_gram), tl.trans(white))), white)
     lengths = tl.sum(_product(turn, image_gram) * turn, axis=1)
     longest = tl.sum(tl.where(row == 0, lengths, 0.0), axis=0)
-    turn = turn * tl.rsqrt(tl.maximum(lengths, _EPS * longest + _TINY))[:, None]
-    tl.store(turns + which * 64 + row[:, None] * 8 + row[None, :], turn)
+    return turn * tl.rsqrt(tl.maximum(lengths, _EPS * longest + _TINY))[:, None]
 
 
 @triton.jit
-def frames_kernel(maps, spans, images, turns, frames, next_frames, squares, REVISION: tl.constexpr):
-    """The turned frame T Y, and the shares of spans in the square of its first row's length.
+def _turned(turn, image, N, turned):
+    """T Y, and the squared length of its first row."""
+    row = tl.arange(0, 8)
+    squares = tl.zeros((_WIDE,), tl.float32)
+    for start in range(0, N, _WIDE):
+        n = start + tl.arange(0, _WIDE)
+        is_n = n < N
+        mask = is_n[None, :] & (row < 8)[:, None]
+        y = tl.load(image + row[:, None] * N + n[None, :], mask=mask, other=0.0)
+        for index in tl.static_range(8):
+            x = tl.sum(tl.load(turn + 8 * index + row)[:, None] * y, axis=0)
+            tl.store(turned + index * N + n, x, mask=is_n)
+            if index == 0:
+                squares += x * x
+    return tl.sum(squares, axis=0)
+
+
+@triton.jit(do_not_specialize=["step"])
+def images_kernel(maps, blocks, counters, frames, directions, shifts, step, memory,
+                  IS_STIRRED: tl.constexpr, DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
+    """Y = F A and the next frame T Y: one program for each block of N and part of M.
 
     T Y is the next frame, unless the frame is complete.
     """
-    span = tl.program_id(0)
-    which = tl.load(spans + 2 * span)
+    block = blocks + tl.program_id(0) * _BLOCK_WIDTH
+    which = tl.load(block)
     entry = maps + which * _WIDTH
+    M = tl.load(entry + _M).to(tl.int32)
+    direction, back = directions, 0
+    if IS_STIRRED:
+        direction += tl.load(entry + _DIRECTION)
+        back = (tl.load(shifts + which).to(tl.int32) + step) % M
+    if tl.load(entry + _FAST_IS_M) != 0:
+        width = 2 * _SLOW
+        if tl.load(entry + _IS_ALIGNED) != 0:
+            _image_over_fast(entry, block, frames, direction, back, memory, DTYPE, IS_STIRRED, True)
+        else:
+            _image_over_fast(entry, block, frames, direction, back, memory, DTYPE, IS_STIRRED, False)
+    else:
+        width = _FAST
+        if tl.load(entry + _IS_ALIGNED) != 0:
+            _image_over_slow(entry, block, frames, direction, back, memory, DTYPE, IS_STIRRED, True)
+        else:
+            _image_over_slow(entry, block, frames, direction, back, memory, DTYPE, IS_STIRRED, False)
+
     N = tl.load(entry + _N).to(tl.int32)
-    n = tl.load(spans + 2 * span + 1).to(tl.int32) + tl.arange(0, _SPAN)
-    is_n = n < N
-    row = tl.arange(0, 8)
-    before = 8 * tl.load(entry + _N_BEFORE)
-    rows = tl.zeros((8, _SPAN), tl.float32)
-    for index in tl.static_range(8):
-        factor = tl.load(turns + which * 64 + row * 8 + index)
-        rows += factor[:, None] * tl.load(images + before + index * N + n, mask=is_n, other=0.0)[None, :]
-    turned = next_frames + 8 * tl.load(entry + _TURNED)
-    tl.store(turned + row[:, None] * N + n[None, :], rows, mask=is_n[None, :] & (row < 8)[:, None])
-    first = tl.sum(tl.where(row[:, None] == 0, rows, 0.0), axis=0)
-    tl.store(squares + span, tl.sum(first * first, axis=0))
-    kept = tl.load(entry + _KEPT)
-    if (kept >= 0) & (tl.load(spans + 2 * span + 1) == 0):
-        place = tl.arange(0, 64)  # a complete frame has at most eight columns
-        is_entry = place < 8 * tl.load(entry + _M)
-        frame = tl.load(frames + 8 * tl.load(entry + _M_BEFORE) + place, mask=is_entry, other=0.0)
-        tl.store(next_frames + 8 * kept + place, frame, mask=is_entry)
+    parts, num_parts = tl.load(entry + _IMAGE_PARTS), tl.load(entry + _IMAGE_PARTS + 1).to(tl.int32)
+    num_blocks = tl.load(entry + _IMAGE_PARTS + 2).to(tl.int32)
+    grams = memory + tl.load(entry + _GRAMS)
+    start_grams = grams + num_blocks * 64
+    frame = frames + tl.load(entry + _FRAME)
+    number = tl.load(block + _BLOCK_BLOCK).to(tl.int32)
+    if number == 0:
+        part = (tl.load(block + _BLOCK_PART) - parts) // (8 * N)
+        start, stop = tl.load(block + _BLOCK_START).to(tl.int32), tl.load(block + _BLOCK_STOP).to(tl.int32)
+        _store_gram(start_grams + part * 64, _gram_of_frame(frame, direction, back, M, start, stop, IS_STIRRED))
+    image = memory + tl.load(entry + _IMAGE)
+    counter = counters + tl.load(entry + _IMAGE_COUNTERS)
+    if _is_last(counter + number, num_parts):
+        kept_start = tl.load(block + _BLOCK_KEPT_START).to(tl.int32)
+        gram = _image_and_gram(memory + parts, num_parts, image, N, kept_start, tl.minimum(kept_start + width, N))
+        _store_gram(grams + number * 64, gram)
+        if _is_last(counter + num_blocks, num_blocks):
+            turn = memory + tl.load(entry + _TURN)
+            _store_gram(turn, _turn(_total_gram(start_grams, num_parts), _total_gram(grams, num_blocks)))
+            tl.debug_barrier()
+            square = _turned(turn, image, N, _rows(memory, entry + _TURNED))
+            tl.store(memory + tl.load(entry + _LENGTH), square)
+            kept = tl.load(entry + _KEPT)
+            if kept >= 0:
+                place = tl.arange(0, 64)  # a complete frame has at most eight columns
+                is_entry = place < 8 * M
+                tl.store(memory + kept + place, tl.load(frame + place, mask=is_entry, other=0.0), mask=is_entry)
 
 
 @triton.jit
-def _other_over_slow(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+def _other_over_slow(entry, block, memory, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """The first row of a frame times a part of a matrix, summed over its slow side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    lead = _frame(frames, entry + _TURNED)
+    lead = _rows(memory, entry + _TURNED)
     M = size_at(entry + _M, IS_ALIGNED)
     m_inner, m_outer, m_stride = levels_at(entry + _M_INNER)
     n_inner, n_outer = tl.load(entry + _N_INNER), tl.load(entry + _N_INNER + 1)
     n_stride = stride_at(entry + _N_INNER + 2, IS_ALIGNED)
-    m = fast_start_at(block + 1) + tl.arange(0, _FAST)
-    n_start, n_stop = tl.load(block + 2).to(tl.int32), tl.load(block + 3).to(tl.int32)
-    out = parts + tl.load(block + 4)
+    m = fast_start_at(block + _BLOCK_KEPT_START) + tl.arange(0, _FAST)
+    n_start, n_stop = tl.load(block + _BLOCK_START).to(tl.int32), tl.load(block + _BLOCK_STOP).to(tl.int32)
+    out = memory + tl.load(block + _BLOCK_PART)
     is_m = m < M
     at_m = fast_offsets(m, m_inner, m_outer, m_stride, IS_ALIGNED)
     z0 = tl.zeros((_SLOW, _FAST), tl.float32)
@@ -485,19 +560,19 @@ def _other_over_slow(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNE
 
 
 @triton.jit
-def _other_over_fast(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+def _other_over_fast(entry, block, memory, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """The first row of a frame times a part of a matrix, summed over its fast side."""
     base = address_at(entry + _ADDRESS, DTYPE, IS_ALIGNED)
-    lead = _frame(frames, entry + _TURNED)
+    lead = _rows(memory, entry + _TURNED)
     M = tl.load(entry + _M).to(tl.int32)
     m_inner, m_outer = tl.load(entry + _M_INNER), tl.load(entry + _M_INNER + 1)
     m_stride = stride_at(entry + _M_INNER + 2, IS_ALIGNED)
     n_inner, n_outer, n_stride = levels_at(entry + _N_INNER)
-    n_start = fast_start_at(block + 2)
-    n_stop = size_at(block + 3, IS_ALIGNED)
-    out = parts + tl.load(block + 4)
+    n_start = fast_start_at(block + _BLOCK_START)
+    n_stop = size_at(block + _BLOCK_STOP, IS_ALIGNED)
+    out = memory + tl.load(block + _BLOCK_PART)
     row = tl.arange(0, _SLOW)
-    m = tl.load(block + 1).to(tl.int32) + row
+    m = tl.load(block + _BLOCK_KEPT_START).to(tl.int32) + row
     next_m = m + _SLOW
     at_m = slow_offsets(m, m_inner, m_outer, m_stride, IS_ALIGNED)
     at_next_m = slow_offsets(next_m, m_inner, m_outer, m_stride, IS_ALIGNED)
@@ -517,98 +592,92 @@ def _other_over_fast(entry, block, frames, parts, DTYPE: tl.constexpr, IS_ALIGNE
 
 
 @triton.jit
-def others_kernel(maps, blocks, frames, parts, DTYPE: tl.constexpr, REVISION: tl.constexpr):
-    """Parts of z = A x for the frame's first row x: one program for each block of M and part of N."""
-    block = blocks + tl.program_id(0) * 5
-    entry = maps + tl.load(block) * _WIDTH
-    if tl.load(entry + _FAST_IS_M) != 0:
-        if tl.load(entry + _IS_ALIGNED) != 0:
-            _other_over_slow(entry, block, frames, parts, DTYPE, True)
-        else:
-            _other_over_slow(entry, block, frames, parts, DTYPE, False)
-    else:
-        if tl.load(entry + _IS_ALIGNED) != 0:
-            _other_over_fast(entry, block, frames, parts, DTYPE, True)
-        else:
-            _other_over_fast(entry, block, frames, parts, DTYPE, False)
-
-
-@triton.jit(do_not_specialize=["first_span"])
-def sums_kernel(maps, spans, first_span, parts, others, squares, REVISION: tl.constexpr):
-    """z from its parts, and the shares of spans in the square of its length."""
-    span = first_span + tl.program_id(0)
-    entry = maps + tl.load(spans + 2 * span) * _WIDTH
-    M = tl.load(entry + _M).to(tl.int32)
-    m = tl.load(spans + 2 * span + 1).to(tl.int32) + tl.arange(0, _SPAN)
-    is_m = m < M
-    part = parts + tl.load(entry + _OTHER_PARTS)
-    z = tl.zeros((_SPAN,), tl.float32)
-    for _ in range(0, tl.load(entry + _OTHER_PARTS + 1).to(tl.int32)):
-        z += tl.load(part + m, mask=is_m, other=0.0)
-        part += M
-    tl.store(others + tl.load(entry + _M_BEFORE) + m, z, mask=is_m)
-    tl.store(squares + span, tl.sum(z * z, axis=0))
-
-
-@triton.jit
-def _length(squares, range_of_spans):
-    first = tl.load(range_of_spans).to(tl.int32)
-    stop = first + tl.load(range_of_spans + 1).to(tl.int32)
-    total = 0.0
-    for start in range(first, stop, 32):
-        index = start + tl.arange(0, 32)
-        total += tl.sum(tl.load(squares + index, mask=index < stop, other=0.0), axis=0)
-    return tl.sqrt_rn(total)
-
-
-@triton.jit
 def _at_least(value, bound):
     """As `clamp_min`: NaN stays."""
     return tl.where(value < bound, bound, value)
 
 
-@triton.jit(do_not_specialize=["num_lead_spans"])
-def vectors_kernel(
-    maps, spans, num_lead_spans, frames, others, squares, leads, ends, sigmas, eps, REVISION: tl.constexpr
-):
-    """Both vectors at unit length and in the tensor's order, and sigma."""
-    span = tl.program_id(0)
-    which = tl.load(spans + 2 * span)
-    start = tl.load(spans + 2 * span + 1).to(tl.int32)
-    entry = maps + which * _WIDTH
-    length = _at_least(_length(squares, entry + _N_SPANS), eps)
-    index = start + tl.arange(0, _SPAN)
-    if span < num_lead_spans:
-        mask = index < tl.load(entry + _N).to(tl.int32)
-        before = tl.load(entry + _N_BEFORE)
-        inner, outer, stride = levels_at(entry + _N_PLACE_INNER)
-        x = tl.load(frames + 8 * tl.load(entry + _TURNED) + index, mask=mask, other=0.0)
-        tl.store(leads + before + offsets(index.to(tl.int64), inner, outer, stride), x / length, mask=mask)
-    else:
-        mask = index < tl.load(entry + _M).to(tl.int32)
-        before = tl.load(entry + _M_BEFORE)
-        inner, outer, stride = levels_at(entry + _M_PLACE_INNER)
-        sigma = _length(squares, entry + _M_SPANS) / length
-        z = tl.load(others + before + index, mask=mask, other=0.0) / length
-        z = z / _at_least(sigma, eps)
-        tl.store(ends + before + offsets(index.to(tl.int64), inner, outer, stride), z, mask=mask)
-        if start == 0:
-            tl.store(sigmas + which, sigma)
+@triton.jit
+def _places(index, levels):
+    """Where entries of a vector are in the one that is returned."""
+    inner, outer, stride = levels_at(levels)
+    return offsets(index, inner.to(tl.int32), outer.to(tl.int32), stride.to(tl.int32))
 
 
 @triton.jit
-def wholes_kernel(table, spans, vectors, sigmas, wholes, whole_sigmas, REVISION: tl.constexpr):
+def others_kernel(maps, blocks, counters, memory, eps, DTYPE: tl.constexpr, REVISION: tl.constexpr):
+    """z = A x for the frame's first row x, both vectors at unit length and in the tensor's order, and sigma.
+
+    One program for each block of M and part of N.
+    """
+    block = blocks + tl.program_id(0) * _BLOCK_WIDTH
+    entry = maps + tl.load(block) * _WIDTH
+    if tl.load(entry + _FAST_IS_M) != 0:
+        width = _FAST
+        if tl.load(entry + _IS_ALIGNED) != 0:
+            _other_over_slow(entry, block, memory, DTYPE, True)
+        else:
+            _other_over_slow(entry, block, memory, DTYPE, False)
+    else:
+        width = 2 * _SLOW
+        if tl.load(entry + _IS_ALIGNED) != 0:
+            _other_over_fast(entry, block, memory, DTYPE, True)
+        else:
+            _other_over_fast(entry, block, memory, DTYPE, False)
+
+    length = _at_least(tl.sqrt_rn(tl.load(memory + tl.load(entry + _LENGTH))), eps)
+    number = tl.load(block + _BLOCK_BLOCK).to(tl.int32)
+    if number == 0:
+        stop = tl.load(block + _BLOCK_STOP).to(tl.int32)
+        lead, target = memory + tl.load(entry + _TURNED), memory + tl.load(entry + _LEAD)
+        for start in range(tl.load(block + _BLOCK_START).to(tl.int32), stop, _WIDE):
+            n = start + tl.arange(0, _WIDE)
+            x = tl.load(lead + n, mask=n < stop, other=0.0)
+            tl.store(target + _places(n, entry + _N_PLACE_INNER), x / length, mask=n < stop)
+    M = tl.load(entry + _M).to(tl.int32)
+    num_parts = tl.load(entry + _OTHER_PARTS + 1).to(tl.int32)
+    num_blocks = tl.load(entry + _OTHER_PARTS + 2).to(tl.int32)
+    other, squares = memory + tl.load(entry + _OTHER), memory + tl.load(entry + _SQUARES)
+    counter = counters + tl.load(entry + _OTHER_COUNTERS)
+    if _is_last(counter + number, num_parts):
+        start = tl.load(block + _BLOCK_KEPT_START).to(tl.int32)
+        m = start + tl.arange(0, _FAST)
+        is_m = m < tl.minimum(start + width, M)
+        part = memory + tl.load(entry + _OTHER_PARTS)
+        z = tl.zeros((_FAST,), tl.float32)
+        for _ in range(0, num_parts):
+            z += tl.load(part + m, mask=is_m, other=0.0)
+            part += M
+        tl.store(other + m, z, mask=is_m)
+        tl.store(squares + number, tl.sum(z * z, axis=0))
+        if _is_last(counter + num_blocks, num_blocks):
+            total = tl.zeros((_FAST,), tl.float32)
+            for first in range(0, num_blocks, _FAST):
+                share = first + tl.arange(0, _FAST)
+                total += tl.load(squares + share, mask=share < num_blocks, other=0.0)
+            sigma = tl.sqrt_rn(tl.sum(total, axis=0)) / length
+            tl.store(memory + tl.load(entry + _SIGMA), sigma)
+            target = memory + tl.load(entry + _END)
+            for start in range(0, M, _WIDE):
+                index = start + tl.arange(0, _WIDE)
+                y = tl.load(other + index, mask=index < M, other=0.0) / length
+                y = y / _at_least(sigma, eps)
+                tl.store(target + _places(index, entry + _M_PLACE_INNER), y, mask=index < M)
+
+
+@triton.jit
+def wholes_kernel(table, spans, memory, wholes, REVISION: tl.constexpr):
     """The vectors of each weight's largest block among zeros: one program for each span of a whole vector."""
     span = spans + 2 * tl.program_id(0)
     entry = table + tl.load(span) * _WHOLE_WIDTH
     start = tl.load(span + 1).to(tl.int32)
-    first = tl.load(entry + _WHOLE_FIRST)
+    sigmas = memory + tl.load(entry + _WHOLE_SIGMAS)
     num_blocks = tl.load(entry + _WHOLE_BLOCKS).to(tl.int32)
     # Of equal ones the first, and NaN before any number, as torch.argmax has it.
-    best = tl.load(sigmas + first)
+    best = tl.load(sigmas)
     largest = 0
     for index in range(1, num_blocks):
-        sigma = tl.load(sigmas + first + index)
+        sigma = tl.load(sigmas + index)
         is_larger = (best == best) & ((sigma > best) | (sigma != sigma))
         best = tl.where(is_larger, sigma, best)
         largest = tl.where(is_larger, index, largest)
@@ -617,8 +686,8 @@ def wholes_kernel(table, spans, vectors, sigmas, wholes, whole_sigmas, REVISION:
     total = tl.where(is_stacked, size * num_blocks, size)
     index = start + tl.arange(0, _SPAN)
     own = tl.where(is_stacked, index, largest * size + index)
-    value = tl.load(vectors + tl.load(entry + _WHOLE_SOURCE) + own, mask=index < total, other=0.0)
+    value = tl.load(memory + tl.load(entry + _WHOLE_SOURCE) + own, mask=index < total, other=0.0)
     value = tl.where(is_stacked & (index // size != largest), 0.0, value)
     tl.store(wholes + tl.load(entry + _WHOLE_TARGET) + index, value, mask=index < total)
     if start == 0:  # both vectors of a weight come here, and say the same
-        tl.store(whole_sigmas + tl.load(entry + _WHOLE_WEIGHT), best)
+        tl.store(wholes + tl.load(entry + _WHOLE_SIGMA), best)
