@@ -16,211 +16,316 @@ something else when a weight is wanted.
 
 With the extra `peers` installed, two more are measured, in rounds of their own with ours: the spectral normalization of
 deel-torchlip's layers (without its orthonormalization), and orthogonium's power iteration on the reshaped weight.
+
+On a GPU the clock runs from an idle device to an idle device, so it shows the longer of two things: what the processor
+takes to launch a step's work, and what the device takes to do it. The page has the second by itself as well, the time
+that the device is busy, and whole steps also as CUDA graphs, which are launched at once. It also tells the launches,
+the memory, and, where Nsight Compute's `ncu` is there, the bytes that a step moves in device memory. Kernels are
+compiled before anything is timed.
 """
 
 import argparse
 import math
+import time
+import traceback
+from importlib import import_module
 
 import torch
 from drawing import drawing
 from hardware import RESULTS, hardware, write_result
 from normalization_contenders import (
     CONTENDERS,
+    NETS,
     PEERS,
     TORCHS,
     DiscriminatorStep,
+    Floor,
     OtherWork,
     Step,
-    hook,
-    ours,
-    parametrization,
     weight_sets,
+)
+from normalization_on_cuda import (
+    busy_in_turns,
+    captured,
+    in_one_line,
+    of_launches,
+    of_moved_bytes,
+    step_under_ncu,
 )
 from timing import Spread, in_turns
 
+from spectralnorm.linalg import cuda
 
-def copy_time(numel, repeats, device):
-    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-    return in_turns({"copy": lambda: torch.mul(source, 1.5, out=target)}, repeats, device)["copy"]
+COLOURS = {"P": "#b3541e", "ours": "#1a7f5a"}
 
 
-def normalization(shapes, repeats, device, names, *, before=None):
+def normalization(shapes, repeats, device, names, *, before=None, measure=in_turns):
     """Milliseconds of each contender's step, the plain one's too."""
     steps = {name: Step(shapes, CONTENDERS[name], device) for name in names}
     between = {name: step.change for name, step in steps.items()}
-    return in_turns(steps, repeats, device, before=before, between=between)
+    return measure(steps, repeats, device, before=before, between=between)
 
 
 def net(found, name):
     return Spread(*(getattr(found[name], each) - getattr(found["plain"], each) for each in ("median", "lowest")))
 
 
-NETS = ("plain", "ours", "P")
-COLOURS = {"P": "#b3541e", "ours": "#1a7f5a"}
+def digits(device):
+    """Of milliseconds in a table, after the point."""
+    return 3 if device.type == "cuda" else 2
 
 
-def of_sets(repeats, device):
+def of_sets(repeats, device, measure=in_turns):
     """The table of torch's two, and that of the peers, if there are any."""
     lines = [
-        "| weights | layers | numbers | floor | ours | P | O | P / ours | O / ours | ours / floor | "
+        "| weights | layers | numbers | floor | plain | ours | P | O | P / ours | O / ours | ours / floor | "
         "ours, after other work | P | P / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     peers = [
         "| weights | ours |" + "".join(f" {peer} | {peer} / ours |" for peer in PEERS),
         "|---|---|" + "---|---|" * len(PEERS),
     ]
+    form = f".{digits(device)}f"
     for name, shapes in weight_sets().items():
         numel = sum(math.prod(shape) for shape in shapes)
-        rounds = repeats if numel < 1e7 else max(5, repeats // 4)
-        found = normalization(shapes, rounds, device, ("plain", "ours", *TORCHS))
-        chilled = normalization(shapes, rounds, device, NETS, before=dict.fromkeys(NETS, OtherWork(device)))
-        copy = copy_time(numel, rounds, device)
-        # Two copies: the weight and its gradient, each read once and written once.
-        cells = [name, str(len(shapes)), f"{numel / 1e6:.2f} M", f"{2 * copy.median:.2f}", *_cells(found, TORCHS)]
-        cells += [f"{net(found, 'ours').median / (2 * copy.median):.1f}", *_cells(chilled, ["P"])]
+        # On a GPU a step of large weights takes about as long as one of small ones.
+        rounds = repeats if numel < 1e7 or device.type == "cuda" else max(5, repeats // 4)
+        found = normalization(shapes, rounds, device, ("plain", "ours", *TORCHS), measure=measure)
+        other_work = dict.fromkeys(NETS, OtherWork(device))
+        chilled = normalization(shapes, rounds, device, NETS, before=other_work, measure=measure)
+        floor = measure({"floor": Floor(numel, device)}, rounds, device)["floor"].median
+        cells = [name, str(len(shapes)), f"{numel / 1e6:.2f} M", f"{floor:{form}}", f"{found['plain'].median:{form}}"]
+        cells += [*_cells(found, TORCHS, form), f"{net(found, 'ours').median / floor:.1f}"]
+        cells += _cells(chilled, ["P"], form)
         lines.append(f"| {' | '.join(cells)} |")
         if PEERS:
-            with_peers = normalization(shapes, max(5, rounds // 2), device, ("plain", "ours", *PEERS))
-            mine, *others = _cells(with_peers, PEERS)
+            names = ("plain", "ours", *PEERS)
+            with_peers = normalization(shapes, max(5, rounds // 2), device, names, measure=measure)
+            mine, *others = _cells(with_peers, PEERS, form)
             times, ratios = others[: len(PEERS)], others[len(PEERS) :]
             cells = [name, mine, *(cell for pair in zip(times, ratios, strict=True) for cell in pair)]
             peers.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *peers] if PEERS else lines
 
 
-def _cells(found, rivals):
+def _cells(found, rivals, form):
     """The net times of ours and of rivals, and theirs over ours, as a table has them."""
     mine, others = net(found, "ours"), [net(found, rival) for rival in rivals]
-    times = [f"{each.median:.2f} ({each.lowest:.2f})" for each in (mine, *others)]
-    return [*times, *(f"{each.median / mine.median:.1f} ({each.lowest / mine.lowest:.1f})" for each in others)]
+    times = [f"{each:{form}}" for each in (mine, *others)]
+    return [*times, *(f"{ratio(each.median, mine.median)} ({ratio(each.lowest, mine.lowest)})" for each in others)]
 
 
-def of_growth(repeats, device):
-    """How the net time grows with the number of layers and with their width, as a table and a drawing."""
-    series = {"depth": [], "width": []}
-    for depth in (10, 30, 100, 300, 1000):
-        series["depth"].append((depth, normalization([(64, 64)] * depth, max(5, repeats // 4), device, NETS)))
-    for width in (64, 256, 1024, 4096, 8192):
-        series["width"].append((width, normalization([(width, width)], max(3, repeats // 8), device, NETS)))
-    lines = ["| | ours | P | P / ours |", "|---|---|---|---|"]
+def ratio(theirs, ours):
+    """As a table has it; none where ours takes less than the plain model, as its gradients lie where the last did."""
+    return f"{theirs / ours:.1f}" if ours > 0 else "-"
+
+
+def growth(repeats, device):
+    """Times of the contenders by the number of layers, and by their width."""
+    depths, widths = (10, 30, 100, 300, 1000), (64, 256, 1024, 4096, 8192)
+    return {
+        "depth": {each: normalization([(64, 64)] * each, max(5, repeats // 4), device, NETS) for each in depths},
+        "width": {each: normalization([(each, each)], max(5, repeats // 8), device, NETS) for each in widths},
+    }
+
+
+def of_growth(series, device):
+    """How the net time grows with the number of layers and with their width, as a table."""
+    lines, form = ["| | ours | P | P / ours |", "|---|---|---|---|"], f".{digits(device)}f"
     for kind, points in series.items():
-        for size, found in points:
+        for size, found in points.items():
             what = f"{size} layers of 64x64" if kind == "depth" else f"one layer of {size}x{size}"
             mine, theirs = net(found, "ours").median, net(found, "P").median
-            # Else less than the plain model: its gradients are in new memory, and ours lie where the last ones did.
-            ratio = f"{theirs / mine:.1f}" if mine > 0 else "-"
-            lines.append(f"| {what} | {mine:.2f} | {theirs:.2f} | {ratio} |")
+            lines.append(f"| {what} | {mine:{form}} | {theirs:{form}} | {ratio(theirs, mine)} |")
+    return lines
+
+
+def picture(series):
+    """The same as a drawing."""
     titles = {"depth": "layers of 64x64", "width": "width of one square layer"}
     # What is not above zero has no place on a logarithmic axis; the table tells it.
     curves = {
         titles[kind]: {
-            name: [(size, net(found, name).median) for size, found in points if net(found, name).median > 0]
+            name: [(size, net(found, name).median) for size, found in points.items() if net(found, name).median > 0]
             for name in COLOURS
         }
         for kind, points in series.items()
     }
-    return lines, drawing(curves, COLOURS, of="net ms")
+    return drawing(curves, COLOURS, of="net ms")
 
 
-def of_whole_steps(repeats, device, batch=64):
-    steps = {
-        "plain": DiscriminatorStep(CONTENDERS["plain"], batch, device),
-        # What differs between two that are the same is the machine's.
-        "plain, another": DiscriminatorStep(CONTENDERS["plain"], batch, device),
-        "ours": DiscriminatorStep(ours, batch, device),
-        "P": DiscriminatorStep(parametrization, batch, device),
-        "O": DiscriminatorStep(hook, batch, device),
-        "WGAN-GP": DiscriminatorStep(CONTENDERS["plain"], batch, device, penalty=10.0),
-    }
-    found = in_turns(steps, max(5, repeats // 2), device)
-    lines = ["| step | ms | over plain |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {each.median:.1f} ({each.lowest:.1f}) | {each.over(found['plain']):+.1%} |"
-        for name, each in found.items()
+BUSY_ROUNDS = 3  # the durations of kernels vary little
+BATCH = 64
+WHOLE_STEPS = {
+    "SN-CNN, 32 px": {"architecture": "sncnn"},
+    "SN-ResNet, 32 px, bfloat16, fused Adam": {"architecture": "resnet", "in_half": True},
+}
+"""Settings of `DiscriminatorStep`; on a CPU the first alone."""
+
+
+def whole_steps(settings, device):
+    """Steps of the contenders by name; WGAN-GP's in float32 alone."""
+    # What differs between two that are the same is the machine's.
+    names = {"plain": "plain", "plain, another": "plain", "ours": "ours", "P": "P", "O": "O"}
+    steps = {name: DiscriminatorStep(CONTENDERS[each], BATCH, device, **settings) for name, each in names.items()}
+    if "in_half" not in settings:
+        steps["WGAN-GP"] = DiscriminatorStep(CONTENDERS["plain"], BATCH, device, penalty=10.0, **settings)
+    return steps
+
+
+def of_whole_steps(steps, rounds, device, measure=in_turns, title="step"):
+    """The table of what whole steps take, and what over the plain one."""
+    found, form = measure(steps, rounds, device), ".3f" if device.type == "cuda" else ".1f"
+    return [
+        f"| {title} | ms | over plain |",
+        "|---|---|---|",
+        *(f"| {name} | {each:{form}} | {each.over(found['plain']):+.1%} |" for name, each in found.items()),
     ]
+
+
+def of_busy_steps(steps, device):
+    """The same by the time that the device is busy."""
+    return of_whole_steps(steps, BUSY_ROUNDS, device, busy_in_turns, "time of a busy device")
+
+
+def of_captured_steps(settings, repeats, device):
+    """The same of steps captured in CUDA graphs, and why some cannot be."""
+    graphs, errors = captured(whole_steps(settings, device))
+    if "plain" in errors:
+        raise RuntimeError(f"the plain step cannot be captured ({errors['plain']})")
+    lines = of_whole_steps(graphs, repeats, device, title="step as a CUDA graph")
+    lines += [f"| {name} | cannot be captured: {error} |" for name, error in errors.items()]
+    return [*lines, "", *told(of_busy_steps, graphs, device)]
+
+
+def of_evaluation(steps, repeats, device):
+    """The tables of a forward in eval mode and of the reading of all weights in it."""
     judges = {name: steps[name] for name in ("plain", "plain, another", "ours", "P", "O")}
     for step in judges.values():
         step.network.eval()
     seen = in_turns({name: step.judge for name, step in judges.items()}, max(10, repeats), device)
-    lines += ["", "| forward in eval mode | ms | over plain |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {each.median:.1f} ({each.lowest:.1f}) | {each.over(seen['plain']):+.2%} |"
-        for name, each in seen.items()
-    ]
+    form = ".3f" if device.type == "cuda" else ".1f"
+    lines = ["| forward in eval mode | ms | over plain |", "|---|---|---|"]
+    lines += [f"| {name} | {each:{form}} | {each.over(seen['plain']):+.2%} |" for name, each in seen.items()]
     # Each after a whole forward of its own, which leaves nothing of it in a cache, and as long after the last use.
-    names = ("plain", "ours", "P")
-    forwards = {name: judges[name].judge for name in names}
-    reads = in_turns({name: judges[name].read for name in names}, max(10, repeats), device, before=forwards)
+    forwards = {name: judges[name].judge for name in NETS}
+    reads = in_turns({name: judges[name].read for name in NETS}, max(10, repeats), device, before=forwards)
     lines += ["", "| reading all weights in eval mode | ms | over plain, of its forward |", "|---|---|---|"]
     lines += [
-        f"| {name} | {reads[name].median:.3f} ({reads[name].lowest:.3f}) | "
-        f"{net(reads, name).median / seen['plain'].median:+.2%} |"
-        for name in names
+        f"| {name} | {reads[name]:.3f} | {net(reads, name).median / seen['plain'].median:+.2%} |" for name in NETS
     ]
     return lines
 
 
-def launches(device):
-    """Kernels per step on CUDA, net of the plain model's."""
-    counts = {}
-    for name in NETS:
-        step = Step(weight_sets()["SN-CNN 32 px"], CONTENDERS[name], device)
-        for _ in range(3):
-            step()
-            step.change()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-        counts[name] = sum(event.count for event in profile.key_averages())
-    return [f"{name}: {counts[name] - counts['plain']} launches" for name in NETS[1:]]
+class Page:
+    """The result page: every part is printed as soon as it is there."""
+
+    def __init__(self, *lines):
+        self.lines, self.began = [*lines], time.perf_counter()
+        print("\n".join(lines), flush=True)
+
+    def add(self, title, *lines):
+        text = ["", f"## {title}", "", *lines]
+        print("\n".join([*text, "", f"({time.perf_counter() - self.began:.0f} s so far)"]), flush=True)
+        self.lines += text
+
+
+def told(section, *arguments):
+    """The lines of a section, or one that says how it failed: what else a borrowed GPU has measured is kept."""
+    try:
+        return section(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return [f"Not measured: {in_one_line(error)}."]
+
+
+def kernels_in_use(device):
+    """One sentence; on a GPU it compiles the kernels, before anything is timed."""
+    if device.type != "cuda":
+        return []
+    if cuda.is_trusted(device, torch.float32):
+        return ["", f"Ours runs by its kernels (Triton {import_module('triton').__version__})."]
+    return ["", "Ours runs by torch's operations: its kernels are not used on this device."]
+
+
+SETS = (
+    "Two uses of every weight, one backward, the weights changed in between; net of the same without normalization, "
+    "whose own time is in the column plain. The floor is two copies of the weights: each weight and each gradient read "
+    "and written once. After other work: a convolution of images before every step, which leaves nothing of it in a "
+    "cache."
+)
+BUSY = (
+    "Durations of the device's kernels and copies, summed; net of the plain model's, which adds the gradients of the "
+    "two uses weight by weight. The floor is measured in the same way, one copy after the other: smaller sets stay in "
+    "the device's cache, as they do in all columns but those after other work."
+)
+LAUNCHES = (
+    "Kernels and copies, net of the plain model's: of the first reading of all weights after a change, of the second, "
+    "and of the backward of both. Memory: the most that is allocated in a step, over the plain model's."
+)
+GRAPHS = "The same steps, each captured once in a CUDA graph, which is replayed."
+MOVED = (
+    "What the kernels of one step read and write in device memory, counted by `ncu` with caches as they are; ours and "
+    "P net of plain. The floor is every weight and every gradient, read and written once."
+)
+OVER = "What is over plain is the median of the rounds' ratios, in each of which all took turns."
+
+
+def measure_all(page, repeats, device):
+    """Every section after the first; returns what is drawn."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        sets = told(of_sets, BUSY_ROUNDS, device, busy_in_turns)
+        page.add("The same, by the time that the device is busy", BUSY, "", *sets)
+        page.add("Launches and memory", LAUNCHES, "", *told(of_launches, device))
+    for title, settings in WHOLE_STEPS.items() if on_gpu else [next(iter(WHOLE_STEPS.items()))]:
+        steps = whole_steps(settings, device)
+        lines = of_whole_steps(steps, repeats if on_gpu else max(5, repeats // 2), device)
+        if on_gpu:
+            lines += ["", *told(of_busy_steps, steps, device)]
+        lines += ["", *of_evaluation(steps, repeats, device)]
+        page.add(f"Whole steps: {title}, batch {BATCH}", *lines, "", OVER)
+    series = growth(repeats, device)
+    page.add("How it grows", *of_growth(series, device))
+    # Last, because what fails in a capture or under another program is not to disturb the rest.
+    if on_gpu:
+        for title, settings in WHOLE_STEPS.items():
+            lines = told(of_captured_steps, settings, repeats, device)
+            page.add(f"Whole steps as CUDA graphs: {title}, batch {BATCH}", GRAPHS, "", *lines)
+        page.add("Bytes moved in device memory", MOVED, "", *told(of_moved_bytes))
+    return picture(series)
 
 
 def main():
     parser = argparse.ArgumentParser(description="What spectral normalization costs")
-    parser.add_argument("--repeats", type=int, default=60, help="rounds in which the contenders take turns")
+    parser.add_argument("--repeats", type=int, help="rounds in which the contenders take turns (60, on a GPU 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the weight sets alone, 10 rounds, no page")
+    parser.add_argument("--under-ncu", help=argparse.SUPPRESS)  # the process that `of_moved_bytes` starts
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    sets = of_sets(10 if arguments.quick else arguments.repeats, device)
-    print("\n".join(sets), flush=True)
-    if arguments.quick:
+    if arguments.under_ncu:
+        step_under_ncu(arguments.under_ncu, device)
         return
-    whole = of_whole_steps(arguments.repeats, device)
-    print("\n".join(whole), flush=True)
-    growth, picture = of_growth(arguments.repeats, device)
-    print("\n".join(growth), flush=True)
-    kernels = ["", "## Kernel launches", "", *launches(device)] if device.type == "cuda" else []
-    page = [
+    repeats = arguments.repeats or (20 if device.type == "cuda" else 60)
+    page = Page(
         "# What spectral normalization costs",
         "",
         hardware(),
+        *kernels_in_use(device),
         "",
-        f"`python benchmarks/normalization.py --repeats {arguments.repeats} --device {arguments.device}`. "
+        f"`python benchmarks/normalization.py --repeats {repeats} --device {arguments.device}`. "
         "Milliseconds, median over the rounds, in parentheses the lowest. P is torch's parametrization, O its hook.",
-        "",
-        "## The normalization of one discriminator step",
-        "",
-        "Two uses of every weight, one backward, the weights changed in between; net of the same without "
-        "normalization. The floor is two copies of the weights: each weight and each gradient read and written once. "
-        "After other work: a convolution of images before every step, which leaves nothing of it in a cache.",
-        "",
-        *sets,
-        "",
-        "## Whole steps: SN-CNN, 32 px, batch 64",
-        "",
-        *whole,
-        "",
-        "What is over plain is the median of the rounds' ratios, in each of which all took turns.",
-        "",
-        "## How it grows",
-        "",
-        *growth,
-        "",
-    ]
-    path = write_result("normalization", "\n".join([*page, *kernels]), device=device.type)
+    )
+    sets = of_sets(10 if arguments.quick else repeats, device)
+    page.add("The normalization of one discriminator step", SETS, "", *sets)
+    if arguments.quick:
+        return
+    figure_text = measure_all(page, repeats, device)
+    path = write_result("normalization", "\n".join([*page.lines, ""]), device=device.type)
     figure = path.with_suffix(".svg")
-    figure.write_text(picture, encoding="utf-8")
+    figure.write_text(figure_text, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write(f"\n![Net time against depth and width]({figure.name})\n")
     print(f"Written: {path.relative_to(RESULTS.parent.parent)}")

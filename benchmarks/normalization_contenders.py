@@ -33,10 +33,10 @@ def weight_sets():
     }
 
 
-def layer_of(shape):
+def layer_of(shape, device):
     if len(shape) == 2:
-        return nn.Linear(shape[1], shape[0], bias=False)
-    return nn.Conv2d(shape[1], shape[0], shape[2:], bias=False)
+        return nn.Linear(shape[1], shape[0], bias=False, device=device)
+    return nn.Conv2d(shape[1], shape[0], shape[2:], bias=False, device=device)
 
 
 def ours(layers):
@@ -94,6 +94,8 @@ if find_spec("deel") and find_spec("deel.torchlip"):
 if find_spec("orthogonium"):
     PEERS["orthogonium"] = orthogonium
 CONTENDERS = {"plain": lambda layers: layers, "ours": ours, **TORCHS, **PEERS}
+NETS = ("plain", "ours", "P")
+"""Those that go along where not all do."""
 
 
 class Step:
@@ -101,7 +103,7 @@ class Step:
 
     def __init__(self, shapes, normalize, device):
         torch.manual_seed(0)
-        self.layers = normalize(nn.ModuleList(layer_of(shape) for shape in shapes).to(device))
+        self.layers = normalize(nn.ModuleList(layer_of(shape, device) for shape in shapes))
         self.optimizer = torch.optim.SGD(self.layers.parameters(), lr=1e-6)
         self.grads = [torch.randn(shape, device=device) for shape in shapes] * 2
 
@@ -122,10 +124,13 @@ class Step:
 
 
 class OtherWork:
-    """What fills the caches between two uses of a network's weights: a convolution of 16 images of 64 x 32 x 32."""
+    """What fills the caches between two uses of a network's weights: a convolution of images of 64 x 32 x 32.
+
+    There are 16 of them, and on a GPU, whose cache is larger, 256 (67 MB).
+    """
 
     def __init__(self, device):
-        self.images = torch.randn(16, 64, 32, 32, device=device)
+        self.images = torch.randn(256 if device.type == "cuda" else 16, 64, 32, 32, device=device)
         self.layer = nn.Conv2d(64, 64, 3, device=device)
 
     @torch.no_grad()
@@ -133,22 +138,48 @@ class OtherWork:
         self.layer(self.images)
 
 
-class DiscriminatorStep:
-    """One whole hinge step of the SN-CNN discriminator, 32 px."""
+class Floor:
+    """What memory allows: two copies by one kernel each, as if of the weights and of their gradients."""
 
-    def __init__(self, normalize, batch, device, *, penalty=0.0):
+    def __init__(self, numel, device):
+        self.source, self.target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+
+    def __call__(self):
+        torch.mul(self.source, 1.5, out=self.target)
+        torch.mul(self.source, 1.5, out=self.target)
+
+
+class DiscriminatorStep:
+    """One whole hinge step of a discriminator of 32 px.
+
+    Args:
+        normalize: of `CONTENDERS`.
+        batch: images.
+        device: of everything.
+        architecture: name of the network.
+        in_half: its products in bfloat16 (autocast), and Adam as one kernel (fused).
+        penalty: the weight of WGAN-GP's.
+    """
+
+    def __init__(self, normalize, batch, device, *, architecture="sncnn", in_half=False, penalty=0.0):
         torch.manual_seed(0)
-        network = ARCHITECTURES["sncnn"].discriminator(image_size=32, channels=3, width=64).to(device)
+        network = ARCHITECTURES[architecture].discriminator(image_size=32, channels=3, width=64).to(device)
         layers = [layer for layer in network.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
         normalize(nn.ModuleList(layers))
         self.layers = layers
         self.network, self.penalty = network, penalty
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         self.real, self.fake = torch.randn(2, batch, 3, 32, 32, device=device)
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.9))
+        options = {"fused": True} if in_half else {}
+        if device.type == "cuda":
+            options["capturable"] = True  # in a CUDA graph
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.9), **options)
 
     def __call__(self):
         self.optimizer.zero_grad(set_to_none=True)
-        loss = (1 - self.network(self.real)).relu().mean() + (1 + self.network(self.fake)).relu().mean()
+        with self.autocast:
+            real, fake = self.network(self.real), self.network(self.fake)
+        loss = (1 - real).relu().mean() + (1 + fake).relu().mean()
         if self.penalty:
             share = torch.rand(len(self.real), 1, 1, 1, device=self.real.device)
             between = (share * self.real + (1 - share) * self.fake).requires_grad_()
@@ -159,7 +190,8 @@ class DiscriminatorStep:
 
     @torch.no_grad()
     def judge(self):
-        self.network(self.real)
+        with self.autocast:
+            self.network(self.real)
 
     @torch.no_grad()
     def read(self):

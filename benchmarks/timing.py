@@ -20,6 +20,9 @@ class Spread:
     def of(cls, seconds):
         return cls(1e3 * statistics.median(seconds), 1e3 * min(seconds), [1e3 * each for each in seconds])
 
+    def __format__(self, spec):
+        return f"{self.median:{spec}} ({self.lowest:{spec}})"
+
     def over(self, plain):
         """What it takes more, relative: the median of the rounds, in each of which both ran."""
         return statistics.median(mine / its for mine, its in zip(self.rounds, plain.rounds, strict=True)) - 1
