@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from hardware import hardware, write_result
+from timing import synchronize
 
 from spectralnorm import gan
 from spectralnorm.gan.losses import LOSSES
@@ -95,11 +96,6 @@ class TakeTurns:
     @staticmethod
     def _since(began):
         return time.perf_counter() - began[0], time.process_time() - began[1]
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main():
