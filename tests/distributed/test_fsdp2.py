@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as checkpoints
 from rank_checks import assert_ranks_agree, assert_same_state
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -36,10 +37,15 @@ def normalized(**options):
     return sn.add_spectral_norm(Critic().double(), **options)
 
 
+def split(module, **options):
+    # Left to itself torch moves the parts to a GPU where there is one, which gloo does not serve.
+    return fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), **options)
+
+
 def shard(model, **options):
-    fully_shard(model.features, **options)
-    fully_shard(model.hidden, **options)
-    return fully_shard(model, **options)
+    split(model.features, **options)
+    split(model.hidden, **options)
+    return split(model, **options)
 
 
 def sharded(order, **options):
@@ -112,8 +118,8 @@ def stack_of_layers(kind=nn.Sequential, size=64):
     torch.manual_seed(0)
     model = sn.add_spectral_norm(kind(*(nn.Linear(size, size) for _ in range(3))))
     for layer in model:
-        fully_shard(layer)
-    return fully_shard(model)
+        split(layer)
+    return split(model)
 
 
 def whole_weights_alive(size=64):
@@ -489,7 +495,7 @@ def check_other_layers(norm):
     for each in (model, reference):
         sn.add_spectral_norm(each, norm=norm)
     for module in (model.embedding, model.lstm, model.attention, model):
-        fully_shard(module)
+        split(module)
     for each, batch in ((model, mine(tokens)), (reference, tokens)):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
         for _ in range(3):
