@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import hypothesis
 import pytest
@@ -60,6 +62,24 @@ def vmap_of_bits() -> None:
         torch.vmap(lambda number: number.view(torch.int64))(torch.ones(1, dtype=torch.float64))
     except RuntimeError as error:
         pytest.skip(f"this torch cannot do it: {error}")
+
+
+@pytest.fixture
+def without_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """Makes a context in which it is an error to let the host wait for a GPU."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture

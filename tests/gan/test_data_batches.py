@@ -126,13 +126,10 @@ def test_the_order_on_a_gpu_is_that_on_the_cpu_wherever_the_images_lie(monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_next_never_waits_for_the_gpu(monkeypatch, share):
+def test_next_never_waits_for_the_gpu(monkeypatch, share, without_waiting):
     monkeypatch.setattr(batches_module, "_DEVICE_SHARE", share)
     stream = Batches(numbered(50), torch.arange(50), batch_size=8, seed=5, device="cuda")
     next(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         for _ in range(20):
             next(stream)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
