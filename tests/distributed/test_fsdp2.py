@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as checkpoints
 from rank_checks import assert_ranks_agree, assert_same_state
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -37,9 +37,10 @@ def normalized(**options):
     return sn.add_spectral_norm(Critic().double(), **options)
 
 
-def split(module, **options):
+def split(module, mesh=None, **options):
     # Left to itself torch moves the parts to a GPU where there is one, which gloo does not serve.
-    return fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), **options)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    return fully_shard(module, mesh=mesh, **options)
 
 
 def shard(model, **options):
@@ -101,6 +102,23 @@ def check_training(order, make_optimizer=None):
 @pytest.mark.parametrize("order", ["normalized first", "sharded first"])
 def test_training_equals_that_in_one_process(pair, order):
     pair.run(check_training, order=order)
+
+
+def check_training_on_gpu():
+    alone = dist.new_group([0], backend="nccl")
+    if dist.get_rank() > 0:
+        return
+    model, reference = shard(normalized().cuda(), mesh=DeviceMesh.from_group(alone, "cuda")), normalized().cuda()
+    for each in (model, reference):
+        train(each, lambda batch: batch.cuda())
+        each(batches(1)[0, 0].cuda())
+    assert_same_state(full_state(model), reference.state_dict())
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_equals_that_of_the_whole_model(pair):
+    """Of one process, because two need two GPUs: the streams on which weights are gathered are there all the same."""
+    pair.run(check_training_on_gpu)
 
 
 def mean_square(model, inputs):
