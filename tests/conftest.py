@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import hypothesis
 import pytest
@@ -28,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device must be cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {name} was asked for, but torch sees no CUDA device")
+    # cuDNN's faster algorithms add up in another order each time; many tests ask for the same bits.
+    torch.backends.cudnn.deterministic = True
     if device.type != "cuda":
         # Triton's kernels then run on the CPU. It looks at this once, when it is imported: not before the first test.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -58,6 +62,30 @@ def vmap_of_bits() -> None:
         torch.vmap(lambda number: number.view(torch.int64))(torch.ones(1, dtype=torch.float64))
     except RuntimeError as error:
         pytest.skip(f"this torch cannot do it: {error}")
+
+
+@pytest.fixture
+def without_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """Makes a context in which it is an error to let the host wait for a GPU."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
+
+
+@pytest.fixture
+def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 in cuDNN's products too, which otherwise round it to the 11 bits of TF32: to a part in 2,000."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)

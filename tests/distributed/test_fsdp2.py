@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as checkpoints
 from rank_checks import assert_ranks_agree, assert_same_state
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -36,10 +37,16 @@ def normalized(**options):
     return sn.add_spectral_norm(Critic().double(), **options)
 
 
+def split(module, mesh=None, **options):
+    # Left to itself torch moves the parts to a GPU where there is one, which gloo does not serve.
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    return fully_shard(module, mesh=mesh, **options)
+
+
 def shard(model, **options):
-    fully_shard(model.features, **options)
-    fully_shard(model.hidden, **options)
-    return fully_shard(model, **options)
+    split(model.features, **options)
+    split(model.hidden, **options)
+    return split(model, **options)
 
 
 def sharded(order, **options):
@@ -97,6 +104,23 @@ def test_training_equals_that_in_one_process(pair, order):
     pair.run(check_training, order=order)
 
 
+def check_training_on_gpu():
+    alone = dist.new_group([0], backend="nccl")
+    if dist.get_rank() > 0:
+        return
+    model, reference = shard(normalized().cuda(), mesh=DeviceMesh.from_group(alone, "cuda")), normalized().cuda()
+    for each in (model, reference):
+        train(each, lambda batch: batch.cuda())
+        each(batches(1)[0, 0].cuda())
+    assert_same_state(full_state(model), reference.state_dict())
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_equals_that_of_the_whole_model(pair):
+    """Of one process, because two need two GPUs: the streams on which weights are gathered are there all the same."""
+    pair.run(check_training_on_gpu)
+
+
 def mean_square(model, inputs):
     return model(inputs).square().mean()
 
@@ -112,8 +136,8 @@ def stack_of_layers(kind=nn.Sequential, size=64):
     torch.manual_seed(0)
     model = sn.add_spectral_norm(kind(*(nn.Linear(size, size) for _ in range(3))))
     for layer in model:
-        fully_shard(layer)
-    return fully_shard(model)
+        split(layer)
+    return split(model)
 
 
 def whole_weights_alive(size=64):
@@ -489,7 +513,7 @@ def check_other_layers(norm):
     for each in (model, reference):
         sn.add_spectral_norm(each, norm=norm)
     for module in (model.embedding, model.lstm, model.attention, model):
-        fully_shard(module)
+        split(module)
     for each, batch in ((model, mine(tokens)), (reference, tokens)):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
         for _ in range(3):

@@ -81,8 +81,12 @@ def test_21a_normalized_layer_can_be_split_over_processes(pair, sn, style):
     pair.run(use_in_tensor_parallel, normalize=sn.normalize, style=style)
 
 
+def sharded_on_cpu(layer):
+    return fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+
+
 def normalize_after_sharding(normalize):
-    layer = normalize(fully_shard(linear()))
+    layer = normalize(sharded_on_cpu(linear()))
     assert_norm_is_one(layer)
     layer(inputs()).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
@@ -99,7 +103,7 @@ def seed_ranks_differently(normalize, u_name, wrap):
     torch.manual_seed(dist.get_rank())
     normalize(layer)
     if wrap == "FSDP2":
-        fully_shard(layer)
+        sharded_on_cpu(layer)
         outputs = layer(inputs())
     else:
         outputs = DistributedDataParallel(layer, broadcast_buffers=False, init_sync=False)(inputs())

@@ -153,8 +153,10 @@ def test_the_pipeline_is_differentiable_twice(device: torch.device):
     def pipeline(images: torch.Tensor) -> torch.Tensor:
         return ada.transform(images, _p(0.7, device), _random(device, 1)).tanh()
 
-    assert torch.autograd.gradcheck(pipeline, images, fast_mode=True)
-    assert torch.autograd.gradgradcheck(pipeline, images, fast_mode=True)
+    # On a GPU the gradients that meet in a pixel, hundreds at most and of a size near one, are added up in any order.
+    rounding = 0.0 if device.type == "cpu" else 1e-12
+    assert torch.autograd.gradcheck(pipeline, images, fast_mode=True, nondet_tol=rounding)
+    assert torch.autograd.gradgradcheck(pipeline, images, fast_mode=True, nondet_tol=rounding)
 
 
 def test_r1_goes_through_the_pipeline_into_the_discriminator(device: torch.device):

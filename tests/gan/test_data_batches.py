@@ -116,21 +116,20 @@ def test_changing_a_batch_does_not_change_the_data(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_order_on_a_gpu_is_that_on_the_cpu_wherever_the_images_lie(monkeypatch, share):
+@pytest.mark.parametrize("given", ["cpu", "cuda"])
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:0"])
+def test_the_order_on_a_gpu_is_that_on_the_cpu_wherever_the_images_lie(monkeypatch, share, given, wanted):
     monkeypatch.setattr(batches_module, "_DEVICE_SHARE", share)
-    on_gpu = Batches(numbered(50), batch_size=8, seed=5, device="cuda")
+    on_gpu = Batches(numbered(50).to(given), batch_size=8, seed=5, device=wanted)
     assert take(on_gpu, 20) == take(Batches(numbered(50), batch_size=8, seed=5, device="cpu"), 20)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_next_never_waits_for_the_gpu(monkeypatch, share):
+def test_next_never_waits_for_the_gpu(monkeypatch, share, without_waiting):
     monkeypatch.setattr(batches_module, "_DEVICE_SHARE", share)
-    stream = Batches(numbered(50), batch_size=8, seed=5, device="cuda")
+    stream = Batches(numbered(50), torch.arange(50), batch_size=8, seed=5, device="cuda")
     next(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         for _ in range(20):
             next(stream)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,9 @@ from spectralnorm.gan.precision import PRECISIONS, Precision
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.transform import add_spectral_norm
 
+# What is computed in one way is compared with what is computed in another, of which cuDNN may round one to TF32.
+pytestmark = pytest.mark.usefixtures("whole_float32")
+
 CONFIG = Config(steps=4, batch_size=8, latent_dim=5, device="cpu", loss="nonsaturating")
 
 

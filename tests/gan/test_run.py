@@ -265,6 +265,16 @@ def test_metrics_are_measured_when_the_run_is_long_enough(tmp_path: Path):
     assert all(metric.provenance.num_fake == 100 for metric in evaluations[0].metrics)
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_measured_and_goes_on_on_the_cpu_and_back(tmp_path: Path):
+    for steps, device in ((100, "cuda"), (104, "cpu"), (108, "cuda")):
+        run = _train(tmp_path, _config(steps, device=device, num_evaluation_samples=100))
+        assert (run.step, run.reason) == (steps, "steps")
+    records = list(read_records(tmp_path / "metrics.jsonl"))
+    assert [record.hardware["device"] for record in records if isinstance(record, Session)] == ["cuda", "cpu", "cuda"]
+    assert [record.step for record in records if isinstance(record, Evaluation) and record.final] == [100, 104, 108]
+
+
 def test_divergence_ends_the_run_and_names_the_layer(tmp_path: Path):
     def poison(trainer: Trainer) -> None:
         if trainer.step == 3:

@@ -7,6 +7,7 @@ from torch import nn
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.models.stylegan2_discriminator import MinibatchStddev
 from spectralnorm.gan.observers import Averaging, Milestones, StepSizeDecay
+from spectralnorm.gan.parts import part_like
 from spectralnorm.gan.penalties import PENALTIES
 from spectralnorm.gan.trainer import Clock, RunningMeans, Trainer
 from spectralnorm.transform import add_spectral_norm
@@ -38,7 +39,8 @@ def _trainer(device: torch.device, config: Config = CONFIG) -> Trainer:
 
 def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     tensors, _ = trainer.state()
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    # On the CPU, because loading moves a number of NAdam's from there to the weights' device.
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def test_a_run_takes_as_many_steps_as_it_is_given(device: torch.device):
@@ -201,6 +203,31 @@ def test_a_relativistic_generator_sees_the_real_images_of_the_last_batch(device:
     trainer.discriminator.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     trainer.run([])
     assert seen == [8, 8]
+
+
+def test_a_run_goes_on_on_another_kind_of_device_with_other_random_numbers(device: torch.device):
+    first = _trainer(device, dataclasses.replace(CONFIG, steps=2))
+    first.run([])
+    tensors, numbers = first.state()
+    # Of a GPU it is a seed and a place, of the CPU all of a Mersenne twister.
+    tensors["random.run"] = (
+        torch.arange(16, dtype=torch.uint8) if device.type == "cpu" else torch.Generator().get_state()
+    )
+    drawn = []
+    for _ in range(2):
+        second = _trainer(device)
+        at_start = second.latents(4)
+        second.load_state(tensors, numbers)
+        drawn.append(second.latents(4))
+        second.run([])
+        assert second.step == 6
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], at_start)
+
+
+def test_the_steps_of_a_single_number_are_still_counted_on_the_cpu_after_a_resume():
+    weight, steps = torch.zeros((), device="meta"), torch.tensor(3.0)
+    assert part_like(weight, steps) is steps
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,13 @@ class TestGuarantee:
 
 class TestTightness:
     def test_of_gaussian_matrices_it_is_a_few_thousandths_of_a_percent_above(self, device):
-        matrices = torch.randn(3, 256, 512, dtype=torch.float64, device=device)
+        # A quarter of such matrices have two leading singular values so close that they are above 1e-4.
+        matrices = torch.randn(25, 256, 512, dtype=torch.float64).to(device)
         norms = torch.linalg.matrix_norm(matrices, 2)
         excess = (gram_upper_bound(matrices) / norms - 1).median()
         assert 0 <= excess < 1e-4
         # float32 adds its rounding margin
-        rounded = matrices.float()
+        rounded = matrices[:3].float()
         excess = (gram_upper_bound(rounded) / torch.linalg.matrix_norm(rounded.double(), 2) - 1).median()
         assert 0 <= excess < 1e-3
 

@@ -115,6 +115,7 @@ def test_frozen_layer_passes_gradients_to_its_input():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_float32")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_cudnn_gets_the_normalized_weights_in_one_piece(kind, grad):

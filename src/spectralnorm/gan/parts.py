@@ -22,9 +22,10 @@ def part_like(held: Tensor, value: Tensor) -> Tensor:
 
     Args:
         held: the other one.
-        value: whole, on any device, the same on every process; one of another shape stays as it is.
+        value: whole, on any device, the same on every process; one of another shape, or a single number, stays as it
+            is: an optimizer counts its steps on the CPU, wherever the weight is.
     """
-    if value.shape != held.shape:
+    if value.shape != held.shape or value.dim() == 0:
         return value
     if hasattr(held, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor

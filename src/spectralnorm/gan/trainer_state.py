@@ -5,6 +5,7 @@ It does not depend on the number of processes nor on how they hold the networks.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any
     trainer.augment.load_state_dict(under("augmentation.", tensors))
     if "average_path_length" in tensors:
         trainer.average_path_length = tensors["average_path_length"].to(trainer.device)
-    trainer.random.set_state(tensors["random.run"])
+    _set_random(trainer.random, tensors["random.run"])
     torch.set_rng_state(tensors["random.torch"])
     if trainer.device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], trainer.device)
@@ -79,6 +80,15 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any
     for name, state in numbers.get("scalers", {}).items():
         trainer.scalers[name].load_state_dict(state)
     trainer.processes.vary_noise(trainer.config.seed + trainer.step)
+
+
+def _set_random(random: torch.Generator, state: Tensor) -> None:
+    """Go on with random numbers from ``state``, or from a seed made of it if it is that of another kind of device."""
+    if state.shape == random.get_state().shape:
+        random.set_state(state)
+    else:
+        digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+        random.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _optimizers(trainer: Trainer) -> list[tuple[str, torch.optim.Optimizer]]:

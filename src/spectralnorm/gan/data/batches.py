@@ -97,10 +97,9 @@ class Batches(Iterator[Batch]):
         self._drawn = state["drawn"]
 
     def _to_device(self, part: Tensor) -> Tensor:
-        if part.device == self._device:
-            return part
         # Pinned memory is copied while the CPU goes on; torch keeps it until the copy is done.
-        part = part.pin_memory() if self._device.type == "cuda" else part
+        if part.device.type == "cpu" and self._device.type == "cuda":
+            part = part.pin_memory()
         return part.to(self._device, non_blocking=True)
 
     def _next_indices(self) -> Tensor:
