@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from spectralnorm.linalg.cuda import quotient_kernels, storing, tracking_kernels
 
 dtype = getattr(tl, sys.argv[1])
-constants = {"IS_STIRRED": True, "DTYPE": dtype, "GRAD_DTYPE": dtype, "HAS_NARROW": False, "NARROW": dtype, "REVISION": 0}
+constants = {"IS_STIRRED": True, "DTYPE": dtype, "GRAD_DTYPE": dtype, "HAS_NARROW": False, "NARROW": dtype}
+constants["REVISION"] = 0
 integers = {"maps", "blocks", "spans", "shifts", "table", "weights", "targets", "calls", "ends"}
 others = {"eps": "fp32", "out": "*u8", "counters": "*i32", "step": "i32"}
 for module in (tracking_kernels, quotient_kernels, storing):
