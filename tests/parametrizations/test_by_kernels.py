@@ -130,6 +130,7 @@ def assert_equal_runs(
             assert difference <= allowed * max(scale, 1e-3), f"{name} at step {step}: {difference} of {scale}"
 
 
+@pytest.mark.usefixtures("whole_float32")
 @pytest.mark.parametrize("mode", ["normalize", "cap"])
 def test_training_gives_the_numbers_of_the_plain_engine(
     mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, with_kernels: str

@@ -44,4 +44,4 @@ def is_eager(weight: Tensor) -> bool:
 
 def is_capturing(weight: Tensor) -> bool:
     """Whether what is done with ``weight`` is being captured in a CUDA graph."""
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return weight.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -34,13 +34,12 @@ class Verdict:
     as good.
     """
 
-    __slots__ = ("_are_all_good", "_arrived", "_on_host", "_sigmas", "eps", "is_immediate")
+    __slots__ = ("_are_all_good", "_on_host", "_sigmas", "eps", "is_immediate")
 
     def __init__(self, sigmas: Tensor, eps: float, before: Verdict | None = None) -> None:
         """Start to find out about ``sigmas``, one for each weight, in the place of the last verdict about them."""
         self.eps = eps
         self.is_immediate = host_has(sigmas.device)
-        self._arrived: torch.cuda.Event | None = None
         self._on_host: Tensor | None = None
         self._sigmas: list[float] | None = None
         self._are_all_good: bool | None = None
@@ -48,20 +47,19 @@ class Verdict:
             self._sigmas = sigmas.tolist()
         elif sigmas.device.type == "cuda":
             if before is not None and before._sigmas is not None and before._on_host is not None:
-                self._on_host, self._arrived = before._on_host, before._arrived
-                before._on_host = None
+                self._on_host, before._on_host = before._on_host, None
             else:
                 self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, pin_memory=True)
-                self._arrived = torch.cuda.Event()
-            assert self._arrived is not None
-            self._on_host.copy_(sigmas, non_blocking=True)
-            self._arrived.record(torch.cuda.current_stream(sigmas.device))
+            # No norm is negative: what still is has not come.
+            self._on_host.fill_(-1).copy_(sigmas, non_blocking=True)
 
     @property
     def sigmas(self) -> list[float] | None:
         """The norms as numbers; None while they have not come."""
-        if self._sigmas is None and self._on_host is not None and self._arrived is not None and self._arrived.query():
-            self._sigmas = self._on_host.tolist()
+        if self._sigmas is None and self._on_host is not None:
+            sigmas = self._on_host.tolist()
+            if -1 not in sigmas:
+                self._sigmas = sigmas
         return self._sigmas
 
     def is_any_bad(self) -> bool:

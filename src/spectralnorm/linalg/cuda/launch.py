@@ -28,35 +28,40 @@ def launch(kernel: Any, num_programs: int, *arguments: object, num_warps: int = 
     as long as starting it.
 
     Args:
-        kernel: whose parameters are tensors, floats, integers that are not specialized for, and constants.
+        kernel: whose parameters are tensors, of one type each, floats, integers of 32 bits that are not specialized
+            for, and constants: truth values, and the types of `TRITON_DTYPES`.
         num_programs: at least 1.
-        arguments: all but ``REVISION``. Floats are the same at every call, or a few.
+        arguments: all but ``REVISION``.
         num_warps: of each program.
     """
-    revision = _revision(kernel.fn.__module__)
-    if not isinstance(kernel, triton.JITFunction) or not _TAKES_CONSTANTS:  # the former: in Triton's interpreter
-        kernel[(num_programs,)](*arguments, REVISION=revision, num_warps=num_warps)
-        return
-    key = (kernel, num_warps, torch.cuda.current_device(), *map(_kind, arguments))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[(num_programs,)](*arguments, REVISION=revision, num_warps=num_warps)
-    else:
-        compiled[num_programs, 1, 1](*arguments, revision)
+    if isinstance(kernel, triton.JITFunction) and _TAKES_CONSTANTS:  # else it is Triton's interpreter, or 3.2
+        addresses, key = 0, [id(kernel), num_warps, torch.cuda.current_device()]
+        for argument in arguments:
+            kind = type(argument)
+            if kind is Tensor:
+                addresses |= argument.data_ptr()
+            elif kind is not float and kind is not int:
+                key.append(id(argument))  # truth values and Triton's types, of which there is one object each
+        # For addresses that 16 does not divide Triton compiles anew: it finds out for itself.
+        if not addresses & 15:
+            of_kind = tuple(key)
+            start = _starts.get(of_kind)
+            if start is None:
+                _starts[of_kind] = _compiled(kernel, num_programs, arguments, num_warps)
+            else:
+                start[num_programs, 1, 1](*arguments, _revision(kernel.fn.__module__))
+            return
+    _compiled(kernel, num_programs, arguments, num_warps)
 
 
 # What Triton 3.2 has compiled takes the other arguments alone.
 _TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-_compiled: dict[tuple[object, ...], Any] = {}
+_starts: dict[tuple[int, ...], Any] = {}
 
 
-def _kind(argument: object) -> object:
-    """What Triton compiles anew for: a tensor's type and whether 16 divides its address, a long integer, a constant."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() & 15 == 0
-    if type(argument) is int:
-        return -(2**31) <= argument < 2**31
-    return argument
+def _compiled(kernel: Any, num_programs: int, arguments: Sequence[object], num_warps: int) -> Any:
+    """Start a kernel by Triton, which gives back what it has compiled or found for such arguments."""
+    return kernel[(num_programs,)](*arguments, REVISION=_revision(kernel.fn.__module__), num_warps=num_warps)
 
 
 @cache

@@ -133,11 +133,16 @@ class QuotientPlan:
         self._rules = rules.float().to(self.device)
         # Addresses are given to the kernels as distances from here, or from one piece of memory for all results.
         self._origin = self._rules.view(torch.uint8)
-        self._starts, self._num_bytes = _starts([weight for weight, _ in weights])
+        starts, self._num_bytes = _starts([weight for weight, _ in weights])
+        self._forms = [
+            (weight.dtype, weight.shape, weight.stride(), start // weight.element_size())
+            for (weight, _), start in zip(weights, starts, strict=True)
+        ]
+        self._dtypes = {weight.dtype for weight, _ in weights}
         self._weights, self._pieces, self._blocks, self._num_parts = _tables(
             [weight for weight, _ in weights], self._layouts
         )
-        self._flat_targets = torch.tensor(self._starts, dtype=torch.int64, device=self.device)
+        self._flat_targets = torch.tensor(starts, dtype=torch.int64, device=self.device)
         self._sent: dict[Hashable, Tensor] = {}
         self._last_targets: tuple[Tensor, Tensor | None, Tensor] | None = None
         self._some_blocks: dict[tuple[int, ...], _Launches] = {}
@@ -159,7 +164,8 @@ class QuotientPlan:
                 that something is written to them: their versions stay.
         """
         sigmas = self._checked(sigmas)
-        values = self._in_one_piece()[0] if outs is None else list(outs)
+        # `data`: what is written into one later must not change the version of the others.
+        values = [value.data for value in self._in_one_piece()[0]] if outs is None else list(outs)
         self.prepared(values).divide(sigmas)
         return Divided(values, *self.divisors(sigmas))
 
@@ -243,7 +249,7 @@ class QuotientPlan:
             us: whole left vectors, float32, (out,).
             vs: whole right vectors in torch's order, float32, (everything else,).
             sigmas: (weights,), float32: the norms that all weights were divided by.
-            outs: as for `divide`; may be ``grads``, if nothing is added to them.
+            outs: as for `divide`; may be ``grads``, if nothing is added to them. New ones share a version.
             more_grads: for each what is added to its G, like that; None: nothing.
             places: of which weights the others are; None: of all. For some of them it waits for the device the first
                 time.
@@ -377,14 +383,10 @@ class QuotientPlan:
                 )
 
     def _in_one_piece(self) -> tuple[list[Tensor], Tensor]:
-        """New tensors as the weights, which are written to independently, and the memory they lie in."""
+        """New tensors as the weights, and the memory they lie in."""
         memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
-        by_dtype = {dtype: memory.view(dtype) for dtype in {identity[1] for identity in self._identity}}
-        # `data`: what is written into one later must not change the version of the others.
-        made = [
-            by_dtype[dtype].as_strided(shape, stride, start // dtype.itemsize).data
-            for (_, dtype, shape, stride, _), start in zip(self._identity, self._starts, strict=True)
-        ]
+        by_dtype = {dtype: memory.view(dtype) for dtype in self._dtypes}
+        made = [by_dtype[dtype].as_strided(shape, stride, start) for dtype, shape, stride, start in self._forms]
         return made, memory
 
     def _check_outs(self, outs: Sequence[Tensor], places: Sequence[int]) -> None:

@@ -134,7 +134,8 @@ class VectorStore:
         targets: Sequence[Tensor],
         eps: float,
     ) -> None:
-        key = (*owners, *[(target.data_ptr(), target.dtype, target.numel()) for target in targets])
+        # Whoever gives a tensor another type or form gives it other memory.
+        key = (tuple(owners), *[target.data_ptr() for target in targets], targets[0].dtype)
         tables = self._tables.get(key)
         if tables is None:
             if len(self._tables) >= _MOST_TABLES:
