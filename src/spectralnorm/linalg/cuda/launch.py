@@ -21,7 +21,7 @@ __all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uplo
 _PER_LAUNCH = 8
 
 
-def launch(kernel: Any, num_programs: int, *arguments: object, num_warps: int = 4) -> None:
+def launch(kernel: Any, num_programs: int, *arguments: Any, num_warps: int = 4) -> None:
     """Start a kernel; its last arguments may be constants to compile for.
 
     What Triton has compiled for such arguments is kept and started as it is: looking it up takes Triton several times
@@ -59,7 +59,7 @@ _TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 _starts: dict[tuple[int, ...], Any] = {}
 
 
-def _compiled(kernel: Any, num_programs: int, arguments: Sequence[object], num_warps: int) -> Any:
+def _compiled(kernel: Any, num_programs: int, arguments: Sequence[Any], num_warps: int) -> Any:
     """Start a kernel by Triton, which gives back what it has compiled or found for such arguments."""
     return kernel[(num_programs,)](*arguments, REVISION=_revision(kernel.fn.__module__), num_warps=num_warps)
 
