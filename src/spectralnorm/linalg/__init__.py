@@ -11,6 +11,7 @@ from spectralnorm.linalg.power_iteration import (
     compute_dtype,
     power_iteration,
     power_iteration_of_operator,
+    power_vectors,
 )
 from spectralnorm.linalg.refine import refine
 from spectralnorm.linalg.rescaling import almost_orthogonal, gram_row_sums
@@ -42,6 +43,7 @@ __all__ = [
     "patches_bound",
     "power_iteration",
     "power_iteration_of_operator",
+    "power_vectors",
     "probe_rows",
     "refine",
     "rescaled_below",

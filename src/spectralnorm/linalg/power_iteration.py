@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SingularTriplet", "compute_dtype", "power_iteration", "power_iteration_of_operator"]
+__all__ = ["SingularTriplet", "compute_dtype", "power_iteration", "power_iteration_of_operator", "power_vectors"]
 
 
 class SingularTriplet(NamedTuple):
@@ -71,10 +71,18 @@ def power_iteration(
     >>> power_iteration(matrix, start, start, num_iterations=20).sigma
     tensor(3.)
     """
+    u, v = power_vectors(matrix, u, v, num_iterations, eps=eps)
+    return SingularTriplet(u, v, _rayleigh(u, _apply(matrix, v)))
+
+
+def power_vectors(
+    matrix: Tensor, u: Tensor, v: Tensor, num_iterations: int = 1, *, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    """The vectors of `power_iteration` without sigma, which is one more product."""
     for _ in range(num_iterations):
         u = _unit(_apply(matrix, v), u, eps)
         v = _unit(_apply(matrix.mH, u), v, eps)
-    return SingularTriplet(u, v, _rayleigh(u, _apply(matrix, v)))
+    return u, v
 
 
 def power_iteration_of_operator(

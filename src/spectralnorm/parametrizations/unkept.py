@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import MatrixView, chirp, compute_dtype, power_iteration
+from spectralnorm.linalg import MatrixView, chirp, compute_dtype, power_iteration, power_vectors
 from spectralnorm.parametrizations import norm_alone
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.quotient import divided
@@ -117,7 +117,7 @@ def _iterated_view(
     matrix = view.matrix(weight)
     matrix = matrix.to(compute_dtype(matrix.dtype))
     if view.groups == 1:
-        return power_iteration(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=eps)[:2]
+        return power_vectors(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=eps)
     _, rows, columns = matrix.shape
     # The block that the vectors are of goes on from them.
     left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
