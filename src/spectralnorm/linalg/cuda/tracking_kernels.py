@@ -201,11 +201,10 @@ def _tile(base, slow, is_slow, fast, is_fast):
 
 
 @triton.jit
-def _stirred(last, direction, back, m, M, mask):
-    """The last row of a frame plus the direction, rolled."""
-    rolled = m - back
-    rolled = tl.where(rolled < 0, rolled + M, rolled)
-    return last + tl.load(direction + rolled, mask=mask, other=0.0)
+def _rolled(m, back, M):
+    """Where in its direction the entries of a frame's last row find what is added to them."""
+    # As in `fast_offsets`: with this claim the threads load for those entries of the frame that they have.
+    return tl.max_contiguous(tl.where(m < back, m - back + M, m - back), _FAST)
 
 
 @triton.jit
@@ -220,7 +219,7 @@ def _with_slow(y0, y1, y2, y3, y4, y5, y6, y7, tile, frame, direction, back, m, 
     y6 += tl.load(frame + 6 * M + m, mask=is_m, other=0.0)[:, None] * tile
     last = tl.load(frame + 7 * M + m, mask=is_m, other=0.0)
     if IS_STIRRED:
-        last = _stirred(last, direction, back, m, M, is_m)
+        last += tl.load(direction + _rolled(m, back, M), mask=is_m, other=0.0)
     y7 += last[:, None] * tile
     return y0, y1, y2, y3, y4, y5, y6, y7
 
@@ -327,7 +326,7 @@ def _image_over_fast(entry, block, frames, direction, back, memory,
         y6, x6 = y6 + f * y, x6 + f * x
         f = tl.load(frame + 7 * M + ms, mask=mask, other=0.0)
         if IS_STIRRED:
-            f = _stirred(f, direction, back, ms, M, mask)
+            f += tl.load(direction + _rolled(m, back, M)[None, :] + 0 * row[:, None], mask=mask, other=0.0)
         y7, x7 = y7 + f * y, x7 + f * x
     _stored(out, N, n, n < N, y0, y1, y2, y3, y4, y5, y6, y7, 1)
     _stored(out, N, next_n, next_n < N, x0, x1, x2, x3, x4, x5, x6, x7, 1)
@@ -344,11 +343,8 @@ def _gram_of_frame(frame, direction, back, M, start, stop, IS_STIRRED: tl.conste
         mask = is_m[None, :] & (row < 8)[:, None]
         f = tl.load(frame + row[:, None] * M + m[None, :], mask=mask, other=0.0)
         if IS_STIRRED:
-            f += tl.where(
-                row[:, None] == 7,
-                _stirred(tl.zeros((_CHUNK,), tl.float32), direction, back, m, M, is_m)[None, :],
-                0.0,
-            )
+            added = tl.load(direction + _rolled(m, back, M), mask=is_m, other=0.0)
+            f += tl.where(row[:, None] == 7, added[None, :], 0.0)
         products += f[:, None, :] * f[None, :, :]
     return tl.sum(products, axis=2)
 
@@ -601,7 +597,7 @@ def _at_least(value, bound):
 def _places(index, levels):
     """Where entries of a vector are in the one that is returned."""
     inner, outer, stride = levels_at(levels)
-    return offsets(index, inner.to(tl.int32), outer.to(tl.int32), stride.to(tl.int32))
+    return offsets(index, inner, outer, stride)
 
 
 @triton.jit
