@@ -41,6 +41,7 @@ from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking_kernels import (
+    ROWS,
     SLOW,
     SPAN,
     Field,
@@ -495,7 +496,7 @@ def _blocks(
     Returns:
         Their rows of the table; the place of the parts, their number and that of the blocks.
     """
-    width = 2 * SLOW if sums_fast else FAST
+    width = ROWS * SLOW if sums_fast else FAST
     length = _ENTRIES_PER_PROGRAM // width
     kept_starts, starts = range(0, kept, width), range(0, summed, length)
     first = memory.take(len(starts) * part_size)
