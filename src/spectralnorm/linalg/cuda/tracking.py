@@ -223,10 +223,10 @@ class TrackingPlan:
         if all(layout.batch == 1 for layout in self._layouts):
             return *tracked.vector_pairs, tracked.sigmas
         table, spans, sizes = self._wholes_of(tracked.sides, tuple(out_dims))
-        wholes = self._empty(sum(sizes) + len(self._layouts))
+        wholes = self._empty(sum(sizes))
         with on_device_of(wholes):
             launch(wholes_kernel, spans.shape[0], table, spans, tracked.memory, wholes)
-        *parts, sigmas = wholes.split([*sizes, len(self._layouts)])
+        sigmas, *parts = wholes.split(sizes)
         return parts[0::2], parts[1::2], sigmas
 
     def _iterated(
@@ -279,28 +279,26 @@ class TrackingPlan:
         return self._tables[sides]
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
-        """Table, spans and sizes of the whole vectors: u, v of the first weight, u, v of the next, ..."""
+        """Table, spans, and sizes: of all norms, of u, v of the first whole weight, u, v of the next, ..."""
         if (sides, out_dims) in self._wholes:
             return self._wholes[sides, out_dims]
         tables = self._tables_of(sides)
-        table, spans, sizes = [], [], []
         first_sigma, number = tables.first_sigma, len(self._layouts)
+        table, spans, sizes = [], [], [number]
         places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
         parts = zip(self._layouts, sides, out_dims, places[:number], places[number : 2 * number], strict=True)
-        for layout, is_left, out_dim, lead, end in parts:
+        for weight, (layout, is_left, out_dim, lead, end) in enumerate(parts):
             u = layout.rows, (end if is_left else lead), out_dim == 0
             v = layout.columns, (lead if is_left else end), out_dim != 0
             for size, source, is_stacked in (u, v):
                 row = [0] * WholeField.WIDTH
                 row[WholeField.SIGMAS], row[WholeField.BLOCKS], row[WholeField.SIZE] = first_sigma, layout.batch, size
                 row[WholeField.SOURCE], row[WholeField.TARGET] = source, sum(sizes)
-                row[WholeField.IS_STACKED] = int(is_stacked)
+                row[WholeField.IS_STACKED], row[WholeField.SIGMA] = int(is_stacked), weight
                 sizes.append(size * layout.batch if is_stacked else size)
                 spans += [[len(table), start] for start in range(0, sizes[-1], SPAN)]
                 table.append(row)
             first_sigma += layout.batch
-        for place, row in enumerate(table):
-            row[WholeField.SIGMA] = sum(sizes) + place // 2
         made = torch.tensor(table, device=self.device), torch.tensor(spans, device=self.device), sizes
         self._wholes[sides, out_dims] = made
         return made
@@ -429,9 +427,12 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     for entry in maps:
         if entry[Field.KEPT] >= 0:
             entry[Field.TURNED] = memory.take(NUM_TRACKED * entry[Field.N])
-    for place, size in (Field.LEAD, Field.N), (Field.END, Field.M), (Field.SIGMA, None):
+    for place, size in (Field.LEAD, Field.N), (Field.END, Field.M):
         for entry in maps:
-            entry[place] = memory.take(1 if size is None else entry[size])
+            entry[place] = memory.take(entry[size])
+    memory.align()
+    for entry in maps:
+        entry[Field.SIGMA] = memory.take(1)
     image_blocks, other_blocks = [], []
     for index, entry in enumerate(maps):
         m, n, fast_is_m = entry[Field.M], entry[Field.N], bool(entry[Field.FAST_IS_M])

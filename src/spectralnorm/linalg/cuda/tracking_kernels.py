@@ -113,7 +113,7 @@ class WholeField(IntEnum):
     SOURCE = 3  # place of the first block's
     TARGET = 4  # where it begins among all whole vectors
     IS_STACKED = 5  # whether the blocks follow each other along this vector
-    SIGMA = 6  # where the norm goes, behind the whole vectors
+    SIGMA = 6  # where the norm goes, before the whole vectors
     WIDTH = 7
 
 
