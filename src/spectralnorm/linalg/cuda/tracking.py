@@ -464,9 +464,13 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     first_maps = list(accumulate((layout.batch for layout in layouts), initial=0))
     groups = []
     for group in groups_of(sizes):
-        of_group = slice(first_maps[group.start], first_maps[group.stop])
+        of_group = range(first_maps[group.start], first_maps[group.stop])
+        # What follows from a product is done by one program, and takes longest where the side is long that is kept.
+        # Such matrices come first: others are still being read when that is done.
+        images = sorted(of_group, key=lambda index: -maps[index][Field.N])
+        others = sorted(of_group, key=lambda index: -maps[index][Field.M])
         groups.append(
-            tuple(_launches(dtypes[of_group], blocks[of_group], device) for blocks in (image_blocks, other_blocks))
+            (_launches(images, dtypes, image_blocks, device), _launches(others, dtypes, other_blocks, device))
         )
     are_complete = [_is_complete(entries[0][Field.M]) for entries in of_tensors]
     return _Tables(
@@ -509,9 +513,11 @@ def _blocks(
     return rows, [first, len(starts), len(kept_starts)]
 
 
-def _launches(dtypes: Sequence[torch.dtype], blocks: Sequence[list[list[int]]], device: torch.device) -> _Launches:
-    """One for each type."""
+def _launches(
+    order: Sequence[int], dtypes: Sequence[torch.dtype], blocks: Sequence[list[list[int]]], device: torch.device
+) -> _Launches:
+    """One for each type of the matrices in ``order``."""
     of_types: dict[torch.dtype, list[list[int]]] = {}
-    for dtype, rows in zip(dtypes, blocks, strict=True):
-        of_types.setdefault(dtype, []).extend(rows)
+    for index in order:
+        of_types.setdefault(dtypes[index], []).extend(blocks[index])
     return [(TRITON_DTYPES[dtype], torch.tensor(rows, device=device), len(rows)) for dtype, rows in of_types.items()]

@@ -396,8 +396,8 @@ def _total_gram(shares, number):
 
 @triton.jit
 def _product(left, right):
-    """Of (8, 8) matrices."""
-    return tl.sum(left[:, :, None] * right[None, :, :], axis=1)
+    """L R^T of (8, 8) matrices: the threads that have parts of a sum are then neighbours."""
+    return tl.sum(left[:, None, :] * right[None, :, :], axis=2)
 
 
 @triton.jit
@@ -432,9 +432,12 @@ def _reflection(gram):
     """As `tracking._ritz_reflection`."""
     row = tl.arange(0, 8)
     power = gram
-    for _ in range(_SQUARINGS):
+    for _ in range(_SQUARINGS // 3):
+        # Three times squared, the largest of eight values whose sum is one is above 2^-24.
         trace = tl.sum(_diagonal(power), axis=0)
         power = power / tl.maximum(trace, _TINY)
+        power = _product(power, power)
+        power = _product(power, power)
         power = _product(power, power)
     # NaN is not the largest here, so that there is one; the vectors come out as NaN all the same.
     diagonal = _diagonal(power)
@@ -452,7 +455,7 @@ def _turn(start_gram, image_gram):
     """As `tracking._ritz_turns`."""
     row = tl.arange(0, 8)
     white = _whitening(start_gram)
-    turn = _product(_reflection(_product(_product(white, image_gram), tl.trans(white))), white)
+    turn = _product(_reflection(_product(_product(white, image_gram), white)), tl.trans(white))
     lengths = tl.sum(_product(turn, image_gram) * turn, axis=1)
     longest = tl.sum(tl.where(row == 0, lengths, 0.0), axis=0)
     return turn * tl.rsqrt(tl.maximum(lengths, _EPS * longest + _TINY))[:, None]
