@@ -58,9 +58,9 @@ def test_kernels_compile_with_wide_loads_for_aligned_matrices_alone(tmp_path: ob
     assert len(counts) == 7
     wide_loads = {name: loads for name, (loads, *_) in counts.items()}
     # Per form of the product, and only in those for aligned matrices: four tiles summed over the slow side; over the
-    # fast side two tiles, and eight rows of the frame or the one leading vector.
-    assert wide_loads["images_kernel"] == 4 + 2 + 8
-    assert wide_loads["others_kernel"] == 4 + 2 + 1
+    # fast side four as well, and eight rows of the frame or the one leading vector.
+    assert wide_loads["images_kernel"] == 4 + 4 + 8
+    assert wide_loads["others_kernel"] == 4 + 4 + 1
     wide_stores = {name: stores for name, (_, stores, *_) in counts.items()}
     assert wide_stores["divide_kernel"] == wide_loads["divide_kernel"] == 8
     # What came from two uses is read.

@@ -31,8 +31,8 @@ _FAST = tl.constexpr(FAST)
 _LANES = tl.constexpr(LANES)
 
 # What `Layout.is_aligned` promises is said where the compiler looks for it. A hint sticks to the operation that made
-# the value and so reaches all of its uses, and it is lost where the value is an argument of a function. So these read
-# what they say something about, and each form of a product reads for itself.
+# the value and so reaches all of its uses, and it is lost where the value is an argument or a result of a function. So
+# these read what they say something about, and each form of a product reads for itself.
 
 
 @triton.jit
@@ -76,8 +76,9 @@ def fast_start_at(field):
 
 @triton.jit
 def offsets(index, inner, outer_stride, stride):
-    """`Levels.offset` of each index."""
-    return (index // inner) * outer_stride + (index % inner) * stride
+    """`Levels.offset` of each index; divided in 32 bits, which takes a fraction of the time."""
+    index, inner = index.to(tl.int32), inner.to(tl.int32)
+    return (index // inner).to(tl.int64) * outer_stride + (index % inner).to(tl.int64) * stride
 
 
 @triton.jit
@@ -87,8 +88,9 @@ def fast_offsets(index, inner, outer_stride, stride, IS_ALIGNED: tl.constexpr):
         return index.to(tl.int64)
     # Threads are ordered by what the compiler believes to be contiguous. Without alignment it joins no loads, so the
     # claim has no effect beyond that where it is not true.
-    index = index.to(tl.int64)
-    return tl.max_contiguous((index // inner) * outer_stride + (index % inner) * stride, _FAST)
+    inner = inner.to(tl.int32)
+    outer = (index // inner).to(tl.int64) * outer_stride
+    return tl.max_contiguous(outer + (index % inner).to(tl.int64) * stride, _FAST)
 
 
 @triton.jit
@@ -96,4 +98,4 @@ def slow_offsets(index, inner, outer_stride, stride, IS_ALIGNED: tl.constexpr):
     """Of indices along the slow side."""
     if IS_ALIGNED:
         return index.to(tl.int64) * stride
-    return offsets(index.to(tl.int64), inner, outer_stride, stride)
+    return offsets(index, inner, outer_stride, stride)

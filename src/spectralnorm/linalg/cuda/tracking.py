@@ -41,6 +41,7 @@ from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking_kernels import (
+    ROWS,
     SLOW,
     SPAN,
     Field,
@@ -243,10 +244,10 @@ class TrackingPlan:
         if all(layout.batch == 1 for layout in self._layouts):
             return *tracked.vector_pairs, tracked.sigmas
         table, spans, sizes = self._wholes_of(tracked.sides, tuple(out_dims))
-        wholes = self._empty(sum(sizes) + len(self._layouts))
+        wholes = self._empty(sum(sizes))
         with on_device_of(wholes):
             launch(wholes_kernel, spans.shape[0], table, spans, tracked.memory, wholes)
-        *parts, sigmas = wholes.split([*sizes, len(self._layouts)])
+        sigmas, *parts = wholes.split(sizes)
         return parts[0::2], parts[1::2], sigmas
 
     def ends(self, tracked: Tracked) -> Ends | None:
@@ -311,28 +312,26 @@ class TrackingPlan:
         return self._tables[sides]
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
-        """Table, spans and sizes of the whole vectors: u, v of the first weight, u, v of the next, ..."""
+        """Table, spans, and sizes: of all norms, of u, v of the first whole weight, u, v of the next, ..."""
         if (sides, out_dims) in self._wholes:
             return self._wholes[sides, out_dims]
         tables = self._tables_of(sides)
-        table, spans, sizes = [], [], []
         first_sigma, number = tables.first_sigma, len(self._layouts)
+        table, spans, sizes = [], [], [number]
         places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
         parts = zip(self._layouts, sides, out_dims, places[:number], places[number : 2 * number], strict=True)
-        for layout, is_left, out_dim, lead, end in parts:
+        for weight, (layout, is_left, out_dim, lead, end) in enumerate(parts):
             u = layout.rows, (end if is_left else lead), out_dim == 0
             v = layout.columns, (lead if is_left else end), out_dim != 0
             for size, source, is_stacked in (u, v):
                 row = [0] * WholeField.WIDTH
                 row[WholeField.SIGMAS], row[WholeField.BLOCKS], row[WholeField.SIZE] = first_sigma, layout.batch, size
                 row[WholeField.SOURCE], row[WholeField.TARGET] = source, sum(sizes)
-                row[WholeField.IS_STACKED] = int(is_stacked)
+                row[WholeField.IS_STACKED], row[WholeField.SIGMA] = int(is_stacked), weight
                 sizes.append(size * layout.batch if is_stacked else size)
                 spans += [[len(table), start] for start in range(0, sizes[-1], SPAN)]
                 table.append(row)
             first_sigma += layout.batch
-        for place, row in enumerate(table):
-            row[WholeField.SIGMA] = sum(sizes) + place // 2
         made = torch.tensor(table, device=self.device), torch.tensor(spans, device=self.device), sizes
         self._wholes[sides, out_dims] = made
         return made
@@ -461,9 +460,12 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     for entry in maps:
         if entry[Field.KEPT] >= 0:
             entry[Field.TURNED] = memory.take(NUM_TRACKED * entry[Field.N])
-    for place, size in (Field.LEAD, Field.N), (Field.END, Field.M), (Field.SIGMA, None):
+    for place, size in (Field.LEAD, Field.N), (Field.END, Field.M):
         for entry in maps:
-            entry[place] = memory.take(1 if size is None else entry[size])
+            entry[place] = memory.take(entry[size])
+    memory.align()
+    for entry in maps:
+        entry[Field.SIGMA] = memory.take(1)
     image_blocks, other_blocks = [], []
     for index, entry in enumerate(maps):
         m, n, fast_is_m = entry[Field.M], entry[Field.N], bool(entry[Field.FAST_IS_M])
@@ -495,9 +497,13 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     first_maps = list(accumulate((layout.batch for layout in layouts), initial=0))
     groups = []
     for group in groups_of(sizes):
-        of_group = slice(first_maps[group.start], first_maps[group.stop])
+        of_group = range(first_maps[group.start], first_maps[group.stop])
+        # What follows from a product is done by one program, and takes longest where the side is long that is kept.
+        # Such matrices come first: others are still being read when that is done.
+        images = sorted(of_group, key=lambda index: -maps[index][Field.N])
+        others = sorted(of_group, key=lambda index: -maps[index][Field.M])
         groups.append(
-            tuple(_launches(dtypes[of_group], blocks[of_group], device) for blocks in (image_blocks, other_blocks))
+            (_launches(images, dtypes, image_blocks, device), _launches(others, dtypes, other_blocks, device))
         )
     are_complete = [_is_complete(entries[0][Field.M]) for entries in of_tensors]
     return _Tables(
@@ -528,7 +534,7 @@ def _blocks(
     Returns:
         Their rows of the table; the place of the parts, their number and that of the blocks.
     """
-    width = 2 * SLOW if sums_fast else FAST
+    width = ROWS * SLOW if sums_fast else FAST
     length = _ENTRIES_PER_PROGRAM // width
     kept_starts, starts = range(0, kept, width), range(0, summed, length)
     first = memory.take(len(starts) * part_size)
@@ -540,9 +546,11 @@ def _blocks(
     return rows, [first, len(starts), len(kept_starts)]
 
 
-def _launches(dtypes: Sequence[torch.dtype], blocks: Sequence[list[list[int]]], device: torch.device) -> _Launches:
-    """One for each type."""
+def _launches(
+    order: Sequence[int], dtypes: Sequence[torch.dtype], blocks: Sequence[list[list[int]]], device: torch.device
+) -> _Launches:
+    """One for each type of the matrices in ``order``."""
     of_types: dict[torch.dtype, list[list[int]]] = {}
-    for dtype, rows in zip(dtypes, blocks, strict=True):
-        of_types.setdefault(dtype, []).extend(rows)
+    for index in order:
+        of_types.setdefault(dtypes[index], []).extend(blocks[index])
     return [(TRITON_DTYPES[dtype], torch.tensor(rows, device=device), len(rows)) for dtype, rows in of_types.items()]

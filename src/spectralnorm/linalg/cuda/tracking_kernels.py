@@ -11,13 +11,13 @@ memory and count themselves; the last one that has to do with something goes on 
 parts of a block of the product, then over the blocks of a matrix. No result depends on which one that is: it adds up
 what all have left in a fixed order.
 
-Block sizes come from counting registers and bytes in flight, not from measurements. A tile of 4 x 128 is one 128-bit
-load for each thread of four warps. Summed over the slow side, four tiles are under way at a time and eight partial sums
-of a tile's size are kept; over the fast side two tiles and sixteen sums, because there each thread needs sums for each
-row. That is about 150 registers, hence three programs to a multiprocessor of an A100 or H100, with 12 to 24 KiB in
-flight: about what its share of the memory's bandwidth times the latency asks for. A program that reads 16384 entries
-makes thousands of programs of a large model, and one or two of a small layer. What comes after the products needs fewer
-registers than they do.
+Block sizes come from counting registers, instructions and bytes in flight, not from measurements. A tile of 4 x 128 is
+one 128-bit load for each thread of four warps; four are under way at a time. Summed over the slow side, eight partial
+sums of a tile's size are kept; over the fast side each thread has a row of each tile, and adds up its four entries
+before they go to one of its eight sums for each row. That is about 150 registers, hence three programs to a
+multiprocessor of an A100 or H100, with 24 KiB in flight: about what its share of the memory's bandwidth times the
+latency asks for. A program that reads 16384 entries makes thousands of programs of a large model, and a few of a small
+layer. What comes after the products needs fewer registers than they do.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -41,8 +41,10 @@ from spectralnorm.linalg.cuda.tiles import (
     slow_offsets,
     stride_at,
 )
+from spectralnorm.linalg.layout import LANES
 
 __all__ = [
+    "ROWS",
     "SLOW",
     "SPAN",
     "BlockField",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 SLOW = 4
+ROWS = 4  # times SLOW: rows of a matrix that a program has where it sums over their fast side
 SPAN = 256  # entries of a whole vector in one program
 
 
@@ -110,7 +113,7 @@ class WholeField(IntEnum):
     SOURCE = 3  # place of the first block's
     TARGET = 4  # where it begins among all whole vectors
     IS_STACKED = 5  # whether the blocks follow each other along this vector
-    SIGMA = 6  # where the norm goes, behind the whole vectors
+    SIGMA = 6  # where the norm goes, before the whole vectors
     WIDTH = 7
 
 
@@ -160,7 +163,10 @@ _WHOLE_SIGMA = tl.constexpr(int(WholeField.SIGMA))
 _WHOLE_WIDTH = tl.constexpr(int(WholeField.WIDTH))
 
 _SLOW = tl.constexpr(SLOW)
+_ROWS = tl.constexpr(ROWS)
 _FAST = tl.constexpr(FAST)
+_LANES = tl.constexpr(LANES)
+_THREADS = tl.constexpr(FAST // LANES)
 _SPAN = tl.constexpr(SPAN)
 _CHUNK = tl.constexpr(64)  # entries of eight rows whose 64 products are in registers at a time
 _SHARES = tl.constexpr(16)  # shares of 8 x 8 that are under way at a time
@@ -201,11 +207,10 @@ def _tile(base, slow, is_slow, fast, is_fast):
 
 
 @triton.jit
-def _stirred(last, direction, back, m, M, mask):
-    """The last row of a frame plus the direction, rolled."""
-    rolled = m - back
-    rolled = tl.where(rolled < 0, rolled + M, rolled)
-    return last + tl.load(direction + rolled, mask=mask, other=0.0)
+def _rolled(m, back, M):
+    """Where in its direction the entries of a frame's last row find what is added to them."""
+    # As in `fast_offsets`: with this claim the threads load for those entries of the frame that they have.
+    return tl.max_contiguous(tl.where(m < back, m - back + M, m - back), _FAST)
 
 
 @triton.jit
@@ -220,7 +225,7 @@ def _with_slow(y0, y1, y2, y3, y4, y5, y6, y7, tile, frame, direction, back, m, 
     y6 += tl.load(frame + 6 * M + m, mask=is_m, other=0.0)[:, None] * tile
     last = tl.load(frame + 7 * M + m, mask=is_m, other=0.0)
     if IS_STIRRED:
-        last = _stirred(last, direction, back, m, M, is_m)
+        last += tl.load(direction + _rolled(m, back, M), mask=is_m, other=0.0)
     y7 += last[:, None] * tile
     return y0, y1, y2, y3, y4, y5, y6, y7
 
@@ -280,6 +285,18 @@ def _image_over_slow(entry, block, frames, direction, back, memory,
 
 
 @triton.jit
+def _with_fast(y, f, tile):
+    """Sums of a row's products with a tile whose fast side is summed over: what a thread has becomes one number."""
+    return y + tl.sum(tl.reshape(f, (_SLOW, _THREADS, _LANES))[None, :, :, :] * tile, axis=3)
+
+
+@triton.jit
+def _tile_of_rows(base, at_row, is_row, fast, is_fast):
+    """Entries of `_ROWS` times `_SLOW` rows of a matrix, (rows, slow, threads, lanes)."""
+    return tl.reshape(_tile(base, at_row, is_row, fast, is_fast), (_ROWS, _SLOW, _THREADS, _LANES))
+
+
+@triton.jit
 def _image_over_fast(entry, block, frames, direction, back, memory,
                      DTYPE: tl.constexpr, IS_STIRRED: tl.constexpr, IS_ALIGNED: tl.constexpr):  # fmt: skip
     """Eight rows times a part of a matrix, summed over its fast side."""
@@ -290,47 +307,38 @@ def _image_over_fast(entry, block, frames, direction, back, memory,
     m_inner, m_outer, m_stride = levels_at(entry + _M_INNER)
     n_inner, n_outer = tl.load(entry + _N_INNER), tl.load(entry + _N_INNER + 1)
     n_stride = stride_at(entry + _N_INNER + 2, IS_ALIGNED)
+    n_start = tl.load(block + _BLOCK_KEPT_START).to(tl.int32)
     m_start = fast_start_at(block + _BLOCK_START)
     m_stop = size_at(block + _BLOCK_STOP, IS_ALIGNED)
     out = memory + tl.load(block + _BLOCK_PART)
-    # Each of the SLOW rows of a tile loads the frame for itself: a vector that all share would have to be passed round
-    # the threads through shared memory.
-    row = tl.arange(0, _SLOW)
-    n = tl.load(block + _BLOCK_KEPT_START).to(tl.int32) + row
-    next_n = n + _SLOW
-    at_n = slow_offsets(n, n_inner, n_outer, n_stride, IS_ALIGNED)
-    at_next_n = slow_offsets(next_n, n_inner, n_outer, n_stride, IS_ALIGNED)
-    y0 = tl.zeros((_SLOW, _FAST), tl.float32)
+    all_n = n_start + tl.arange(0, _ROWS * _SLOW)
+    at_n = slow_offsets(all_n, n_inner, n_outer, n_stride, IS_ALIGNED)
+    # Each warp has a row of the frame for itself, which is that of all its rows of the matrix: what all warps share
+    # would have to be passed round the threads through shared memory.
+    warp = tl.arange(0, _SLOW)
+    n = n_start + (tl.arange(0, _ROWS) * _SLOW)[:, None] + warp[None, :]
+    is_n = n < N
+    y0 = tl.zeros((_ROWS, _SLOW, _THREADS), tl.float32)
     y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
-    x0, x1, x2, x3, x4, x5, x6, x7 = y0, y0, y0, y0, y0, y0, y0, y0
     for start in range(m_start, m_stop, _FAST):
         m = start + tl.arange(0, _FAST)
         is_m = m < m_stop
         at_m = fast_offsets(m, m_inner, m_outer, m_stride, IS_ALIGNED)
-        y = _tile(base, at_n, n < N, at_m, is_m)
-        x = _tile(base, at_next_n, next_n < N, at_m, is_m)
-        ms = m[None, :] + 0 * row[:, None]
-        mask = is_m[None, :] & (row < _SLOW)[:, None]
-        f = tl.load(frame + ms, mask=mask, other=0.0)
-        y0, x0 = y0 + f * y, x0 + f * x
-        f = tl.load(frame + M + ms, mask=mask, other=0.0)
-        y1, x1 = y1 + f * y, x1 + f * x
-        f = tl.load(frame + 2 * M + ms, mask=mask, other=0.0)
-        y2, x2 = y2 + f * y, x2 + f * x
-        f = tl.load(frame + 3 * M + ms, mask=mask, other=0.0)
-        y3, x3 = y3 + f * y, x3 + f * x
-        f = tl.load(frame + 4 * M + ms, mask=mask, other=0.0)
-        y4, x4 = y4 + f * y, x4 + f * x
-        f = tl.load(frame + 5 * M + ms, mask=mask, other=0.0)
-        y5, x5 = y5 + f * y, x5 + f * x
-        f = tl.load(frame + 6 * M + ms, mask=mask, other=0.0)
-        y6, x6 = y6 + f * y, x6 + f * x
-        f = tl.load(frame + 7 * M + ms, mask=mask, other=0.0)
+        tile = _tile_of_rows(base, at_n, all_n < N, at_m, is_m)
+        row = frame + m[None, :] + 0 * warp[:, None]
+        mask = is_m[None, :] & (warp < _SLOW)[:, None]
+        y0 = _with_fast(y0, tl.load(row, mask=mask, other=0.0), tile)
+        y1 = _with_fast(y1, tl.load(row + M, mask=mask, other=0.0), tile)
+        y2 = _with_fast(y2, tl.load(row + 2 * M, mask=mask, other=0.0), tile)
+        y3 = _with_fast(y3, tl.load(row + 3 * M, mask=mask, other=0.0), tile)
+        y4 = _with_fast(y4, tl.load(row + 4 * M, mask=mask, other=0.0), tile)
+        y5 = _with_fast(y5, tl.load(row + 5 * M, mask=mask, other=0.0), tile)
+        y6 = _with_fast(y6, tl.load(row + 6 * M, mask=mask, other=0.0), tile)
+        last = tl.load(row + 7 * M, mask=mask, other=0.0)
         if IS_STIRRED:
-            f = _stirred(f, direction, back, ms, M, mask)
-        y7, x7 = y7 + f * y, x7 + f * x
-    _stored(out, N, n, n < N, y0, y1, y2, y3, y4, y5, y6, y7, 1)
-    _stored(out, N, next_n, next_n < N, x0, x1, x2, x3, x4, x5, x6, x7, 1)
+            last += tl.load(direction + _rolled(m, back, M)[None, :] + 0 * warp[:, None], mask=mask, other=0.0)
+        y7 = _with_fast(y7, last, tile)
+    _stored(out, N, n, is_n, y0, y1, y2, y3, y4, y5, y6, y7, 2)
 
 
 @triton.jit
@@ -344,11 +352,8 @@ def _gram_of_frame(frame, direction, back, M, start, stop, IS_STIRRED: tl.conste
         mask = is_m[None, :] & (row < 8)[:, None]
         f = tl.load(frame + row[:, None] * M + m[None, :], mask=mask, other=0.0)
         if IS_STIRRED:
-            f += tl.where(
-                row[:, None] == 7,
-                _stirred(tl.zeros((_CHUNK,), tl.float32), direction, back, m, M, is_m)[None, :],
-                0.0,
-            )
+            added = tl.load(direction + _rolled(m, back, M), mask=is_m, other=0.0)
+            f += tl.where(row[:, None] == 7, added[None, :], 0.0)
         products += f[:, None, :] * f[None, :, :]
     return tl.sum(products, axis=2)
 
@@ -391,8 +396,8 @@ def _total_gram(shares, number):
 
 @triton.jit
 def _product(left, right):
-    """Of (8, 8) matrices."""
-    return tl.sum(left[:, :, None] * right[None, :, :], axis=1)
+    """L R^T of (8, 8) matrices: the threads that have parts of a sum are then neighbours."""
+    return tl.sum(left[:, None, :] * right[None, :, :], axis=2)
 
 
 @triton.jit
@@ -427,9 +432,12 @@ def _reflection(gram):
     """As `tracking._ritz_reflection`."""
     row = tl.arange(0, 8)
     power = gram
-    for _ in range(_SQUARINGS):
+    for _ in range(_SQUARINGS // 3):
+        # Three times squared, the largest of eight values whose sum is one is above 2^-24.
         trace = tl.sum(_diagonal(power), axis=0)
         power = power / tl.maximum(trace, _TINY)
+        power = _product(power, power)
+        power = _product(power, power)
         power = _product(power, power)
     # NaN is not the largest here, so that there is one; the vectors come out as NaN all the same.
     diagonal = _diagonal(power)
@@ -447,7 +455,7 @@ def _turn(start_gram, image_gram):
     """As `tracking._ritz_turns`."""
     row = tl.arange(0, 8)
     white = _whitening(start_gram)
-    turn = _product(_reflection(_product(_product(white, image_gram), tl.trans(white))), white)
+    turn = _product(_reflection(_product(_product(white, image_gram), white)), tl.trans(white))
     lengths = tl.sum(_product(turn, image_gram) * turn, axis=1)
     longest = tl.sum(tl.where(row == 0, lengths, 0.0), axis=0)
     return turn * tl.rsqrt(tl.maximum(lengths, _EPS * longest + _TINY))[:, None]
@@ -487,7 +495,7 @@ def images_kernel(maps, blocks, counters, frames, directions, shifts, step, memo
         direction += tl.load(entry + _DIRECTION)
         back = (tl.load(shifts + which).to(tl.int32) + step) % M
     if tl.load(entry + _FAST_IS_M) != 0:
-        width = 2 * _SLOW
+        width = _ROWS * _SLOW
         if tl.load(entry + _IS_ALIGNED) != 0:
             _image_over_fast(entry, block, frames, direction, back, memory, DTYPE, IS_STIRRED, True)
         else:
@@ -568,27 +576,23 @@ def _other_over_fast(entry, block, memory, DTYPE: tl.constexpr, IS_ALIGNED: tl.c
     m_inner, m_outer = tl.load(entry + _M_INNER), tl.load(entry + _M_INNER + 1)
     m_stride = stride_at(entry + _M_INNER + 2, IS_ALIGNED)
     n_inner, n_outer, n_stride = levels_at(entry + _N_INNER)
+    m_start = tl.load(block + _BLOCK_KEPT_START).to(tl.int32)
     n_start = fast_start_at(block + _BLOCK_START)
     n_stop = size_at(block + _BLOCK_STOP, IS_ALIGNED)
     out = memory + tl.load(block + _BLOCK_PART)
-    row = tl.arange(0, _SLOW)
-    m = tl.load(block + _BLOCK_KEPT_START).to(tl.int32) + row
-    next_m = m + _SLOW
-    at_m = slow_offsets(m, m_inner, m_outer, m_stride, IS_ALIGNED)
-    at_next_m = slow_offsets(next_m, m_inner, m_outer, m_stride, IS_ALIGNED)
-    z = tl.zeros((_SLOW, _FAST), tl.float32)
-    next_z = z
+    all_m = m_start + tl.arange(0, _ROWS * _SLOW)
+    at_m = slow_offsets(all_m, m_inner, m_outer, m_stride, IS_ALIGNED)
+    warp = tl.arange(0, _SLOW)
+    m = m_start + (tl.arange(0, _ROWS) * _SLOW)[:, None] + warp[None, :]
+    z = tl.zeros((_ROWS, _SLOW, _THREADS), tl.float32)
     for start in range(n_start, n_stop, _FAST):
         n = start + tl.arange(0, _FAST)
         is_n = n < n_stop
         at_n = fast_offsets(n, n_inner, n_outer, n_stride, IS_ALIGNED)
-        tile = _tile(base, at_m, m < M, at_n, is_n)
-        next_tile = _tile(base, at_next_m, next_m < M, at_n, is_n)
-        x = tl.load(lead + n[None, :] + 0 * row[:, None], mask=is_n[None, :] & (row < _SLOW)[:, None], other=0.0)
-        z += x * tile
-        next_z += x * next_tile
-    tl.store(out + m, tl.sum(z, axis=1), mask=m < M)
-    tl.store(out + next_m, tl.sum(next_z, axis=1), mask=next_m < M)
+        tile = _tile_of_rows(base, at_m, all_m < M, at_n, is_n)
+        mask = is_n[None, :] & (warp < _SLOW)[:, None]
+        z = _with_fast(z, tl.load(lead + n[None, :] + 0 * warp[:, None], mask=mask, other=0.0), tile)
+    tl.store(out + m, tl.sum(z, axis=2), mask=m < M)
 
 
 @triton.jit
@@ -601,7 +605,7 @@ def _at_least(value, bound):
 def _places(index, levels):
     """Where entries of a vector are in the one that is returned."""
     inner, outer, stride = levels_at(levels)
-    return offsets(index, inner.to(tl.int32), outer.to(tl.int32), stride.to(tl.int32))
+    return offsets(index, inner, outer, stride)
 
 
 @triton.jit
@@ -619,7 +623,7 @@ def others_kernel(maps, blocks, counters, memory, eps, DTYPE: tl.constexpr, REVI
         else:
             _other_over_slow(entry, block, memory, DTYPE, False)
     else:
-        width = 2 * _SLOW
+        width = _ROWS * _SLOW
         if tl.load(entry + _IS_ALIGNED) != 0:
             _other_over_fast(entry, block, memory, DTYPE, True)
         else:
