@@ -9,8 +9,7 @@ from torch import Tensor
 from spectralnorm.linalg import MatrixView
 
 pytest.importorskip("triton")
-from spectralnorm.linalg.cuda import groups, quotients
-from spectralnorm.linalg.cuda.groups import groups_of
+from spectralnorm.linalg.cuda import quotients
 from spectralnorm.linalg.cuda.quotients import QuotientPlan
 
 WEIGHTS = {
@@ -160,24 +159,6 @@ def test_a_value_can_be_written_in_a_narrower_type_as_well(name: str, device: to
         assert torch.equal(out, weight / sigmas[0])
         assert torch.equal(narrow, (weight / sigmas[0]).half())
         weight.normal_()
-
-
-def test_groups_hold_about_equal_parts_and_every_weight_once() -> None:
-    assert groups_of([4, 5]) == [range(2)]
-    mib = 2**20
-    assert groups_of([10 * mib, 10 * mib, 10 * mib]) == [range(2), range(2, 3)]
-    groups = groups_of([mib] * 200)
-    assert [place for group in groups for place in group] == list(range(200))
-    assert [len(group) for group in groups] == pytest.approx([67, 67, 67], abs=2)
-    assert groups_of([100 * mib, 1, 1]) == [range(1), range(1, 3)]
-
-
-def test_large_models_are_divided_group_by_group(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_CACHE_BYTES", 300)
-    weights = [torch.randn(7, 5, device=device) for _ in range(6)]
-    sigmas = torch.arange(1.0, 7.0, device=device)
-    values = QuotientPlan([(weight, 0) for weight in weights], [1.0] * 6).divide(sigmas).values
-    torch.testing.assert_close(values, [weight / sigma for weight, sigma in zip(weights, sigmas, strict=True)])
 
 
 def test_a_write_into_one_value_is_not_one_into_the_others(device: torch.device) -> None:

@@ -9,10 +9,8 @@ from spectralnorm.linalg import Frame, MatrixView, TrackedTriplet, probe_rows, t
 from spectralnorm.linalg.tracking import complete_frame
 
 pytest.importorskip("triton")
-from spectralnorm.linalg.cuda import tracking, tracking_kernels
+from spectralnorm.linalg.cuda import tracking
 from spectralnorm.linalg.cuda.tracking import TrackingPlan, track_together_cuda
-
-KERNELS = [name for name in tracking_kernels.__all__ if name.endswith("_kernel")]
 
 # Each (batch, out, *columns).
 SHAPES = {
@@ -160,8 +158,8 @@ def test_a_matrix_gets_the_same_bits_whatever_else_is_in_the_plan(device: torch.
 
 def programs_of(plan: TrackingPlan, sides: tuple[bool, ...]) -> list[Tensor]:
     """The tables of the programs of all launches."""
-    groups = plan._tables_of(sides).groups
-    return [programs for group in groups for launches in group for _, programs, _ in launches]
+    tables = plan._tables_of(sides)
+    return [programs for _, programs, _ in (*tables.image_blocks, *tables.other_blocks)]
 
 
 @pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
@@ -188,25 +186,36 @@ def test_counters_are_at_zero_between_launches(device: torch.device) -> None:
         assert not counters.any()
 
 
-def test_each_group_is_divided_when_its_norms_are_known(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_set_gets_the_same_bits_from_more_launches(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = [torch.randn(1, 9, 1200, device=device), torch.randn(2, 140, 30, device=device), torch.randn(1, 5, 4)]
+    matrices = [each.to(device) for each in matrices]
+    frames = [random_frame(each, index % 2 == 0) for index, each in enumerate(matrices)]
+    in_two = TrackingPlan(matrices).track(frames, num_iterations=2)
+    monkeypatch.setattr(tracking, "_SPLIT_BYTES", 0)
+    names: list[str] = []
+    launch = tracking.launch
+    monkeypatch.setattr(tracking, "launch", lambda kernel, *a: names.append(kernel.fn.__name__) or launch(kernel, *a))
+    in_four = TrackingPlan(matrices).track(frames, num_iterations=2)
+    assert names == 2 * ["images_kernel", "turned_kernel", "others_kernel", "ends_kernel"]
+    for mine, theirs in zip(in_four.triplets, in_two.triplets, strict=True):
+        for each, other in zip((*mine[:3], mine.frame.rows), (*theirs[:3], theirs.frame.rows), strict=True):
+            assert torch.equal(each, other)
+
+
+def test_a_division_is_given_the_norms(device: torch.device) -> None:
     matrices = [torch.randn(1, 9 + index, 20, device=device) for index in range(5)]
     frames = [random_frame(each, index % 2 == 0) for index, each in enumerate(matrices)]
-    together = TrackingPlan(matrices).track(frames, num_iterations=2)
-    groups = [range(2), range(2, 3), range(3, 5)]
-    monkeypatch.setattr(tracking, "groups_of", lambda sizes: groups if len(sizes) == 5 else None)
     divided: list[Tensor] = []
 
     class Division:
-        def divide_group(self, index: int, sigmas: Tensor) -> None:
-            assert index == len(divided)
-            assert sigmas.shape == (5,)
-            divided.append(sigmas[groups[index].start : groups[index].stop].clone())
+        def divide(self, sigmas: Tensor) -> None:
+            divided.append(sigmas)
 
     tracked = TrackingPlan(matrices).track(frames, num_iterations=2, division=Division())
-    assert torch.equal(torch.cat(divided), together.sigmas)
-    assert torch.equal(tracked.sigmas, together.sigmas)
-    for mine, theirs in zip(tracked.triplets, together.triplets, strict=True):
-        assert torch.equal(mine.frame.rows, theirs.frame.rows)
+    assert len(divided) == 1
+    assert torch.equal(divided[0], tracked.sigmas)
 
 
 @pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
@@ -245,7 +254,7 @@ def test_launches_do_not_depend_on_the_number_of_weights(
     tracked = plan.track(frames)
     assert launches == ["images_kernel", "others_kernel"]
     plan.whole(tracked, [0] * number)
-    assert sorted(launches) == sorted(KERNELS)
+    assert launches == ["images_kernel", "others_kernel", "wholes_kernel"]
 
 
 def test_a_plan_fits_until_a_tensor_is_somewhere_else() -> None:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded, written
 from spectralnorm.linalg.cuda.quotient_kernels import (
     PIECE,
@@ -77,18 +76,8 @@ class Division(NamedTuple):
     active: None = None
 
     def divide(self, sigmas: Tensor) -> None:
-        """Divide all weights by their norms, (weights,)."""
-        for index in range(len(self.plan._pieces)):
-            self.divide_group(index, sigmas)
-
-    def divide_group(self, index: int, sigmas: Tensor) -> None:
-        """Divide the weights of a group (`groups_of`) by their norms.
-
-        Args:
-            index: of the group.
-            sigmas: (weights,), float32: the norms of all weights. Only those of the group are read.
-        """
-        self.plan._divide_group(index, sigmas, self)
+        """Divide all weights by their norms, (weights,), float32."""
+        self.plan._divide(sigmas, self)
 
 
 class QuotientPlan:
@@ -208,10 +197,10 @@ class QuotientPlan:
             self._last_targets = targets, narrow_targets, table
         return Division(self, table, narrow)
 
-    def _divide_group(self, index: int, sigmas: Tensor, division: Division) -> None:
+    def _divide(self, sigmas: Tensor, division: Division) -> None:
         narrow = division.narrow
         with on_device_of(sigmas):
-            for dtype, blocks in self._pieces[index]:
+            for dtype, blocks in self._pieces:
                 launch(
                     divide_kernel,
                     blocks.shape[0],
@@ -434,12 +423,10 @@ def _starts(weights: Sequence[Tensor]) -> tuple[list[int], int]:
     return starts, stop
 
 
-def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, list[_Launches], _Launches, int]:
-    """The table of weights; the pieces of each group's division and the gradient's blocks, by type; number of parts."""
+def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, _Launches, _Launches, int]:
+    """The table of weights; for each type the pieces of the division and the blocks of the gradient; their parts."""
     entries = []
-    groups = groups_of([weight.numel() * weight.element_size() for weight in weights])
-    pieces: list[dict[torch.dtype, list[list[int]]]] = [{} for _ in groups]
-    group_of = {place: index for index, places in enumerate(groups) for place in places}
+    pieces: dict[torch.dtype, list[list[int]]] = {}
     blocks: dict[torch.dtype, list[list[int]]] = {}
     num_parts = 0
     for index, (weight, layout) in enumerate(zip(weights, layouts, strict=True)):
@@ -457,13 +444,12 @@ def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tenso
         blocks.setdefault(weight.dtype, []).extend(
             [index, start, fast_start, num_parts + part] for part, (start, fast_start) in enumerate(starts)
         )
-        of_group = pieces[group_of[index]].setdefault(weight.dtype, [])
-        of_group.extend([index, start] for start in range(0, weight.numel(), PIECE))
+        pieces.setdefault(weight.dtype, []).extend([index, start] for start in range(0, weight.numel(), PIECE))
         num_parts += len(starts)
         entries.append(entry)
     device = weights[0].device
     on_device = [
         [(TRITON_DTYPES[dtype], torch.tensor(some, device=device)) for dtype, some in launches.items()]
-        for launches in (*pieces, blocks)
+        for launches in (pieces, blocks)
     ]
-    return torch.tensor(entries, device=device), on_device[:-1], on_device[-1], num_parts
+    return torch.tensor(entries, device=device), on_device[0], on_device[1], num_parts

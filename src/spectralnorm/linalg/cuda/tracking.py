@@ -1,4 +1,4 @@
-"""`spectralnorm.linalg.track_together` for all matrices of a model in two launches per iteration.
+"""`spectralnorm.linalg.track_together` for all matrices of a model in two launches per iteration, or four.
 
     plan = TrackingPlan([weight.detach().unsqueeze(0) for weight in weights])  # (1, out, in, height, width)
     tracked = plan.track(frames)
@@ -16,18 +16,20 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 | | the parts, the leading rows | z: 4 R bytes; u, v, sigma |
 
 So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places. What
-an iteration writes is one piece of memory. Matrices that do not fit into the second-level cache together go through
-both kernels in groups (`spectralnorm.linalg.cuda.groups`), so that the second one still finds them there; those of
-several types make launches for each. `TrackingPlan.whole`, for weights in blocks, is one launch more.
+an iteration writes is one piece of memory. Matrices of several types make launches for each. `TrackingPlan.whole`, for
+weights in blocks, is one launch more.
 
-All sums have a fixed order: the same inputs give the same bits, whatever else is in the plan. Programs count
-themselves in memory of the plan, which is at zero between launches: a plan must not run on two streams at a time.
+What follows from a product is done by its last program for a matrix. In a large set that one would be waited for: the
+next frames and the vectors are two launches of many programs then. All sums have a fixed order: the same inputs give
+the same bits, whatever else is in the plan. Programs count themselves in memory of the plan, which is at zero between
+launches: a plan must not run on two streams at a time.
 
 The first call compiles the kernels, which takes seconds; Triton keeps them on the disk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -37,17 +39,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spectralnorm.linalg.cuda.groups import groups_of
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking_kernels import (
     ROWS,
     SLOW,
     SPAN,
+    WIDE,
     Field,
     WholeField,
+    ends_kernel,
     images_kernel,
     others_kernel,
+    turned_kernel,
     wholes_kernel,
 )
 from spectralnorm.linalg.kernel_arguments import packed_frames
@@ -61,20 +65,18 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 # Entries of a matrix that one program reads.
 _ENTRIES_PER_PROGRAM = 16384
 
+# From here on what a program for each matrix would do after a product is worth launches of its own.
+_SPLIT_BYTES = 32 * 2**20
+
 # Pieces of the memory begin at multiples of as many floats.
 _ALIGNMENT = 32
 
 
-class GroupDivision(Protocol):
-    """A division that goes on with the weights of a group while they are in the cache."""
+class Divides(Protocol):
+    """A division that waits for the norms."""
 
-    def divide_group(self, index: int, sigmas: Tensor) -> None:
-        """Divide those of a group of `groups_of`.
-
-        Args:
-            index: of the group.
-            sigmas: (weights,): the norms of all; those of this group and of earlier ones are known.
-        """
+    def divide(self, sigmas: Tensor) -> None:
+        """Divide the weights by their norms, (weights,)."""
 
 
 class Ends(NamedTuple):
@@ -174,6 +176,7 @@ class TrackingPlan:
         self._tables: dict[tuple[bool, ...], _Tables] = {}
         self._wholes: dict[tuple[tuple[bool, ...], tuple[int, ...]], tuple[Tensor, Tensor, list[int]]] = {}
         self._ends: dict[tuple[bool, ...], Tensor] = {}
+        self._batches = [layout.batch for layout in self._layouts]
         self.divides = all(layout.batch == 1 for layout in self._layouts)
         self._shifts: tuple[tuple[int, ...], Tensor] | None = None
         self.vector_sizes = [size for layout in self._layouts for size in (layout.rows, layout.columns)]
@@ -190,7 +193,7 @@ class TrackingPlan:
         num_iterations: int = 1,
         *,
         eps: float = 1e-12,
-        division: GroupDivision | None = None,
+        division: Divides | None = None,
     ) -> Tracked:
         """One step of power iteration for all matrices, as `track_together`.
 
@@ -206,8 +209,7 @@ class TrackingPlan:
                 nothing is added. After the first iteration nothing is.
             num_iterations: at least 1.
             eps: smallest length to divide by.
-            division: called for each group of the tensors, of which each must be one matrix, when their norms are on
-                the way.
+            division: of the tensors, of which each must be one matrix, by the norms: `QuotientPlan.prepared`.
 
         Returns:
             The triplets, u (batch, out), v (batch, in) with the columns in the order of the matrix' own dimensions,
@@ -224,11 +226,14 @@ class TrackingPlan:
         with on_device_of(rows):
             for remaining in reversed(range(num_iterations)):
                 tables = self._tables_of(sides)
-                rows = self._iterated(tables, rows, shifts, step, eps, division if remaining == 0 else None)
+                rows = self._iterated(tables, rows, shifts, step, eps)
                 shifts, step = None, 0
                 if remaining > 0:
                     sides = tables.next_sides
-        return Tracked([layout.batch for layout in self._layouts], tables, sides, rows)
+        tracked = Tracked(self._batches, tables, sides, rows)
+        if division is not None:
+            division.divide(tracked.sigmas)
+        return tracked
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
@@ -269,7 +274,6 @@ class TrackingPlan:
         shifts: Tensor | None,
         step: int,
         eps: float,
-        division: GroupDivision | None,
     ) -> Tensor:
         """The memory that an iteration writes."""
         memory = self._empty(tables.size)
@@ -277,13 +281,17 @@ class TrackingPlan:
         # Without stirring nothing is read from these two.
         stirring = (self._directions, shifts, step) if is_stirred else (frames, tables.maps, 0)
         maps, counters = tables.maps, tables.counters
-        for index, (image_blocks, other_blocks) in enumerate(tables.groups):
-            for dtype, blocks, number in image_blocks:
-                launch(images_kernel, number, maps, blocks, counters, frames, *stirring, memory, is_stirred, dtype)
-            for dtype, blocks, number in other_blocks:
-                launch(others_kernel, number, maps, blocks, counters, memory, eps, dtype)
-            if division is not None:
-                division.divide_group(index, tables.sigmas_in(memory))
+        is_split = tables.spans is not None
+        for dtype, blocks, number in tables.image_blocks:
+            launch(
+                images_kernel, number, maps, blocks, counters, frames, *stirring, memory, is_stirred, is_split, dtype
+            )
+        if tables.spans is not None:
+            launch(turned_kernel, len(tables.spans.along_n), maps, tables.spans.along_n, memory)
+        for dtype, blocks, number in tables.other_blocks:
+            launch(others_kernel, number, maps, blocks, counters, memory, eps, is_split, dtype)
+        if tables.spans is not None:
+            launch(ends_kernel, len(tables.spans.along_m), maps, tables.spans.along_m, memory, eps)
         return memory
 
     def _empty(self, size: int) -> Tensor:
@@ -384,6 +392,13 @@ def _identity_of(matrices: Sequence[Tensor]) -> _Identity:
 _Launches = list[tuple[Any, Tensor, int]]
 
 
+class _Spans(NamedTuple):
+    """Which matrix, and from where: (programs, 2)."""
+
+    along_n: Tensor
+    along_m: Tensor
+
+
 class _Tables(NamedTuple):
     """What the kernels read for frames on given sides.
 
@@ -392,7 +407,9 @@ class _Tables(NamedTuple):
 
     maps: Tensor  # (matrices, Field.WIDTH)
     counters: Tensor  # int32, at zero between launches
-    groups: list[tuple[_Launches, _Launches]]  # of images and of others: (programs, BlockField.WIDTH)
+    image_blocks: _Launches  # (programs, BlockField.WIDTH)
+    other_blocks: _Launches
+    spans: _Spans | None  # of sets so large that a program of each matrix would be waited for
     size: int  # entries of the memory
     first_vector: int  # place of the leading vectors, which the ends follow
     first_sigma: int
@@ -422,6 +439,7 @@ class _Places:
 
 
 def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool], device: torch.device) -> _Tables:
+    both = list(zip(identity, layouts, strict=True))
     maps: list[list[int]] = []
     of_tensors: list[list[list[int]]] = []
     frames, direction = _Places(), 0
@@ -466,6 +484,8 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     memory.align()
     for entry in maps:
         entry[Field.SIGMA] = memory.take(1)
+    sizes = (layout.batch * layout.rows * layout.columns * dtype.itemsize for (_, dtype, *_), layout in both)
+    is_split = sum(sizes) > _SPLIT_BYTES
     image_blocks, other_blocks = [], []
     for index, entry in enumerate(maps):
         m, n, fast_is_m = entry[Field.M], entry[Field.N], bool(entry[Field.FAST_IS_M])
@@ -480,7 +500,7 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
             (Field.IMAGE, NUM_TRACKED * n),
             (Field.GRAMS, NUM_TRACKED**2 * (num_image_blocks + num_image_parts)),
             (Field.TURN, NUM_TRACKED**2),
-            (Field.LENGTH, 1),
+            (Field.LENGTH, math.ceil(n / WIDE)),
             (Field.OTHER, m),
             (Field.SQUARES, num_other_blocks),
         ):
@@ -489,27 +509,18 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
         entry[Field.OTHER_COUNTERS] = counters.take(num_other_blocks + 1)
         image_blocks.append(images)
         other_blocks.append(others)
-    dtypes = [dtype for (_, dtype, *_), layout in zip(identity, layouts, strict=True) for _ in range(layout.batch)]
-    sizes = [
-        layout.batch * layout.rows * layout.columns * dtype.itemsize
-        for (_, dtype, *_), layout in zip(identity, layouts, strict=True)
-    ]
-    first_maps = list(accumulate((layout.batch for layout in layouts), initial=0))
-    groups = []
-    for group in groups_of(sizes):
-        of_group = range(first_maps[group.start], first_maps[group.stop])
-        # What follows from a product is done by one program, and takes longest where the side is long that is kept.
-        # Such matrices come first: others are still being read when that is done.
-        images = sorted(of_group, key=lambda index: -maps[index][Field.N])
-        others = sorted(of_group, key=lambda index: -maps[index][Field.M])
-        groups.append(
-            (_launches(images, dtypes, image_blocks, device), _launches(others, dtypes, other_blocks, device))
-        )
+    dtypes = [dtype for (_, dtype, *_), layout in both for _ in range(layout.batch)]
+    # What follows from a product is done by one program, and takes longest where the side is long that is kept. Such
+    # matrices come first: others are still being read when that is done.
+    images = sorted(range(len(maps)), key=lambda index: -maps[index][Field.N])
+    others = sorted(range(len(maps)), key=lambda index: -maps[index][Field.M])
     are_complete = [_is_complete(entries[0][Field.M]) for entries in of_tensors]
     return _Tables(
         maps=torch.tensor(maps, device=device),
         counters=torch.zeros(counters.size, dtype=torch.int32, device=device),
-        groups=groups,
+        image_blocks=_launches(images, dtypes, image_blocks, device),
+        other_blocks=_launches(others, dtypes, other_blocks, device),
+        spans=_Spans(_spans(maps, Field.N, device), _spans(maps, Field.M, device)) if is_split else None,
         size=memory.size,
         first_vector=maps[0][Field.LEAD],
         first_sigma=maps[0][Field.SIGMA],
@@ -522,6 +533,11 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
             is_left if is_complete else not is_left for is_left, is_complete in zip(sides, are_complete, strict=True)
         ),
     )
+
+
+def _spans(maps: Sequence[Sequence[int]], side: Field, device: torch.device) -> Tensor:
+    spans = [[which, start] for which, entry in enumerate(maps) for start in range(0, entry[side], WIDE)]
+    return torch.tensor(spans, device=device)
 
 
 def _blocks(

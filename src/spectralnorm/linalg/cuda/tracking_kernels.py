@@ -47,17 +47,21 @@ __all__ = [
     "ROWS",
     "SLOW",
     "SPAN",
+    "WIDE",
     "BlockField",
     "Field",
     "WholeField",
+    "ends_kernel",
     "images_kernel",
     "others_kernel",
+    "turned_kernel",
     "wholes_kernel",
 ]
 
 SLOW = 4
 ROWS = 4  # times SLOW: rows of a matrix that a program has where it sums over their fast side
 SPAN = 256  # entries of a whole vector in one program
+WIDE = 512  # entries of vectors: each thread of four warps has four, and all eight rows of them
 
 
 class Field(IntEnum):
@@ -81,7 +85,7 @@ class Field(IntEnum):
     TURN = 27  # of T, 8 x 8
     TURNED = 28  # of T Y
     KEPT = 29  # of a complete frame that stays as it is; else -1
-    LENGTH = 30  # of the squared length of the first row of T Y
+    LENGTH = 30  # of the shares in the squared length of the first row of T Y, one for each `WIDE` of N
     LEAD = 31  # of the vector along N
     OTHER = 32  # of z
     SQUARES = 33  # of the shares in the square of its length, one for each block of M
@@ -170,7 +174,8 @@ _THREADS = tl.constexpr(FAST // LANES)
 _SPAN = tl.constexpr(SPAN)
 _CHUNK = tl.constexpr(64)  # entries of eight rows whose 64 products are in registers at a time
 _SHARES = tl.constexpr(16)  # shares of 8 x 8 that are under way at a time
-_WIDE = tl.constexpr(512)  # entries of vectors: each thread of four warps has four, and all eight rows of them
+_PARTS = tl.constexpr(8)  # parts of a sum that are under way at a time
+_WIDE = tl.constexpr(WIDE)
 _SQUARINGS = tl.constexpr(12)
 _EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
 _TINY = tl.constexpr(1.1754943508222875e-38)
@@ -368,10 +373,11 @@ def _image_and_gram(parts, number, image, N, start, stop):
         mask = (n < stop)[None, :] & (row < 8)[:, None]
         places = row[:, None] * N + n[None, :]
         y = tl.zeros((8, _CHUNK), tl.float32)
-        part = parts
-        for _ in range(0, number):
-            y += tl.load(part + places, mask=mask, other=0.0)
-            part += 8 * N
+        for first in range(0, number, _PARTS):
+            part = first + tl.arange(0, _PARTS)
+            at = part[:, None, None] * (8 * N) + places[None, :, :]
+            is_part = (part < number)[:, None, None] & mask[None, :, :]
+            y += tl.sum(tl.load(parts + at, mask=is_part, other=0.0), axis=0)
         tl.store(image + places, y, mask=mask)
         products += y[:, None, :] * y[None, :, :]
     return tl.sum(products, axis=2)
@@ -462,29 +468,35 @@ def _turn(start_gram, image_gram):
 
 
 @triton.jit
-def _turned(turn, image, N, turned):
-    """T Y, and the squared length of its first row."""
+def _store_turned(entry, memory, first, stop):
+    """Some columns of T Y, and their shares in the squared length of its first row, one for each `WIDE`."""
     row = tl.arange(0, 8)
-    squares = tl.zeros((_WIDE,), tl.float32)
-    for start in range(0, N, _WIDE):
+    N = tl.load(entry + _N).to(tl.int32)
+    turn, image, turned = (
+        memory + tl.load(entry + _TURN),
+        memory + tl.load(entry + _IMAGE),
+        _rows(memory, entry + _TURNED),
+    )
+    shares = memory + tl.load(entry + _LENGTH)
+    for start in range(first, stop, _WIDE):
         n = start + tl.arange(0, _WIDE)
-        is_n = n < N
+        is_n = n < stop
         mask = is_n[None, :] & (row < 8)[:, None]
         y = tl.load(image + row[:, None] * N + n[None, :], mask=mask, other=0.0)
         for index in tl.static_range(8):
             x = tl.sum(tl.load(turn + 8 * index + row)[:, None] * y, axis=0)
             tl.store(turned + index * N + n, x, mask=is_n)
             if index == 0:
-                squares += x * x
-    return tl.sum(squares, axis=0)
+                tl.store(shares + start // _WIDE, tl.sum(x * x, axis=0))
 
 
 @triton.jit(do_not_specialize=["step"])
 def images_kernel(maps, blocks, counters, frames, directions, shifts, step, memory,
-                  IS_STIRRED: tl.constexpr, DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
-    """Y = F A and the next frame T Y: one program for each block of N and part of M.
+                  IS_STIRRED: tl.constexpr, IS_SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+                  REVISION: tl.constexpr):  # fmt: skip
+    """Y = F A, the turn T, and the next frame T Y: one program for each block of N and part of M.
 
-    T Y is the next frame, unless the frame is complete.
+    T Y is the next frame, unless the frame is complete. ``IS_SPLIT`` leaves it to `turned_kernel`.
     """
     block = blocks + tl.program_id(0) * _BLOCK_WIDTH
     which = tl.load(block)
@@ -527,14 +539,23 @@ def images_kernel(maps, blocks, counters, frames, directions, shifts, step, memo
         if _is_last(counter + num_blocks, num_blocks):
             turn = memory + tl.load(entry + _TURN)
             _store_gram(turn, _turn(_total_gram(start_grams, num_parts), _total_gram(grams, num_blocks)))
-            tl.debug_barrier()
-            square = _turned(turn, image, N, _rows(memory, entry + _TURNED))
-            tl.store(memory + tl.load(entry + _LENGTH), square)
+            if not IS_SPLIT:
+                tl.debug_barrier()
+                _store_turned(entry, memory, 0, N)
             kept = tl.load(entry + _KEPT)
             if kept >= 0:
                 place = tl.arange(0, 64)  # a complete frame has at most eight columns
                 is_entry = place < 8 * M
                 tl.store(memory + kept + place, tl.load(frame + place, mask=is_entry, other=0.0), mask=is_entry)
+
+
+@triton.jit
+def turned_kernel(maps, spans, memory, REVISION: tl.constexpr):
+    """A span of T Y."""
+    span = spans + 2 * tl.program_id(0)
+    entry = maps + tl.load(span) * _WIDTH
+    start = tl.load(span + 1).to(tl.int32)
+    _store_turned(entry, memory, start, tl.minimum(start + _WIDE, tl.load(entry + _N).to(tl.int32)))
 
 
 @triton.jit
@@ -609,10 +630,45 @@ def _places(index, levels):
 
 
 @triton.jit
-def others_kernel(maps, blocks, counters, memory, eps, DTYPE: tl.constexpr, REVISION: tl.constexpr):
+def _root_of_sum(shares, number):
+    """The root of the sum of some numbers."""
+    total = tl.zeros((_FAST,), tl.float32)
+    for first in range(0, number, _FAST):
+        share = first + tl.arange(0, _FAST)
+        total += tl.load(shares + share, mask=share < number, other=0.0)
+    return tl.sqrt_rn(tl.sum(total, axis=0))
+
+
+@triton.jit
+def _lead_length(entry, memory, eps):
+    """Of the first row of T Y."""
+    number = tl.cdiv(tl.load(entry + _N).to(tl.int32), _WIDE)
+    return _at_least(_root_of_sum(memory + tl.load(entry + _LENGTH), number), eps)
+
+
+@triton.jit
+def _sigma(entry, memory, length):
+    shares = memory + tl.load(entry + _SQUARES)
+    return _root_of_sum(shares, tl.load(entry + _OTHER_PARTS + 2).to(tl.int32)) / length
+
+
+@triton.jit
+def _store_end(entry, memory, length, sigma, eps, first, stop):
+    """Some entries of z at unit length and in the tensor's order."""
+    other, target = memory + tl.load(entry + _OTHER), memory + tl.load(entry + _END)
+    for start in range(first, stop, _WIDE):
+        index = start + tl.arange(0, _WIDE)
+        y = tl.load(other + index, mask=index < stop, other=0.0) / length
+        y = y / _at_least(sigma, eps)
+        tl.store(target + _places(index, entry + _M_PLACE_INNER), y, mask=index < stop)
+
+
+@triton.jit
+def others_kernel(maps, blocks, counters, memory, eps,
+                  IS_SPLIT: tl.constexpr, DTYPE: tl.constexpr, REVISION: tl.constexpr):  # fmt: skip
     """z = A x for the frame's first row x, both vectors at unit length and in the tensor's order, and sigma.
 
-    One program for each block of M and part of N.
+    One program for each block of M and part of N. ``IS_SPLIT`` leaves sigma and the vector along M to `ends_kernel`.
     """
     block = blocks + tl.program_id(0) * _BLOCK_WIDTH
     entry = maps + tl.load(block) * _WIDTH
@@ -629,7 +685,7 @@ def others_kernel(maps, blocks, counters, memory, eps, DTYPE: tl.constexpr, REVI
         else:
             _other_over_fast(entry, block, memory, DTYPE, False)
 
-    length = _at_least(tl.sqrt_rn(tl.load(memory + tl.load(entry + _LENGTH))), eps)
+    length = _lead_length(entry, memory, eps)
     number = tl.load(block + _BLOCK_BLOCK).to(tl.int32)
     if number == 0:
         stop = tl.load(block + _BLOCK_STOP).to(tl.int32)
@@ -649,24 +705,31 @@ def others_kernel(maps, blocks, counters, memory, eps, DTYPE: tl.constexpr, REVI
         is_m = m < tl.minimum(start + width, M)
         part = memory + tl.load(entry + _OTHER_PARTS)
         z = tl.zeros((_FAST,), tl.float32)
-        for _ in range(0, num_parts):
-            z += tl.load(part + m, mask=is_m, other=0.0)
-            part += M
+        for first in range(0, num_parts, _PARTS):
+            which = first + tl.arange(0, _PARTS)
+            at = which[:, None] * M + m[None, :]
+            z += tl.sum(tl.load(part + at, mask=(which < num_parts)[:, None] & is_m[None, :], other=0.0), axis=0)
         tl.store(other + m, z, mask=is_m)
         tl.store(squares + number, tl.sum(z * z, axis=0))
-        if _is_last(counter + num_blocks, num_blocks):
-            total = tl.zeros((_FAST,), tl.float32)
-            for first in range(0, num_blocks, _FAST):
-                share = first + tl.arange(0, _FAST)
-                total += tl.load(squares + share, mask=share < num_blocks, other=0.0)
-            sigma = tl.sqrt_rn(tl.sum(total, axis=0)) / length
-            tl.store(memory + tl.load(entry + _SIGMA), sigma)
-            target = memory + tl.load(entry + _END)
-            for start in range(0, M, _WIDE):
-                index = start + tl.arange(0, _WIDE)
-                y = tl.load(other + index, mask=index < M, other=0.0) / length
-                y = y / _at_least(sigma, eps)
-                tl.store(target + _places(index, entry + _M_PLACE_INNER), y, mask=index < M)
+        if not IS_SPLIT:  # noqa: SIM102 - Triton's `and` asks both sides
+            if _is_last(counter + num_blocks, num_blocks):
+                sigma = _sigma(entry, memory, length)
+                tl.store(memory + tl.load(entry + _SIGMA), sigma)
+                _store_end(entry, memory, length, sigma, eps, 0, M)
+
+
+@triton.jit
+def ends_kernel(maps, spans, memory, eps, REVISION: tl.constexpr):
+    """A span of the vector along M, and sigma."""
+    span = spans + 2 * tl.program_id(0)
+    entry = maps + tl.load(span) * _WIDTH
+    start = tl.load(span + 1).to(tl.int32)
+    M = tl.load(entry + _M).to(tl.int32)
+    length = _lead_length(entry, memory, eps)
+    sigma = _sigma(entry, memory, length)
+    if start == 0:
+        tl.store(memory + tl.load(entry + _SIGMA), sigma)
+    _store_end(entry, memory, length, sigma, eps, start, tl.minimum(start + _WIDE, M))
 
 
 @triton.jit
