@@ -12,13 +12,14 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 | images | the matrices; the frames, 32 R bytes for every 128 columns | parts of Y: P / 16 floats |
 | | the parts | Y: 32 C bytes |
 | | Y | the next frames: 32 C bytes |
-| others | the matrices again | parts of z: P / 128 floats |
+| others | the matrices again | parts of z: P / 1024 floats |
 | | the parts, the leading rows | z: 4 R bytes; u, v, sigma |
 
-So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places. What
-an iteration writes is one piece of memory. Matrices that do not fit into the second-level cache together go through
-both kernels in groups (`spectralnorm.linalg.cuda.groups`), so that the second one still finds them there; those of
-several types make launches for each. `TrackingPlan.whole`, for weights in blocks, is one launch more.
+So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places, and
+both kinds of parts are P / 128 floats, where the weights lie in memory as torch has them. What an iteration writes is
+one piece of memory. Matrices that do not fit into the second-level cache together go through both kernels in groups
+(`spectralnorm.linalg.cuda.groups`), so that the second one still finds them there; those of several types make launches
+for each. `TrackingPlan.whole`, for weights in blocks, is one launch more.
 
 All sums have a fixed order: the same inputs give the same bits, whatever else is in the plan. Programs count
 themselves in memory of the plan, which is at zero between launches: a plan must not run on two streams at a time.
