@@ -279,6 +279,25 @@ def test_what_no_kernel_reads_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_left", [True, False], ids=["left", "right"])
+def test_every_call_gives_the_same_bits(is_left: bool) -> None:
+    # Many programs at a time, in an order that is another one in each call.
+    shapes = [(512, 513, 3, 3), (8, 4), (512, 8192), (64, 64), (1, 8192), (512, 512, 3, 3), (3, 2100)] * 2
+    matrices = [torch.randn(1, *shape, device="cuda") for shape in shapes]
+    frames = [random_frame(each, is_left) for each in matrices]
+    plan = TrackingPlan(matrices)
+    first = plan.track(frames, num_iterations=2)
+    for _ in range(50):
+        again = plan.track(frames, num_iterations=2)
+        assert torch.equal(again.sigmas, first.sigmas)
+        for mine, theirs in zip(again.vector_pairs, first.vector_pairs, strict=True):
+            assert all(map(torch.equal, mine, theirs))
+    expected = torch.cat([reference(*pair, num_iterations=2).sigma for pair in zip(matrices, frames, strict=True)])
+    # Not their vectors: of so many matrices some have values that the iterations do not tell apart.
+    torch.testing.assert_close(first.sigmas.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
 def test_a_captured_graph_follows_the_weights(device: torch.device) -> None:
     device = torch.device("cuda")
     matrices = [torch.randn(1, 64, 96, device=device), torch.randn(4, 10, 3, 3, device=device)]
@@ -289,9 +308,10 @@ def test_a_captured_graph_follows_the_weights(device: torch.device) -> None:
     with torch.cuda.graph(graph):
         tracked = plan.track(frames)
         *_, sigmas = plan.whole(tracked, [0, 0])
-    for each in matrices:
-        each.normal_()
-    graph.replay()
-    for each, frame, found in zip(matrices, frames, tracked.triplets, strict=True):
-        assert_same(found, reference(each, frame), each)
-    torch.testing.assert_close(sigmas, torch.stack([each.sigma.amax() for each in tracked.triplets]))
+    for _ in range(3):
+        for each in matrices:
+            each.normal_()
+        graph.replay()
+        for each, frame, found in zip(matrices, frames, tracked.triplets, strict=True):
+            assert_same(found, reference(each, frame), each)
+        torch.testing.assert_close(sigmas, torch.stack([each.sigma.amax() for each in tracked.triplets]))

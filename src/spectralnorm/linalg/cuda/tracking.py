@@ -9,15 +9,16 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 
 | kernel | reads | writes |
 |---|---|---|
-| images | the matrices; the frames, 32 R bytes for every 128 columns | parts of Y: P / 16 floats |
+| images | the matrices; the frames, 32 R bytes for every 128 columns | parts of Y: P / 32 floats |
 | | the parts | Y: 32 C bytes |
 | | Y | the next frames: 32 C bytes |
-| others | the matrices again | parts of z: P / 128 floats |
+| others | the matrices again | parts of z: P / 1024 floats |
 | | the parts, the leading rows | z: 4 R bytes; u, v, sigma |
 
-So 2 P entries are read, and about a sixth of P in other things. With frames on the right, R and C change places. What
-an iteration writes is one piece of memory. Matrices of several types make launches for each. `TrackingPlan.whole`, for
-weights in blocks, is one launch more.
+So 2 P entries are read, and about a tenth of P in other things. With frames on the right, R and C change places, and
+both kinds of parts are P / 128 floats, where the weights lie in memory as torch has them. What an iteration writes is
+one piece of memory. Matrices of several types make launches for each. `TrackingPlan.whole`, for weights in blocks, is
+one launch more.
 
 What follows from a product is done by its last program for a matrix. In a large set that one would be waited for: the
 next frames and the vectors are two launches of many programs then. All sums have a fixed order: the same inputs give
@@ -62,8 +63,8 @@ __all__ = ["TRITON_DTYPES", "Ends", "Tracked", "TrackingPlan", "track_together_c
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Entries of a matrix that one program reads.
-_ENTRIES_PER_PROGRAM = 16384
+# Entries of a matrix that one program reads: over the slow side its sums are the whole width of a row.
+_ENTRIES_OVER_FAST, _ENTRIES_OVER_SLOW = 16384, 32768
 
 # From here on what a program for each matrix would do after a product is worth launches of its own.
 _SPLIT_BYTES = 32 * 2**20
@@ -551,7 +552,7 @@ def _blocks(
         Their rows of the table; the place of the parts, their number and that of the blocks.
     """
     width = ROWS * SLOW if sums_fast else FAST
-    length = _ENTRIES_PER_PROGRAM // width
+    length = (_ENTRIES_OVER_FAST if sums_fast else _ENTRIES_OVER_SLOW) // width
     kept_starts, starts = range(0, kept, width), range(0, summed, length)
     first = memory.take(len(starts) * part_size)
     rows = [
