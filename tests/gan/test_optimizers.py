@@ -9,10 +9,10 @@ from spectralnorm.gan.optimizers import Muon, check_optimizer, make_optimizer, o
 
 
 @pytest.mark.parametrize("name", optimizer_names())
-def test_every_optimizer_lowers_a_loss(name: str):
+def test_every_optimizer_lowers_a_loss(name: str, device: torch.device):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    inputs = torch.randn(64, 4)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
+    inputs = torch.randn(64, 4, device=device)
     targets = inputs.sum(1, keepdim=True).tanh()
     optimizer = make_optimizer("optimizer", name, network.parameters(), lr=0.05, betas=(0.5, 0.9))
     losses = []
@@ -23,6 +23,17 @@ def test_every_optimizer_lowers_a_loss(name: str):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
+
+
+def test_one_kernel_for_all_weights_is_asked_for_where_torch_has_it():
+    def optimizer(name: str, device: str) -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.zeros(2, device=device))]
+        return make_optimizer("optimizer", name, parameters, lr=0.1, betas=(0.5, 0.9))
+
+    assert optimizer("adagrad", "cpu").defaults["fused"]
+    assert optimizer("adam", "cpu").defaults["fused"]
+    assert not optimizer("adagrad", "meta").defaults["fused"]
+    assert "fused" not in optimizer("rmsprop", "cpu").defaults
 
 
 def test_settings_reach_the_optimizer():

@@ -21,8 +21,9 @@ __all__ = ["Muon", "check_optimizer", "make_optimizer", "optimizer_names"]
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}
 # The step size is a setting of its own; steps are neither differentiated nor captured in a graph of CUDA.
 _NO_OPTIONS = {"params", "lr", "differentiable", "capturable"}
-# Those with one kernel for all weights, on CPUs and on GPUs.
-_FUSED = {"adam", "adamw", "sgd", "adagrad"}
+# Those with one kernel for all weights, and where torch has it.
+_EVERYWHERE = ("cpu", "cuda", "mps")
+_FUSED = {"adam": _EVERYWHERE, "adamw": _EVERYWHERE, "sgd": _EVERYWHERE, "adagrad": ("cpu",)}
 
 
 class Muon(torch.optim.Optimizer):
@@ -159,10 +160,12 @@ def make_optimizer(
             advice = "the step size is a setting of its own" if option == "lr" else f"choose among {choices}"
             raise UserError(f"{which} '{name}' has no option '{option}'; {advice}.")
     check_kinds(which, spec, known)
+    parameters = list(parameters)
+    devices = {parameter.device.type for parameter in parameters}
     options: dict[str, Any] = {"lr": lr}
     if "betas" in known:
         options["betas"] = betas
-    if name.lower() in _FUSED and "foreach" not in given:
+    if devices.issubset(_FUSED.get(name.lower(), ())) and "foreach" not in given:
         options["fused"] = True
     try:
         return kind(parameters, **{**options, **given})
