@@ -76,21 +76,15 @@ def digits(device):
 
 
 def of_sets(repeats, device, measure=in_turns):
-    """The table of torch's two, and that of the peers, if there are any."""
+    """The table of torch's two."""
     lines = [
         "| weights | layers | numbers | floor | plain | ours | P | O | P / ours | O / ours | ours / floor | "
         "ours, after other work | P | P / ours |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    peers = [
-        "| weights | ours |" + "".join(f" {peer} | {peer} / ours |" for peer in PEERS),
-        "|---|---|" + "---|---|" * len(PEERS),
-    ]
     form = f".{digits(device)}f"
     for name, shapes in weight_sets().items():
-        numel = sum(math.prod(shape) for shape in shapes)
-        # On a GPU a step of large weights takes about as long as one of small ones.
-        rounds = repeats if numel < 1e7 or device.type == "cuda" else max(5, repeats // 4)
+        numel, rounds = sum(math.prod(shape) for shape in shapes), rounds_for(shapes, repeats, device)
         found = normalization(shapes, rounds, device, ("plain", "ours", *TORCHS), measure=measure)
         other_work = dict.fromkeys(NETS, OtherWork(device))
         chilled = normalization(shapes, rounds, device, NETS, before=other_work, measure=measure)
@@ -99,14 +93,29 @@ def of_sets(repeats, device, measure=in_turns):
         cells += [*_cells(found, TORCHS, form), f"{net(found, 'ours').median / floor:.1f}"]
         cells += _cells(chilled, ["P"], form)
         lines.append(f"| {' | '.join(cells)} |")
-        if PEERS:
-            names = ("plain", "ours", *PEERS)
-            with_peers = normalization(shapes, max(5, rounds // 2), device, names, measure=measure)
-            mine, *others = _cells(with_peers, PEERS, form)
-            times, ratios = others[: len(PEERS)], others[len(PEERS) :]
-            cells = [name, mine, *(cell for pair in zip(times, ratios, strict=True) for cell in pair)]
-            peers.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *peers] if PEERS else lines
+    return lines
+
+
+def rounds_for(shapes, repeats, device):
+    # On a GPU a step of large weights takes about as long as one of small ones.
+    is_small = sum(math.prod(shape) for shape in shapes) < 1e7
+    return repeats if is_small or device.type == "cuda" else max(5, repeats // 4)
+
+
+def of_peers(repeats, device):
+    """The table of the peers."""
+    lines = [
+        "| weights | ours |" + "".join(f" {peer} | {peer} / ours |" for peer in PEERS),
+        "|---|---|" + "---|---|" * len(PEERS),
+    ]
+    for name, shapes in weight_sets().items():
+        rounds = max(5, rounds_for(shapes, repeats, device) // 2)
+        found = normalization(shapes, rounds, device, ("plain", "ours", *PEERS))
+        mine, *others = _cells(found, PEERS, f".{digits(device)}f")
+        times, ratios = others[: len(PEERS)], others[len(PEERS) :]
+        cells = [name, mine, *(cell for pair in zip(times, ratios, strict=True) for cell in pair)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _cells(found, rivals, form):
@@ -222,13 +231,22 @@ class Page:
     """The result page: every part is printed as soon as it is there."""
 
     def __init__(self, *lines):
-        self.lines, self.began = [*lines], time.perf_counter()
+        self.lines, self.began, self.figure = [*lines], time.perf_counter(), None
         print("\n".join(lines), flush=True)
 
     def add(self, title, *lines):
         text = ["", f"## {title}", "", *lines]
         print("\n".join([*text, "", f"({time.perf_counter() - self.began:.0f} s so far)"]), flush=True)
         self.lines += text
+
+    def write(self, device):
+        path = write_result("normalization", "\n".join([*self.lines, ""]), device=device.type)
+        if self.figure is not None:
+            figure = path.with_suffix(".svg")
+            figure.write_text(self.figure, encoding="utf-8")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"\n![Net time against depth and width]({figure.name})\n")
+        print(f"Written: {path.relative_to(RESULTS.parent.parent)}")
 
 
 def told(section, *arguments):
@@ -255,6 +273,7 @@ SETS = (
     "and written once. After other work: a convolution of images before every step, which leaves nothing of it in a "
     "cache."
 )
+PEERS_TOO = "In rounds of their own, net of the plain model as above."
 BUSY = (
     "Durations of the device's kernels and copies, summed; net of the plain model's, which adds the gradients of the "
     "two uses weight by weight. The floor is measured in the same way, one copy after the other: smaller sets stay in "
@@ -273,12 +292,10 @@ OVER = "What is over plain is the median of the rounds' ratios, in each of which
 
 
 def measure_all(page, repeats, device):
-    """Every section after the first; returns what is drawn."""
+    """Every section after the first, those that are asked for most before others."""
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        sets = told(of_sets, BUSY_ROUNDS, device, busy_in_turns)
-        page.add("The same, by the time that the device is busy", BUSY, "", *sets)
-        page.add("Launches and memory", LAUNCHES, "", *told(of_launches, device))
+    if PEERS and not on_gpu:
+        page.add("Beside the peers", PEERS_TOO, "", *of_peers(repeats, device))
     for title, settings in WHOLE_STEPS.items() if on_gpu else [next(iter(WHOLE_STEPS.items()))]:
         steps = whole_steps(settings, device)
         lines = of_whole_steps(steps, repeats if on_gpu else max(5, repeats // 2), device)
@@ -286,15 +303,20 @@ def measure_all(page, repeats, device):
             lines += ["", *told(of_busy_steps, steps, device)]
         lines += ["", *of_evaluation(steps, repeats, device)]
         page.add(f"Whole steps: {title}, batch {BATCH}", *lines, "", OVER)
-    series = growth(repeats, device)
-    page.add("How it grows", *of_growth(series, device))
-    # Last, because what fails in a capture or under another program is not to disturb the rest.
     if on_gpu:
+        sets = told(of_sets, BUSY_ROUNDS, device, busy_in_turns)
+        page.add("The normalization by the time that the device is busy", BUSY, "", *sets)
+        page.add("Launches and memory", LAUNCHES, "", *told(of_launches, device))
         for title, settings in WHOLE_STEPS.items():
             lines = told(of_captured_steps, settings, repeats, device)
             page.add(f"Whole steps as CUDA graphs: {title}, batch {BATCH}", GRAPHS, "", *lines)
+    series = growth(repeats, device)
+    page.figure = picture(series)
+    page.add("How it grows", *of_growth(series, device))
+    if on_gpu:
         page.add("Bytes moved in device memory", MOVED, "", *told(of_moved_bytes))
-    return picture(series)
+        if PEERS:
+            page.add("Beside the peers", PEERS_TOO, "", *of_peers(repeats // 2, device))
 
 
 def main():
@@ -322,13 +344,11 @@ def main():
     page.add("The normalization of one discriminator step", SETS, "", *sets)
     if arguments.quick:
         return
-    figure_text = measure_all(page, repeats, device)
-    path = write_result("normalization", "\n".join([*page.lines, ""]), device=device.type)
-    figure = path.with_suffix(".svg")
-    figure.write_text(figure_text, encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"\n![Net time against depth and width]({figure.name})\n")
-    print(f"Written: {path.relative_to(RESULTS.parent.parent)}")
+    try:
+        measure_all(page, repeats, device)
+    except KeyboardInterrupt:  # a machine may be lent for so long and no longer
+        page.lines += ["", "Interrupted: what would follow was not measured."]
+    page.write(device)
 
 
 if __name__ == "__main__":
