@@ -1,7 +1,7 @@
 """Weights renewed together by kernels of our own: what is called does not grow with the number of layers.
 
 What the engine does in torch's operations, weight by weight or shape by shape, is done here for all weights of a step
-at once. On a GPU seven launches of Triton kernels find the norms and vectors, one divides, one writes the buffers, and
+at once. On a GPU two launches of Triton kernels find the norms and vectors, one divides, one writes the buffers, and
 the backward is two; on a CPU it is one call each of kernels in C. The numbers are those of the engine but for rounding.
 
 Only what the kernels can read comes here: one matrix or its diagonal blocks, float32 (on a GPU a half type as well), no

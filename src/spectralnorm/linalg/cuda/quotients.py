@@ -43,7 +43,8 @@ from spectralnorm.linalg.layout import Layout, layout_of
 __all__ = ["Divided", "Division", "QuotientPlan"]
 
 _ALIGNMENT_BYTES = 256
-_MOST_TABLES = 256  # of integers that are the same again, step after step
+_MOST_SUBSETS = 256  # of weights whose gradients came without the others', remembered
+_MOST_SENT = 32  # tables of integers that are the same again, step after step
 
 
 class Divided(NamedTuple):
@@ -184,7 +185,7 @@ class QuotientPlan:
         """
         if targets is None:
             self._check_outs(outs, range(len(self._layouts)))
-            targets = torch.tensor([out.data_ptr() for out in outs])
+            targets = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64, device="cpu")
         narrow = None if narrows is None else narrows[0].dtype
         last = self._last_targets
         if last is not None and last[0] is targets and last[1] is narrow_targets:
@@ -347,7 +348,7 @@ class QuotientPlan:
         key = tuple(values)
         found = self._sent.get(key)
         if found is None:
-            if len(self._sent) >= _MOST_TABLES:
+            if len(self._sent) >= _MOST_SENT:
                 self._sent.clear()
             found = self._sent[key] = uploaded(values, self.device)
         return found
@@ -387,7 +388,7 @@ class QuotientPlan:
         """Those of some weights."""
         blocks_of_types = self._some_blocks.get(places)
         if blocks_of_types is None:
-            if len(self._some_blocks) >= _MOST_TABLES:
+            if len(self._some_blocks) >= _MOST_SUBSETS:
                 self._some_blocks.clear()
             wanted = torch.tensor(places, device=self.device)
             chosen = [(dtype, blocks[torch.isin(blocks[:, 0], wanted)]) for dtype, blocks in self._blocks]
