@@ -264,29 +264,27 @@ class ByKernels:
             for kept, value in zip(kepts, narrows, strict=True):
                 kept.rounded = Rounded(rounded, value, value._version, outputs=Outputs())
 
-    def can_round(self, dtype: torch.dtype) -> bool:
-        """Whether `round` can be asked for values of ``dtype``."""
-        division, kernels = self._division, self._plans.kernels
-        return (
-            division is not None
-            and not kernels.are_of_host
-            and division.rounded is None
-            and all(like.dtype == torch.float32 for like in self._plans.prototypes)
-        )
-
     @torch.no_grad()
-    def round(self, dtype: torch.dtype) -> None:
-        """Round all values for uses under autocast to ``dtype``, as the next ones will be at once if these are used."""
-        division, members = self._division, self.current()
-        assert division is not None
+    def round(self, dtype: torch.dtype) -> bool:
+        """Round all values for uses under autocast to ``dtype``, as the next ones will be at once if these are used.
+
+        Returns:
+            Whether they have been rounded. They are not on a CPU, if one is of a half type, or if they have been
+            rounded to another type already.
+        """
+        division, kernels = self._division, self._plans.kernels
+        are_wide = all(like.dtype == torch.float32 for like in self._plans.prototypes)
+        if division is None or kernels.are_of_host or division.rounded is not None or not are_wide:
+            return False
         likes = self._plans.prototypes_of(dtype)
         narrows = Memory([None] * len(likes), self._plans.device)
         rounded = narrows.free_at(range(len(likes)), likes)
         torch._foreach_copy_(rounded, [*division.values])  # type: ignore[reportPrivateImportUsage]
         division.rounded = dtype, narrows
-        for _, kept in members:
+        for _, kept in self.current():
             value = rounded[kept.index]
             kept.rounded = Rounded(dtype, value, value._version, outputs=Outputs())
+        return True
 
     def _promises(self, members: Sequence[Member]) -> dict[int, Promise]:
         """Of the strict weights, by place."""

@@ -211,9 +211,7 @@ def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor
         with plain_arithmetic(weight):
             if normalization.strict:
                 kept.rounded = _rounded_strict(normalization, kept, weight.detach(), dtype)
-            elif isinstance(kept.followed, ByKernels) and kept.own_quotient is None and kept.followed.can_round(dtype):
-                kept.followed.round(dtype)
-            else:
+            elif not isinstance(kept.followed, ByKernels) or not kept.followed.round(dtype):
                 value = kept.value.to(dtype)
                 kept.rounded = Rounded(dtype, value, value._version)
     assert kept.rounded is not None
