@@ -193,11 +193,10 @@ def test_a_large_set_gets_the_same_bits_from_more_launches(
     matrices = [each.to(device) for each in matrices]
     frames = [random_frame(each, index % 2 == 0) for index, each in enumerate(matrices)]
     in_two = TrackingPlan(matrices).track(frames, num_iterations=2)
-    monkeypatch.setattr(tracking, "_SPLIT_BYTES", 0)
     names: list[str] = []
     launch = tracking.launch
     monkeypatch.setattr(tracking, "launch", lambda kernel, *a: names.append(kernel.fn.__name__) or launch(kernel, *a))
-    in_four = TrackingPlan(matrices).track(frames, num_iterations=2)
+    in_four = TrackingPlan(matrices, is_split=True).track(frames, num_iterations=2)
     assert names == 2 * ["images_kernel", "turned_kernel", "others_kernel", "ends_kernel"]
     for mine, theirs in zip(in_four.triplets, in_two.triplets, strict=True):
         for each, other in zip((*mine[:3], mine.frame.rows), (*theirs[:3], theirs.frame.rows), strict=True):

@@ -155,12 +155,19 @@ class TrackingPlan:
             the plan was made (`fits`), and are not kept alive by it.
         directions: for each tensor what is added to the last row of its frames, rolled (`track`): a vector (out,) for
             frames on the left and one (in,) for frames on the right. None: nothing.
+        is_split: whether what follows from a product is done in launches of its own; None: for more than 32 MiB.
 
     Raises:
         ValueError: a matrix has another type or device, no entries, or strides that no kernel reads (`layout_of`).
     """
 
-    def __init__(self, matrices: Sequence[Tensor], directions: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        directions: Sequence[tuple[Tensor, Tensor]] | None = None,
+        *,
+        is_split: bool | None = None,
+    ) -> None:
         if not matrices:
             raise ValueError("A plan needs at least one matrix, got none.")
         self.device = matrices[0].device
@@ -170,6 +177,8 @@ class TrackingPlan:
             if matrix.device != self.device:
                 raise ValueError(f"All matrices must be on {self.device}, got one on {matrix.device}.")
         self._identity = _identity_of(matrices)
+        num_bytes = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+        self._is_split = num_bytes > _SPLIT_BYTES if is_split is None else is_split
         self._layouts = [layout_of(matrix) for matrix in matrices]
         self._directions = None
         if directions is not None:
@@ -317,7 +326,7 @@ class TrackingPlan:
 
     def _tables_of(self, sides: tuple[bool, ...]) -> _Tables:
         if sides not in self._tables:
-            self._tables[sides] = _tables(self._identity, self._layouts, sides, self.device)
+            self._tables[sides] = _tables(self._identity, self._layouts, sides, self._is_split, self.device)
         return self._tables[sides]
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
@@ -439,7 +448,9 @@ class _Places:
         self.size += -self.size % _ALIGNMENT
 
 
-def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool], device: torch.device) -> _Tables:
+def _tables(
+    identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool], is_split: bool, device: torch.device
+) -> _Tables:
     both = list(zip(identity, layouts, strict=True))
     maps: list[list[int]] = []
     of_tensors: list[list[list[int]]] = []
@@ -485,8 +496,6 @@ def _tables(identity: _Identity, layouts: Sequence[Layout], sides: Sequence[bool
     memory.align()
     for entry in maps:
         entry[Field.SIGMA] = memory.take(1)
-    sizes = (layout.batch * layout.rows * layout.columns * dtype.itemsize for (_, dtype, *_), layout in both)
-    is_split = sum(sizes) > _SPLIT_BYTES
     image_blocks, other_blocks = [], []
     for index, entry in enumerate(maps):
         m, n, fast_is_m = entry[Field.M], entry[Field.N], bool(entry[Field.FAST_IS_M])
