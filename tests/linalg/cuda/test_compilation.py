@@ -14,14 +14,14 @@ COMPILE = r"""
 import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from spectralnorm.linalg.cuda import quotient_kernels, storing, tracking_kernels
+from spectralnorm.linalg.cuda import image_kernels, other_kernels, quotient_kernels, storing
 
 dtype = getattr(tl, sys.argv[1])
 constants = dict.fromkeys(("DTYPE", "GRAD_DTYPE", "NARROW"), dtype)
 constants |= {"IS_STIRRED": True, "IS_SPLIT": False, "HAS_NARROW": False, "REVISION": 0}
 integers = {"maps", "blocks", "spans", "shifts", "table", "weights", "targets", "calls", "ends"}
 others = {"eps": "fp32", "out": "*u8", "counters": "*i32", "step": "i32"}
-for module in (tracking_kernels, quotient_kernels, storing):
+for module in (image_kernels, other_kernels, quotient_kernels, storing):
     for name in module.__all__:
         if name.endswith("_kernel"):
             kernel = getattr(module, name)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectralnorm.linalg.cuda import tiles
+from spectralnorm.linalg.cuda import frame_turn, product_parts, tiles
 
 __all__ = ["is_capturing", "launch", "on_device_of", "relative_addresses", "uploaded", "written"]
 
@@ -71,8 +71,8 @@ def _revision(module: str) -> int:
     Triton 3.2 finds what it has compiled before by the source of a kernel, and does not look at constants from outside
     of it. What another version of this package left in the cache must not be taken for ours.
     """
-    constants = vars(sys.modules[module]) | vars(tiles)
-    values = sorted((name, each.value) for name, each in constants.items() if isinstance(each, tl.constexpr))
+    constants = [vars(each).items() for each in (sys.modules[module], tiles, product_parts, frame_turn)]
+    values = sorted((name, each.value) for some in constants for name, each in some if isinstance(each, tl.constexpr))
     return zlib.crc32(repr(values).encode()) % 2**31
 
 

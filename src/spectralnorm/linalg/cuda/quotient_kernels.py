@@ -1,7 +1,7 @@
 """The kernels of `spectralnorm.linalg.cuda.quotients`.
 
 The division does not ask what an entry means: it goes through each weight's memory in pieces. The gradient adds u v^T,
-so it goes through the matrix in tiles of its slow and its fast side, as the products of `tracking_kernels` do; sums go
+so it goes through the matrix in tiles of its slow and its fast side, as the products of `image_kernels` do; sums go
 to memory of their own for each program and are added up in a fixed order. Block sizes are chosen, not measured: a
 program of the division has eight 128-bit loads under way in each thread, one of the inner product four, one of the
 gradient two, which leaves registers for four programs to a multiprocessor.

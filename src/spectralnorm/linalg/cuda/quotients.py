@@ -36,7 +36,8 @@ from spectralnorm.linalg.cuda.quotient_kernels import (
     inner_kernel,
 )
 from spectralnorm.linalg.cuda.tiles import FAST
-from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES, Ends
+from spectralnorm.linalg.cuda.tracking import Ends
+from spectralnorm.linalg.cuda.tracking_tables import TRITON_DTYPES
 from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import Layout, layout_of
 

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, relative_addresses, uploaded
-from spectralnorm.linalg.cuda.tracking import TRITON_DTYPES, Ends
+from spectralnorm.linalg.cuda.tracking import Ends
+from spectralnorm.linalg.cuda.tracking_tables import TRITON_DTYPES
 from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore", "store_kernel"]
