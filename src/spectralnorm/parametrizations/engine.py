@@ -10,9 +10,8 @@ renewed alone and anew (`spectralnorm.linalg.refine`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -235,7 +234,7 @@ def rounded_output_for_use(normalization: SpectralNorm, kept: Kept, rounded: Rou
     """What is used under autocast in the graph, for one use."""
     if rounded.outputs is not None:
         if rounded.outputs.is_used_up():
-            _connect(normalization, kept, weight, partial(_rounded_outputs_of, rounded.dtype), are_rounded=True)
+            _connect(normalization, kept, weight, rounded.dtype)
         return rounded.outputs.take()
     if rounded.output is None:
         if rounded.quotient is not None:
@@ -244,11 +243,6 @@ def rounded_output_for_use(normalization: SpectralNorm, kept: Kept, rounded: Rou
             rounded.output = CastWeight.apply(output_for_use(normalization, kept, weight), rounded.value)
     assert rounded.output is not None
     return rounded.output[...]
-
-
-def _rounded_outputs_of(dtype: torch.dtype, kept: Kept) -> Outputs | None:
-    rounded = kept.rounded
-    return None if rounded is None or rounded.dtype != dtype else rounded.outputs
 
 
 def divisors_of(normalizations: Sequence[SpectralNorm], sigmas: Tensor, verdict: Verdict) -> list[Divisor]:
@@ -341,40 +335,37 @@ def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> T
     """The value in the graph, for one use."""
     outputs = kept.outputs
     if outputs.is_used_up():
-        _connect(normalization, kept, weight, _outputs_of)
+        _connect(normalization, kept, weight)
     return outputs.take()
 
 
-def _outputs_of(kept: Kept) -> Outputs | None:
-    return kept.outputs
+def _outputs_of(kept: Kept, dtype: torch.dtype | None) -> Outputs | None:
+    """Those of the value, or of the one that was rounded to ``dtype`` together with others."""
+    if dtype is None:
+        return kept.outputs
+    rounded = kept.rounded
+    return None if rounded is None or rounded.dtype != dtype else rounded.outputs
 
 
-def _connect(
-    normalization: SpectralNorm,
-    kept: Kept,
-    weight: Tensor,
-    outputs_of: Callable[[Kept], Outputs | None],
-    *,
-    are_rounded: bool = False,
-) -> None:
-    """Make the node of the graph for a kept value, and for the small ones renewed with it."""
+def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Make the node of the graph for a kept value, rounded to ``dtype`` or not, and for the small ones with it."""
     joined, most = [(kept, weight)], _most_in_shared_node(kept)
     if weight.numel() <= most:
         joined = []
         for _, mate in _renewed_with(normalization, kept):
-            its, outputs = mate.moment.clock.weight, outputs_of(mate)
+            its, outputs = mate.moment.clock.weight, _outputs_of(mate, dtype)
             is_wanting = outputs is not None and outputs.is_used_up() and its.requires_grad and its.numel() <= most
             if mate is kept or is_wanting:
                 joined.append((mate, its))
     kepts = [each for each, _ in joined]
     followed = kept.followed
     if isinstance(followed, ByKernels):
-        quotients = followed.some(kepts, are_rounded=are_rounded)
+        quotients = followed.some(kepts, are_rounded=dtype is not None)
     else:
         quotients = [each.quotient for each in kepts]
     outputs = NormalizedWeights.apply(quotients, *[each for _, each in joined])
     for each, *its_outputs in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
-        of_each = outputs_of(each)
+        of_each = _outputs_of(each, dtype)
         assert of_each is not None
         of_each.add(its_outputs)
 

@@ -254,11 +254,9 @@ class QuotientPlan:
         others = [None] * len(grads) if more_grads is None else more_grads
         if not are_checked:
             narrow = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else None
-            for tensors in (
-                grads,
-                [grad if other is None else other for grad, other in zip(grads, others, strict=True)],
-            ):
-                self._check_layouts(tensors, some, narrow)
+            self._check_layouts(grads, some, narrow)
+            added = [grad if other is None else other for grad, other in zip(grads, others, strict=True)]
+            self._check_layouts(added, some, narrow)
             self._check_layouts(values, some)
             layouts = (self._layouts[place] for place in some)
             require_vectors(us, vs, ((layout.rows, layout.columns) for layout in layouts))
@@ -318,11 +316,11 @@ class QuotientPlan:
         parts = torch.empty(self._num_parts, dtype=torch.float32, device=self.device)
         blocks_of_types = self._blocks if is_whole else self._blocks_of(some)
         is_narrow = grads[0].dtype != self._identity[some[0]][1]
+        narrow = TRITON_DTYPES[grads[0].dtype] if is_narrow else None
         with on_device_of(sigmas):
             table = self._on_device(calls)
             for dtype, blocks in blocks_of_types:
-                grad_dtype = TRITON_DTYPES[grads[0].dtype] if is_narrow else dtype
-                launch(inner_kernel, blocks.shape[0], self._weights, table, blocks, parts, dtype, grad_dtype)
+                launch(inner_kernel, blocks.shape[0], self._weights, table, blocks, parts, dtype, narrow or dtype)
             for dtype, blocks in blocks_of_types:
                 launch(
                     gradients_kernel,
@@ -338,7 +336,7 @@ class QuotientPlan:
                     parts,
                     out,
                     dtype,
-                    TRITON_DTYPES[grads[0].dtype] if is_narrow else dtype,
+                    narrow or dtype,
                 )
         return results
 

@@ -236,7 +236,7 @@ class TrackingPlan:
         Returns:
             For each weight u and v, those of its largest block among zeros, and the norms of all, (weights,).
         """
-        if all(layout.batch == 1 for layout in self._layouts):
+        if self.divides:
             return *tracked.vector_pairs, tracked.sigmas
         table, spans, sizes = self._wholes_of(tracked.sides, tuple(out_dims))
         wholes = self._empty(sum(sizes))
@@ -257,14 +257,7 @@ class TrackingPlan:
             self._ends[tracked.sides] = torch.tensor(starts, device=self.device)
         return Ends(tracked.memory, self._ends[tracked.sides])
 
-    def _iterated(
-        self,
-        tables: Tables,
-        frames: Tensor,
-        shifts: Tensor | None,
-        step: int,
-        eps: float,
-    ) -> Tensor:
+    def _iterated(self, tables: Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> Tensor:
         """The memory that an iteration writes."""
         memory = self._empty(tables.size)
         is_stirred = shifts is not None
