@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["is_capturing", "is_eager", "plain_arithmetic"]
+__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -32,13 +32,17 @@ def _switched_back(kind: str) -> Iterator[None]:
 
 def is_eager(weight: Tensor) -> bool:
     """Whether ``weight`` holds numbers and nothing traces, captures or transforms what is done with it."""
+    return is_plain(weight) and not is_capturing(weight)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """As `is_eager`, but for captures."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not weight.is_meta
         and not weight.is_inference()
-        and not is_capturing(weight)
     )
 
 

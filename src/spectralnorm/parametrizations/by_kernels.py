@@ -12,7 +12,7 @@ norms and the division. All else goes the engine's way, beside it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
@@ -34,7 +34,17 @@ from spectralnorm.parametrizations.weight_clock import Moment, Step, WeightClock
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["ByKernels", "are_usable", "can_be_read", "quotient_by_kernels", "refresh_by_kernels"]
+__all__ = [
+    "ByKernels",
+    "Following",
+    "are_usable",
+    "can_be_read",
+    "identity_of",
+    "quotient_by_kernels",
+    "refresh_by_kernels",
+    "tracked_and_divided",
+    "write_vectors",
+]
 
 
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -98,6 +108,30 @@ def _kernels_for(device: torch.device) -> _Kernels:
 _Weights = Sequence[tuple["SpectralNorm", Tensor]]
 
 
+class Following(NamedTuple):
+    """What a captured graph goes on from, see `ByKernels.following`.
+
+    Attributes:
+        plans: of the weights.
+        tracking: the plan of their matrices.
+        tracked: what was found last, whose frames are where the next ones start.
+        weights: each with its normalization.
+        ages: of each how often it has been renewed.
+        num_iterations: of each renewal.
+        eps: a norm up to here counts as zero.
+        narrow: to which type the values were rounded as well when they were computed; None: to none.
+    """
+
+    plans: Plans
+    tracking: Any
+    tracked: Any
+    weights: list[tuple[SpectralNorm, Tensor]]
+    ages: list[int]
+    num_iterations: int
+    eps: float
+    narrow: torch.dtype | None
+
+
 class Plans:
     """What is remembered of weights in a row.
 
@@ -106,6 +140,7 @@ class Plans:
         kernels: that do the work.
         prototypes: of each its shape, strides and type, without memory.
         views: how each is read as a matrix.
+        out_dims: of each the dimension that counts outputs.
         rules: of each the norm that is wanted, and whether a smaller one is left alone.
         eps: a norm up to here counts as zero.
         quotients: their division.
@@ -121,6 +156,7 @@ class Plans:
         ]
         self.views = [normalization.views[0] for normalization, _ in weights]
         rows = [(weight.detach(), view.out_dim) for (_, weight), view in zip(weights, self.views, strict=True)]
+        self.out_dims = [view.out_dim for view in self.views]
         self.rules, self.eps = [_rule(normalization) for normalization, _ in weights], weights[0][0].eps
         coefficients, caps = zip(*self.rules, strict=True)
         self.quotients = self.kernels.QuotientPlan(rows, coefficients, caps, eps=self.eps)
@@ -162,7 +198,7 @@ _MOST_PLANS = 64
 
 
 def _plans_for(weights: _Weights) -> Plans:
-    key = tuple(_identity(normalization, weight) for normalization, weight in weights)
+    key = tuple(identity_of(normalization, weight) for normalization, weight in weights)
     plans = _plans.get(key)
     if plans is None:
         plans = _plans[key] = Plans(weights)
@@ -172,7 +208,8 @@ def _plans_for(weights: _Weights) -> Plans:
     return plans
 
 
-def _identity(normalization: SpectralNorm, weight: Tensor) -> tuple[Any, ...]:
+def identity_of(normalization: SpectralNorm, weight: Tensor) -> tuple[Any, ...]:
+    """Where a weight is, in what form, and how it is divided: what plans were made for."""
     place = weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride()
     return *place, normalization.views[0], normalization.eps, *_rule(normalization)
 
@@ -212,6 +249,8 @@ class ByKernels:
         self._verdict: Verdict | None = None
         # To which type the values were rounded for uses under autocast since they were computed.
         self._used_dtype: torch.dtype | None = None
+        # To which they were when they were computed.
+        self._narrow: torch.dtype | None = None
 
     def renew(self, members: Sequence[Member]) -> None:
         """One step of power iteration for all, and the division by the norms."""
@@ -219,20 +258,18 @@ class ByKernels:
         kepts = [member.kept for member in members]
         moments = [kept.moment.clock.now() for kept in kepts]
         ages = [kept.age for kept in kepts]
-        frames = self._tracked
-        if frames is None:
-            frames = [kept.triplets[0].frame for kept in kepts]
+        is_first = self._tracked is None
+        frames = [kept.triplets[0].frame for kept in kepts] if is_first else self._tracked
         rounded = self._used_dtype
         values, gradients_memory, narrows = self._memory(kepts, rounded)
         options = (frames, ages, num_iterations)
-        out_dims, ends = [view.out_dim for view in plans.views], None
         everywhere = range(len(kepts))
         outs = values.free_at(everywhere, plans.prototypes)
         promised: dict[str, Any] = {}
         if self._strict:
             self._tracked = tracked = self._tracking.track(*options, eps=eps)
             sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
-            pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
+            pairs = partial(_pairs_of, self._tracking, tracked, plans.out_dims)
             promised = plans.promised(self._promises(members), sigmas)
             divided = values, *plans.quotients.divide(sigmas, outs, rules=promised["rules"])[1:]
         else:
@@ -241,24 +278,18 @@ class ByKernels:
                 also["narrows"] = narrows.free_at(everywhere, plans.prototypes_of(rounded))
                 also["narrow_targets"] = narrows.addresses
             how = plans.quotients.prepared(outs, targets=values.addresses, **also)
-            if self._tracking.divides:
-                self._tracked = tracked = self._tracking.track(*options, eps=eps, division=how)
-                sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
-                # Bound to what belongs to this step, and not to this object, which old graphs need not hold.
-                pairs = partial(_pairs_of, self._tracking, tracked, out_dims)
-            else:
-                self._tracked = tracked = self._tracking.track(*options, eps=eps)
-                us, vs, sigmas = self._tracking.whole(tracked, out_dims)
-                pairs = partial(list, zip(us, vs, strict=True))
-                how.divide(sigmas)
+            track = partial(self._tracking.track, *options, eps=eps)
+            self._tracked, sigmas, ends, pairs = tracked_and_divided(plans, self._tracking, track, how)
             divided = values, how.divisors, how.active
+            if is_first and not plans.kernels.are_of_host:
+                self._tracking.prepare_in_place(self._tracked, plans.out_dims)
         self._division = division = Division(plans, sigmas, pairs, divided, gradients_memory, ends, **promised)
         self._verdict = verdict = Verdict(sigmas, eps, self._verdict)
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
-        self._used_dtype = None
+        self._used_dtype, self._narrow = None, None if narrows is None else rounded
         if narrows is not None and rounded is not None:
             division.rounded = rounded, narrows
             for kept, value in zip(kepts, narrows, strict=True):
@@ -409,15 +440,47 @@ class ByKernels:
 
     def write(self, places: Sequence[int], buffers: Sequence[Tensor]) -> None:
         """Write u and v of the weights at ``places``, those that have a norm, into ``buffers``: u, v, u, v, ..."""
-        division, eps = self._division, self._options[1]
-        assert division is not None
-        ends = division.ends
-        if ends is not None and len(places) == len(self._addresses):
-            sizes, owners = self._tracking.vector_sizes, self._tracking.vector_owners
-            return self._plans.store.copy_from(ends, sizes, owners, division.sigmas, buffers, eps=eps)
-        owners = [place for place in places for _ in range(2)]
-        vectors = [vector for place in places for vector in division.pairs[place]]
-        self._plans.store.copy(vectors, owners, division.sigmas, buffers, eps=eps)
+        assert self._division is not None
+        write_vectors(self._division, self._tracking, places, buffers)
+
+    def following(self) -> Following | None:
+        """What a captured graph goes on from; None where the kernels are of the host, or a weight is strict or gone."""
+        tracked, current = self._tracked, self.current()
+        if tracked is None or self._strict or self._plans.kernels.are_of_host or len(current) < len(self._members):
+            return None
+        weights = [(normalization, kept.moment.clock.weight) for normalization, kept in current]
+        ages = [kept.age for _, kept in current]
+        return Following(self._plans, self._tracking, tracked, weights, ages, *self._options, self._narrow)
+
+
+def tracked_and_divided(
+    plans: Plans, tracking: Any, track: Callable[..., Any], how: Any
+) -> tuple[Any, Tensor, Any, Callable[[], Sequence[tuple[Tensor, Tensor]]]]:
+    """Find norms and vectors by ``track`` of a plan, and divide by the norms in the way ``how``.
+
+    Returns:
+        What was tracked, the norms, where the vectors are if that is known, and what gives them whole.
+    """
+    if tracking.divides:
+        tracked = track(division=how)
+        # Bound to what belongs to this step, and not to a `ByKernels`, which old graphs need not hold.
+        pairs = partial(_pairs_of, tracking, tracked, plans.out_dims)
+        return tracked, tracked.weight_sigmas, tracking.ends(tracked), pairs
+    tracked = track()
+    us, vs, sigmas = tracking.whole(tracked, plans.out_dims)
+    how.divide(sigmas)
+    return tracked, sigmas, None, partial(list, zip(us, vs, strict=True))
+
+
+def write_vectors(division: Division, tracking: Any, places: Sequence[int], buffers: Sequence[Tensor]) -> None:
+    """As `ByKernels.write`, of a division whose norms and vectors were found by a plan."""
+    plans, ends = division.plans, division.ends
+    if ends is not None and len(places) == len(plans.views):
+        sizes, owners = tracking.vector_sizes, tracking.vector_owners
+        return plans.store.copy_from(ends, sizes, owners, division.sigmas, buffers, eps=plans.eps)
+    owners = [place for place in places for _ in range(2)]
+    vectors = [vector for place in places for vector in division.pairs[place]]
+    plans.store.copy(vectors, owners, division.sigmas, buffers, eps=plans.eps)
 
 
 def _pairs_of(tracking: Any, tracked: Any, out_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from spectralnorm.linalg.gram import gram_upper_bound
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
-from spectralnorm.parametrizations import engine, norm_alone, unkept
+from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
@@ -182,6 +182,8 @@ class SpectralNorm(nn.Module):
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
         self._is_captured = False
+        # With which others the weight is renewed in captured CUDA graphs.
+        self.in_graphs: captured.InGraphs | None = None
         self._keeps = self._may_keep()
         self.train(module.training)
         if not self._is_vector:
@@ -491,9 +493,9 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return self.quotient(weight, torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype))))
         if not self._can_keep(weight):
-            if is_capturing(weight) and self.training and weight.requires_grad and _is_grad_enabled():
-                self._is_captured, self._keeps = True, False
-                self.invalidate()
+            value = captured.use(self, weight) if is_capturing(weight) else None
+            if value is not None:
+                return value
             if self.follows_map:
                 return unkept.use_map(self, weight)
             parameter = self._changing_parameter(weight)
@@ -504,9 +506,7 @@ class SpectralNorm(nn.Module):
         return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
-        dtype = None
-        if _is_autocast_enabled() and (self.strict or (self._is_cast and self.scale is None)):
-            dtype = autocast_dtype(weight)
+        dtype = self.type_for_use(weight)
         has_grad = _is_grad_enabled()
         if has_grad and self.training and not kept.is_in_buffers:
             engine.write_buffers(self, kept)
@@ -516,6 +516,12 @@ class SpectralNorm(nn.Module):
         if dtype is None:
             return engine.output_for_use(self, kept, weight)
         return engine.rounded_output_for_use(self, kept, engine.rounded_for_autocast(self, kept, weight, dtype), weight)
+
+    def type_for_use(self, weight: Tensor) -> torch.dtype | None:
+        """To which type a use under autocast would round the value, which is handed out rounded; None: to none."""
+        if _is_autocast_enabled() and (self.strict or (self._is_cast and self.scale is None)):
+            return autocast_dtype(weight)
+        return None
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What the raw weight becomes when ``value`` is assigned: ``value``, which is then normalized."""
@@ -528,6 +534,11 @@ class SpectralNorm(nn.Module):
         self._kept = None
         self._norm_alone = None
         self._handed = (None, 0)
+
+    def leave_to_graphs(self) -> None:
+        """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""
+        self._is_captured, self._keeps = True, False
+        self.invalidate()
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""
@@ -758,7 +769,7 @@ class SpectralNorm(nn.Module):
         return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments")
+        held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments", "in_graphs")
         return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:

@@ -14,14 +14,14 @@ COMPILE = r"""
 import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from spectralnorm.linalg.cuda import image_kernels, other_kernels, quotient_kernels, storing
+from spectralnorm.linalg.cuda import image_kernels, other_kernels, quotient_kernels, return_kernel, storing
 
 dtype = getattr(tl, sys.argv[1])
 constants = dict.fromkeys(("DTYPE", "GRAD_DTYPE", "NARROW"), dtype)
 constants |= {"IS_STIRRED": True, "IS_SPLIT": False, "HAS_NARROW": False, "REVISION": 0}
 integers = {"maps", "blocks", "spans", "shifts", "table", "weights", "targets", "calls", "ends"}
 others = {"eps": "fp32", "out": "*u8", "counters": "*i32", "step": "i32"}
-for module in (image_kernels, other_kernels, quotient_kernels, storing):
+for module in (image_kernels, other_kernels, quotient_kernels, return_kernel, storing):
     for name in module.__all__:
         if name.endswith("_kernel"):
             kernel = getattr(module, name)
@@ -55,7 +55,7 @@ def compiled(dtype: str, folder: object) -> dict[str, tuple[int, ...]]:
 @pytest.mark.slow
 def test_kernels_compile_with_wide_loads_for_aligned_matrices_alone(tmp_path: object) -> None:
     counts = compiled("float32", tmp_path)
-    assert len(counts) == 9
+    assert len(counts) == 10
     wide_loads = {name: loads for name, (loads, *_) in counts.items()}
     # Per form of the product, and only in those for aligned matrices: four tiles summed over the slow side; over the
     # fast side four as well, and eight rows of the frame or the one leading vector.

@@ -314,3 +314,43 @@ def test_a_captured_graph_follows_the_weights(device: torch.device) -> None:
         for each, frame, found in zip(matrices, frames, tracked.triplets, strict=True):
             assert_same(found, reference(each, frame), each)
         torch.testing.assert_close(sigmas, torch.stack([each.sigma.amax() for each in tracked.triplets]))
+
+
+def test_in_place_it_goes_on_from_where_the_last_call_ended(device: torch.device) -> None:
+    matrices = [SHAPES[name]().to(device) for name in ("smaller than the frame", "aligned", "in blocks")]
+    directions = [
+        (torch.randn(each.shape[1], device=device), torch.randn(each[0, 0].numel(), device=device)) for each in matrices
+    ]
+    plan = TrackingPlan(matrices, directions)
+    starts = [random_frame(each, True) for each in matrices]
+    frames, expected = plan.track(starts, [1, 1, 1]), plan.track(starts, [1, 1, 1])
+    place, next_sides = frames.memory.data_ptr(), frames.next_sides
+    plan.prepare_in_place(frames, [0, 0, 0])
+    for age in (2, 4):
+        mine = plan.track_in_place(frames, [age] * 3)
+        for added in (0, 1):
+            expected = plan.track(expected, [age + added] * 3)
+        for found, wanted in zip(mine.triplets, expected.triplets, strict=True):
+            assert all(map(torch.equal, (found.u, found.v, found.sigma), (wanted.u, wanted.v, wanted.sigma)))
+        count = sum(each.frame.rows.numel() for each in expected.triplets)
+        assert torch.equal(frames.memory[:count], expected.memory[:count])
+    assert (frames.memory.data_ptr(), frames.next_sides) == (place, next_sides)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")], ids=["zero", "nan", "inf"])
+def test_in_place_frames_of_a_matrix_without_a_norm_stay(value: float, device: torch.device) -> None:
+    matrices = [torch.randn(1, 24, 40, device=device), torch.randn(2, 10, 12, device=device)]
+    plan = TrackingPlan(matrices)
+    frames = plan.track(plan.track([random_frame(each, True) for each in matrices]))
+    plan.prepare_in_place(frames, [0, 0])
+    before, good = frames.memory.clone(), matrices[1].clone()
+    matrices[1][1] = value
+    plan.track_in_place(frames, None)
+    first_block, second_block = slice(8 * 24, 8 * (24 + 10)), slice(8 * (24 + 10), 8 * (24 + 20))
+    assert torch.equal(frames.memory[second_block], before[second_block])
+    assert not torch.equal(frames.memory[: 8 * 24], before[: 8 * 24])
+    assert not torch.equal(frames.memory[first_block], before[first_block])
+    matrices[1].copy_(good)
+    sigmas = plan.track_in_place(frames, None).sigmas
+    exact = torch.cat([torch.linalg.matrix_norm(each.double(), 2) for each in matrices])
+    torch.testing.assert_close(sigmas.double(), exact, rtol=5e-2, atol=0)

@@ -1,12 +1,13 @@
 """All weights of a model in a handful of launches, by kernels written in Triton.
 
 Whether they can run here is `is_available`, and whether they are to be used `is_trusted`; nothing else of this package
-may be imported where Triton is missing (``import spectralnorm`` does not import it).
+but `capture` may be imported where Triton is missing (``import spectralnorm`` does not import it).
 
 - `spectralnorm.linalg.cuda.tracking`: `TrackingPlan`, the largest singular values of all weights, as
   `spectralnorm.linalg.track_together`;
 - `spectralnorm.linalg.cuda.quotients`: `QuotientPlan`, the division by them and its gradient;
-- `spectralnorm.linalg.cuda.storing`: `VectorStore`, what was found copied into the buffers.
+- `spectralnorm.linalg.cuda.storing`: `VectorStore`, what was found copied into the buffers;
+- `spectralnorm.linalg.cuda.capture`: which capture of a CUDA graph a stream is in.
 
 A plan is made once for tensors that stay where they are: it remembers addresses, sizes and strides, and holds the
 tables that the kernels read. It can be called in a captured CUDA graph.

@@ -127,6 +127,10 @@ class VectorStore:
         """
         self._store(ends, owners, sigmas, targets, eps)
 
+    def knows(self, owners: Sequence[int], targets: Sequence[Tensor]) -> bool:
+        """Whether the tables for such targets have been made, which cannot be done in the capture of a graph."""
+        return _key(owners, targets) in self._tables
+
     def _store(
         self,
         ends: Ends,
@@ -135,8 +139,7 @@ class VectorStore:
         targets: Sequence[Tensor],
         eps: float,
     ) -> None:
-        # Whoever gives a tensor another type or form gives it other memory.
-        key = (tuple(owners), *[target.data_ptr() for target in targets], targets[0].dtype)
+        key = _key(owners, targets)
         tables = self._tables.get(key)
         if tables is None:
             if len(self._tables) >= _MOST_TABLES:
@@ -145,6 +148,11 @@ class VectorStore:
         with on_device_of(sigmas):
             for dtype, table, spans in tables:
                 launch(store_kernel, spans.shape[0], table, spans, ends.memory, ends.table, sigmas, eps, dtype)
+
+
+def _key(owners: Sequence[int], targets: Sequence[Tensor]) -> tuple[Any, ...]:
+    # Whoever gives a tensor another type or form gives it other memory.
+    return (tuple(owners), *[target.data_ptr() for target in targets], targets[0].dtype)
 
 
 def _tables(owners: Sequence[int], targets: Sequence[Tensor], device: torch.device) -> list[tuple[Any, Tensor, Tensor]]:

@@ -41,6 +41,7 @@ from torch import Tensor
 from spectralnorm.linalg.cuda.image_kernels import images_kernel, turned_kernel
 from spectralnorm.linalg.cuda.launch import is_capturing, launch, on_device_of, uploaded
 from spectralnorm.linalg.cuda.other_kernels import ends_kernel, others_kernel, wholes_kernel
+from spectralnorm.linalg.cuda.return_kernel import RETURNED, return_kernel
 from spectralnorm.linalg.cuda.tracking_fields import SPAN, WholeField
 from spectralnorm.linalg.cuda.tracking_tables import TRITON_DTYPES, Tables, identity_of, is_complete, tables_of
 from spectralnorm.linalg.kernel_arguments import packed_frames
@@ -166,6 +167,7 @@ class TrackingPlan:
         self._tables: dict[tuple[bool, ...], Tables] = {}
         self._wholes: dict[tuple[tuple[bool, ...], tuple[int, ...]], tuple[Tensor, Tensor, list[int]]] = {}
         self._ends: dict[tuple[bool, ...], Tensor] = {}
+        self._returns: dict[tuple[bool, ...], Tensor] = {}
         self._batches = [layout.batch for layout in self._layouts]
         self.divides = all(layout.batch == 1 for layout in self._layouts)
         self._shifts: tuple[tuple[int, ...], Tensor] | None = None
@@ -189,7 +191,7 @@ class TrackingPlan:
 
         The results are new tensors; those of one kind lie one after the other in memory. A captured graph can only
         begin on sides on which the plan has been called before, because it makes tables for each; it repeats the ages
-        it was captured with.
+        it was captured with. For one that goes on from where its last replay ended there is `track_in_place`.
 
         Args:
             frames: what this plan found last, whose frames are read where they are; or for each tensor its rows,
@@ -225,6 +227,60 @@ class TrackingPlan:
             division.divide(tracked.sigmas)
         return tracked
 
+    def prepare_in_place(self, frames: Tracked, out_dims: Sequence[int]) -> None:
+        """Make all that `track_in_place` and what comes after it read, and compile what nothing else runs.
+
+        Args:
+            frames: what this plan found last; later ones are on the same sides or on all the others.
+            out_dims: as for `whole`.
+        """
+        sides = frames.next_sides
+        for each in (sides, self._tables_of(sides).next_sides):
+            spans = self._returns_of(each)
+            if self.divides:
+                self._ends_of(each)
+            else:
+                self._wholes_of(each, tuple(out_dims))
+        # With a norm that is none nothing is copied.
+        nothing = torch.zeros(sum(self._batches), dtype=torch.float32, device=self.device)
+        with on_device_of(nothing):
+            launch(return_kernel, spans.shape[0], spans, frames.memory, nothing, 0.0, frames.memory)
+
+    def track_in_place(
+        self,
+        frames: Tracked,
+        ages: Sequence[int] | None = None,
+        num_iterations: int = 1,
+        *,
+        eps: float = 1e-12,
+        division: Divides | None = None,
+    ) -> Tracked:
+        """As `track`, and the next frames go to where these were read: what a captured graph does at every replay.
+
+        The frames have to come back to their sides, so that an odd number of iterations is one more. Those of a matrix
+        that has no norm, because it is zero or not finite, stay as they are.
+
+        Args:
+            frames: what this plan found last. In a captured graph `prepare_in_place` must have been called before.
+            ages: as for `track`, of the first iteration; the following ones have the next ages.
+            num_iterations: as for `track`.
+            eps: as for `track`; a norm up to here is none.
+            division: as for `track`.
+        """
+        sides, rows = frames.next_sides, frames.memory
+        shifts, step = self._rolled(ages)
+        with on_device_of(rows):
+            for index in range(num_iterations + num_iterations % 2):
+                tables, before = self._tables_of(sides), sides
+                rows = self._iterated(tables, rows, shifts, step + index, eps)
+                sides = tables.next_sides
+            spans, sigmas = self._returns_of(sides), tables.sigmas_in(rows)
+            launch(return_kernel, spans.shape[0], spans, rows, sigmas, eps, frames.memory)
+        tracked = Tracked(self._batches, tables, before, rows)
+        if division is not None:
+            division.divide(tracked.sigmas)
+        return tracked
+
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
 
@@ -247,15 +303,7 @@ class TrackingPlan:
 
     def ends(self, tracked: Tracked) -> Ends | None:
         """Where u and v of each weight are, if each is one matrix; else None."""
-        if not self.divides:
-            return None
-        if tracked.sides not in self._ends:
-            tables, number = self._tables_of(tracked.sides), len(self._layouts)
-            places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
-            both = zip(places[:number], places[number : 2 * number], tracked.sides, strict=True)
-            starts = [[end, lead] if is_left else [lead, end] for lead, end, is_left in both]
-            self._ends[tracked.sides] = torch.tensor(starts, device=self.device)
-        return Ends(tracked.memory, self._ends[tracked.sides])
+        return Ends(tracked.memory, self._ends_of(tracked.sides)) if self.divides else None
 
     def _iterated(self, tables: Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> Tensor:
         """The memory that an iteration writes."""
@@ -301,6 +349,28 @@ class TrackingPlan:
         if sides not in self._tables:
             self._tables[sides] = tables_of(self._identity, self._layouts, sides, self._is_split, self.device)
         return self._tables[sides]
+
+    def _ends_of(self, sides: tuple[bool, ...]) -> Tensor:
+        if sides not in self._ends:
+            tables, number = self._tables_of(sides), len(self._layouts)
+            places = list(accumulate(tables.vector_sizes, initial=tables.first_vector))
+            both = zip(places[:number], places[number : 2 * number], sides, strict=True)
+            starts = [[end, lead] if is_left else [lead, end] for lead, end, is_left in both]
+            self._ends[sides] = torch.tensor(starts, device=self.device)
+        return self._ends[sides]
+
+    def _returns_of(self, sides: tuple[bool, ...]) -> Tensor:
+        """Pieces of the frames on ``sides``: (programs, 3), of each where it begins and ends, and its matrix."""
+        if sides not in self._returns:
+            spans, start, which = [], 0, 0
+            for layout, is_left in zip(self._layouts, sides, strict=True):
+                size = NUM_TRACKED * (layout.rows if is_left else layout.columns)
+                for _ in range(layout.batch):
+                    stop = start + size
+                    spans += [[piece, min(piece + RETURNED, stop), which] for piece in range(start, stop, RETURNED)]
+                    start, which = stop, which + 1
+            self._returns[sides] = torch.tensor(spans, device=self.device)
+        return self._returns[sides]
 
     def _wholes_of(self, sides: tuple[bool, ...], out_dims: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
         """Table, spans, and sizes: of all norms, of u, v of the first whole weight, u, v of the next, ..."""
