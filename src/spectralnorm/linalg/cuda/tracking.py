@@ -1,4 +1,4 @@
-"""`spectralnorm.linalg.track_together` for all matrices of a model in two launches per iteration, or four.
+"""`spectralnorm.linalg.track_together` for all matrices of a model in two launches, or four.
 
     plan = TrackingPlan([weight.detach().unsqueeze(0) for weight in weights])  # (1, out, in, height, width)
     tracked = plan.track(frames)
@@ -15,7 +15,8 @@ Launches and bytes of an iteration, for matrices of P entries in all, R rows and
 | others | the matrices again | parts of z: P / 1024 floats |
 | | the parts, the leading rows | z: 4 R bytes; u, v, sigma |
 
-So 2 P entries are read, and about a tenth of P in other things. With frames on the right, R and C change places, and
+So 2 P entries are read, and about a tenth of P in other things; of several iterations the last alone has the second
+product, and those before it read P. With frames on the right, R and C change places, and
 both kinds of parts are P / 128 floats, where the weights lie in memory as torch has them. What an iteration writes is
 one piece of memory. Matrices of several types make launches for each. `TrackingPlan.whole`, for weights in blocks, is
 one launch more.
@@ -218,10 +219,11 @@ class TrackingPlan:
         with on_device_of(rows):
             for remaining in reversed(range(num_iterations)):
                 tables = self._tables_of(sides)
-                rows = self._iterated(tables, rows, shifts, step, eps)
+                rows = self._next_frames(tables, rows, shifts, step)
                 shifts, step = None, 0
                 if remaining > 0:
                     sides = tables.next_sides
+            self._find_vectors(tables, rows, eps)
         tracked = Tracked(self._batches, tables, sides, rows)
         if division is not None:
             division.divide(tracked.sigmas)
@@ -272,8 +274,9 @@ class TrackingPlan:
         with on_device_of(rows):
             for index in range(num_iterations + num_iterations % 2):
                 tables, before = self._tables_of(sides), sides
-                rows = self._iterated(tables, rows, shifts, step + index, eps)
+                rows = self._next_frames(tables, rows, shifts, step + index)
                 sides = tables.next_sides
+            self._find_vectors(tables, rows, eps)
             spans, sigmas = self._returns_of(sides), tables.sigmas_in(rows)
             launch(return_kernel, spans.shape[0], spans, rows, sigmas, eps, frames.memory)
         tracked = Tracked(self._batches, tables, before, rows)
@@ -305,8 +308,8 @@ class TrackingPlan:
         """Where u and v of each weight are, if each is one matrix; else None."""
         return Ends(tracked.memory, self._ends_of(tracked.sides)) if self.divides else None
 
-    def _iterated(self, tables: Tables, frames: Tensor, shifts: Tensor | None, step: int, eps: float) -> Tensor:
-        """The memory that an iteration writes."""
+    def _next_frames(self, tables: Tables, frames: Tensor, shifts: Tensor | None, step: int) -> Tensor:
+        """The memory that an iteration writes, with the next frames in it."""
         memory = self._empty(tables.size)
         is_stirred = shifts is not None
         # Without stirring nothing is read from these two.
@@ -319,11 +322,15 @@ class TrackingPlan:
             )
         if tables.spans is not None:
             launch(turned_kernel, len(tables.spans.along_n), maps, tables.spans.along_n, memory)
+        return memory
+
+    def _find_vectors(self, tables: Tables, memory: Tensor, eps: float) -> None:
+        """Add the vectors and norms to the memory of the last iteration; of earlier ones nobody wants to know them."""
+        maps, is_split = tables.maps, tables.spans is not None
         for dtype, blocks, number in tables.other_blocks:
-            launch(others_kernel, number, maps, blocks, counters, memory, eps, is_split, dtype)
+            launch(others_kernel, number, maps, blocks, tables.counters, memory, eps, is_split, dtype)
         if tables.spans is not None:
             launch(ends_kernel, len(tables.spans.along_m), maps, tables.spans.along_m, memory, eps)
-        return memory
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.device)
