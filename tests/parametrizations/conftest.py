@@ -1,5 +1,8 @@
+from collections import OrderedDict
+
 import pytest
 import torch
+from tests.parametrizations.kernel_runs import COMPILED, TRITON
 
 from spectralnorm.linalg import cpu
 from spectralnorm.parametrizations import by_kernels
@@ -12,3 +15,21 @@ def engine_or_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
     elif device.type == "cpu" and not cpu.is_trusted():
         pytest.skip("there is no C compiler")
+
+
+@pytest.fixture(params=[COMPILED, TRITON])
+def with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """Each kind of kernels in its turn, and its name; Triton's are interpreted where there is no GPU."""
+    kind = request.param
+    if kind == COMPILED:
+        if device.type != "cpu" or not cpu.is_trusted():
+            pytest.skip("the compiled kernels need a CPU and a C compiler")
+        return kind
+    pytest.importorskip("triton")
+    if device.type == "cpu":
+        kernels = by_kernels._kernels_for(torch.device("cuda"))
+        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: True)
+        monkeypatch.setattr(by_kernels, "_kernels_for", lambda device: kernels)
+        monkeypatch.setitem(by_kernels._DTYPES, "cpu", by_kernels._DTYPES["cuda"])
+        monkeypatch.setattr(by_kernels, "_plans", OrderedDict())
+    return kind

@@ -9,6 +9,9 @@ torch's own operations do the work, with the same numbers but for rounding. The 
   `spectralnorm.linalg.track_together`;
 - `spectralnorm.linalg.cpu.quotients`: `QuotientPlan`, the division by them and its gradient;
 - `spectralnorm.linalg.cpu.storing`: `VectorStore`, what was found copied into the buffers.
+
+What they call is in the C file of the same name beside each. Bounds of convolutions are not among them:
+`spectralnorm.linalg.cpu.panels` calls panels.c, symbol_grams.c, power_iteration.c and factorization.c.
 """
 
 from spectralnorm.linalg.cpu.compiled import is_trusted

@@ -6,7 +6,7 @@
         failed = matrices.without_factor(square)
 
 They do what `SymbolGrams` and `HermitianBatch` do in float32, on all threads: a frequency to a thread, whose matrix
-stays in that core's cache. Of a Hermitian matrix the lower half is kept, in the panels that symbols.c tells of.
+stays in that core's cache. Of a Hermitian matrix the lower half is kept, in the panels that panels.h tells of.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class PanelMatrices:
         """Keep them.
 
         Args:
-            matrices: float32, in the order of symbols.c.
+            matrices: float32, in the order of panels.h.
             count: of those that are meant.
             rows: of one.
             which: the place of each; None: the first ``count``.

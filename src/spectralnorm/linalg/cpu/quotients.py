@@ -27,7 +27,7 @@ __all__ = ["Divided", "Division", "QuotientPlan"]
 
 
 class _Call(IntEnum):
-    """What the table of gradients holds for each weight: ``enum call_field`` of kernels.c."""
+    """What the table of gradients holds for each weight: ``enum call_field`` of quotients.c."""
 
     ROWS = 0  # six, as in `Form`
     ROW_PLACES = 6  # three

@@ -6,7 +6,10 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "vectors.h"
+
 #define MOST_THREADS 64
+#define LARGE (1 << 15) /* entries of a matrix that is shared by threads */
 
 typedef struct {
     atomic_int size;
@@ -17,12 +20,12 @@ typedef struct {
 typedef void (*job)(void *arguments, team *all, int number);
 
 /* Wait for all of a team. */
-void meet(team *all);
+INTERNAL void meet(team *all);
 
 /* Run a job on as many threads as may be had and as the entries are worth. */
-void together(job work, void *arguments, int64_t entries, int threads);
+INTERNAL void together(job work, void *arguments, int64_t entries, int threads);
 
 /* A share of ``count`` things in units of ``unit``. */
-void share(int64_t count, int64_t unit, const team *all, int number, int64_t *begin, int64_t *end);
+INTERNAL void share(int64_t count, int64_t unit, const team *all, int number, int64_t *begin, int64_t *end);
 
 #endif

@@ -31,7 +31,7 @@ __all__ = ["Tracked", "TrackingPlan"]
 
 
 class _Field(IntEnum):
-    """What the table holds for each matrix: ``enum map_field`` of kernels.c."""
+    """What the table holds for each matrix: ``enum map_field`` of tracking.c."""
 
     ADDRESS = 0
     ROWS = 1

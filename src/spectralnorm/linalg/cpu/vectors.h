@@ -15,6 +15,7 @@
 #endif
 
 #define ALWAYS static inline __attribute__((always_inline))
+#define INTERNAL __attribute__((visibility("hidden"))) /* shared by these files, and by nothing else in a process */
 #define PRAGMA(words) _Pragma(#words)
 #if defined(__clang__)
 #define UNROLL(times) PRAGMA(clang loop unroll(full))
@@ -27,6 +28,14 @@ typedef float vec_in_memory __attribute__((vector_size(4 * WIDTH), aligned(4), m
 
 ALWAYS vec load(const float *from) { return *(const vec_in_memory *)from; }
 ALWAYS void store(float *to, vec value) { *(vec_in_memory *)to = value; }
+
+ALWAYS vec load_part(const float *from, int64_t count) {
+    vec value = {0};
+    memcpy(&value, from, sizeof(float) * count);
+    return value;
+}
+
+ALWAYS void store_part(float *to, vec value, int64_t count) { memcpy(to, &value, sizeof(float) * count); }
 
 ALWAYS float sum_of(vec value) {
     float sums[WIDTH];
