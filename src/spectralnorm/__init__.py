@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from spectralnorm.parametrizations import SpectralNorm, spectral_norm
     from spectralnorm.transform import (
         add_spectral_norm,
+        compile,
         export_state_dict,
         invalidate,
         keep_values,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "add_spectral_norm",
     "certify",
+    "compile",
     "export_state_dict",
     "invalidate",
     "keep_values",
@@ -49,6 +51,7 @@ _SOURCES = {
     **dict.fromkeys(
         (
             "add_spectral_norm",
+            "compile",
             "export_state_dict",
             "invalidate",
             "keep_values",

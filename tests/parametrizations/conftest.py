@@ -25,6 +25,17 @@ def with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         if device.type != "cpu" or not cpu.is_trusted():
             pytest.skip("the compiled kernels need a CPU and a C compiler")
         return kind
+    use_triton(monkeypatch, device)
+    return kind
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Triton's kernels, interpreted where there is no GPU."""
+    use_triton(monkeypatch, device)
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     pytest.importorskip("triton")
     if device.type == "cpu":
         kernels = by_kernels._kernels_for(torch.device("cuda"))
@@ -32,4 +43,3 @@ def with_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(by_kernels, "_kernels_for", lambda device: kernels)
         monkeypatch.setitem(by_kernels._DTYPES, "cpu", by_kernels._DTYPES["cuda"])
         monkeypatch.setattr(by_kernels, "_plans", OrderedDict())
-    return kind

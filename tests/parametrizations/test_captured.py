@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -10,21 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import spectralnorm as sn
-from spectralnorm.parametrizations import by_kernels
 
 from .graphs import Graph, capture, warm_up
 
-pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def kernels_of_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    if device.type == "cpu":  # in Triton's interpreter
-        kernels = by_kernels._kernels_for(torch.device("cuda"))
-        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: True)
-        monkeypatch.setattr(by_kernels, "_kernels_for", lambda device: kernels)
-        monkeypatch.setitem(by_kernels._DTYPES, "cpu", by_kernels._DTYPES["cuda"])
-        monkeypatch.setattr(by_kernels, "_plans", OrderedDict())
+pytestmark = pytest.mark.usefixtures("with_triton")
 
 
 @pytest.fixture

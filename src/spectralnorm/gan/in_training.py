@@ -17,6 +17,7 @@ from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.models.equalized import EqualizedConv2d, EqualizedLinear
 from spectralnorm.gan.precision import Precision
 from spectralnorm.parametrizations import SpectralNorm
+from spectralnorm.transform import compile as compiled
 
 __all__ = ["InTraining"]
 
@@ -33,7 +34,7 @@ class InTraining:
         precision: of its products.
         processes: that train it together.
         strategy: one of `spectralnorm.gan.precision.STRATEGIES`.
-        compile: whether `torch.compile` makes code for it.
+        compile: whether `torch.compile` makes code for it, to which normalized weights are handed over.
 
     Raises:
         UserError: the settings do not go together, or a batch normalization cannot be shared.
@@ -76,7 +77,7 @@ class InTraining:
                     )
             _shard(module, processes.size)
         # Static shapes: the loop knows two or three of them. One graph or an error, never a silent return to slow code.
-        self._bare: nn.Module = torch.compile(module, fullgraph=True, dynamic=False) if compile else module  # pyright: ignore[reportAttributeAccessIssue]
+        self._bare = compiled(module, fullgraph=True, dynamic=False) if compile else module
         self._called = self._bare
         if processes.size > 1 and not self._is_sharded:
             # The buffers are the same everywhere: statistics are shared, tracked vectors follow from the weight.
@@ -117,14 +118,6 @@ class InTraining:
         module.set_reshard_after_backward(True)
         module.set_requires_gradient_sync(self._is_last)
         return loss.detach()
-
-    def as_written(self) -> AbstractContextManager[Any]:
-        """A context in which compiled code is left aside.
-
-        Where `exactly` is called between a compiled call and its backward, the vectors of a normalization would be
-        written that the compiled graph has kept.
-        """
-        return torch.compiler.set_stance("force_eager") if self._bare is not self.module else nullcontext()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -232,7 +232,7 @@ class Trainer:
         config = self.config
         self.discriminator_optimizer.zero_grad()
         for number, parts in enumerate(self._parts(*real, fake.images.detach(), fake.labels), start=1):
-            with self._discriminate.summing(is_last=number == config.accumulate), self._with_penalty():
+            with self._discriminate.summing(is_last=number == config.accumulate):
                 loss = self._discriminator_loss(Batch(*parts[:2]), Batch(*parts[2:]))
                 self.scalers["discriminator"].scale(self._share_of(loss)).backward()
         Precision.step(self.discriminator_optimizer, self.scalers["discriminator"])
@@ -273,9 +273,6 @@ class Trainer:
     def _is_penalty_due(self) -> bool:
         update = self.images_seen // self.config.batch_size
         return self.penalty is not None and update % self.config.penalty_interval == 0
-
-    def _with_penalty(self) -> AbstractContextManager[Any]:
-        return self._discriminate.as_written() if self._is_penalty_due() else nullcontext()
 
     def update_generator(self, fake: Generated, real: Batch | None = None) -> None:
         """One step of the generator, whose graph the images carry, against the discriminator as it is.

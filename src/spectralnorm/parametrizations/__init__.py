@@ -12,6 +12,7 @@ from spectralnorm.parametrizations.by_function import (
     soft_cap,
 )
 from spectralnorm.parametrizations.layer import is_normalized, spectral_norm
+from spectralnorm.parametrizations.layer_class import can_be_handed_over
 from spectralnorm.parametrizations.registration import normalization_of
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -21,6 +22,7 @@ __all__ = [
     "SpectralNorm",
     "almost_orthogonal",
     "bjorck",
+    "can_be_handed_over",
     "cayley",
     "is_normalized",
     "normalization_of",

@@ -16,14 +16,15 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.image_size import forget_input_size
+from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["plain_class", "share_class"]
+__all__ = ["can_be_handed_over", "plain_class", "share_class"]
 
 _shared: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
@@ -43,6 +44,15 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     if parametrize.is_parametrized(module) and not isinstance(kind, _SharedClass):
         kind = parametrize.type_before_parametrizations(module)
     return next(each for each in kind.__mro__ if not isinstance(each, _SharedClass) and not fsdp.is_wrapped(each))
+
+
+def can_be_handed_over(module: nn.Module, name: str) -> bool:
+    """Whether what is computed of a layer's weight can be an input of compiled code, because all of it is here."""
+    parts = module._modules.get("parametrizations")
+    if not isinstance(type(module), _SharedClass) or parts is None or name not in parts._modules:
+        return False
+    original = getattr(parts._modules[name], "original", None)
+    return isinstance(original, Tensor) and not is_distributed(original) and fsdp.sharded_of(original) is None
 
 
 class _SharedClass(type):
@@ -73,6 +83,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__reduce_ex__": _reduce,
             "_replicate_for_data_parallel": _replicate,
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
+            "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
             methods["__deepcopy__"] = _deepcopy
@@ -128,7 +139,8 @@ def _reader(name: str) -> Callable[[Any], Any]:
         if parts is None:
             return _ordinary(self, name)
         if _is_compiling():
-            return parts()
+            handed = self._handed_over
+            return parts() if handed is None or name not in handed else handed[name]
         modules = parts._modules
         weight = parts._parameters.get("original")
         only = modules["0"]
@@ -174,6 +186,8 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(self)] = replica
     deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
     replica.__dict__.update(deepcopy(self.__dict__, memo))
+    # Code that `Module.compile` made is bound to the layer that it was made for, and torch gives copies none.
+    replica.__dict__.pop("_compiled_call_impl", None)
     return replica
 
 

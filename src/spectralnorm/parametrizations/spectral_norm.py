@@ -361,6 +361,11 @@ class SpectralNorm(nn.Module):
         """Whether the norm is an estimate of the norm of a map of images."""
         return self.geometry is not None and not self.strict
 
+    @property
+    def waits_for_size(self) -> bool:
+        """Whether the norm is to be meant for images of a size that nobody has told yet."""
+        return self.follows_map and self.input_size is None and self.learned_size is None
+
     def learn_size(self, size: tuple[int, ...]) -> None:
         """From now on the norm is meant for images of ``size``."""
         self.learned_size = size
