@@ -11,6 +11,8 @@ the same one has left there. What is reported is the *net* time: a model without
 (reads, sums of gradients), and is taken off. The floor is what memory allows: reading every weight and writing the
 normalized one, reading every gradient and writing the new one, at the speed of a copy in the same run.
 
+Whole steps are measured as they are, and with the discriminator compiled.
+
 The same is measured once more with a convolution of images before every step, as in a network, where the caches hold
 something else when a weight is wanted.
 
@@ -54,6 +56,7 @@ from normalization_on_cuda import (
 )
 from timing import Spread, in_turns
 
+import spectralnorm
 from spectralnorm.linalg import cuda
 
 COLOURS = {"P": "#b3541e", "ours": "#1a7f5a"}
@@ -208,6 +211,30 @@ def of_captured_steps(settings, repeats, device):
     return [*lines, "", *told(of_busy_steps, graphs, device)]
 
 
+def of_compiled_steps(settings, rounds, device):
+    """The same of steps whose discriminators are compiled."""
+    makers = {
+        "plain": ("plain", torch.compile),
+        "ours, by spectralnorm.compile": ("ours", spectralnorm.compile),
+        "ours, by torch.compile": ("ours", torch.compile),
+        "P, by torch.compile": ("P", torch.compile),
+    }
+    steps = {
+        name: DiscriminatorStep(CONTENDERS[each], BATCH, device, compiler=compiler, **settings)
+        for name, (each, compiler) in makers.items()
+    }
+    errors = {}
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception as error:  # whatever a compiler makes of a contender: the page says it
+            errors[name] = in_one_line(error)
+    steps = {name: step for name, step in steps.items() if name not in errors}
+    lines = of_whole_steps(steps, rounds, device, title="step with a compiled discriminator")
+    lines += [f"| {name} | does not run: {error} |" for name, error in errors.items()]
+    return [*lines, "", *told(of_busy_steps, steps, device)] if device.type == "cuda" else lines
+
+
 def of_evaluation(steps, repeats, device):
     """The tables of a forward in eval mode and of the reading of all weights in it."""
     judges = {name: steps[name] for name in ("plain", "plain, another", "ours", "P", "O")}
@@ -284,6 +311,10 @@ LAUNCHES = (
     "and of the backward of both. Memory: the most that is allocated in a step, over the plain model's."
 )
 GRAPHS = "The same steps, each captured once in a CUDA graph, which is replayed."
+COMPILED = (
+    "The discriminators compiled by torch's default compiler. What `torch.compile` makes normalizes each weight at "
+    "every use; to what `spectralnorm.compile` makes the weights are given, normalized together."
+)
 MOVED = (
     "What the kernels of one step read and write in device memory, counted by `ncu` with caches as they are; ours and "
     "P net of plain. The floor is every weight and every gradient, read and written once."
@@ -315,6 +346,14 @@ def measure_all(page, repeats, device):
         for title, settings in WHOLE_STEPS.items():
             lines = told(of_captured_steps, settings, repeats, device)
             page.add(f"Whole steps as CUDA graphs: {title}, batch {BATCH}", GRAPHS, "", *lines)
+    for title, settings in WHOLE_STEPS.items() if on_gpu else [next(iter(WHOLE_STEPS.items()))]:
+        rounds = repeats if on_gpu else max(5, repeats // 2)
+        page.add(
+            f"Whole steps, compiled: {title}, batch {BATCH}",
+            COMPILED,
+            "",
+            *told(of_compiled_steps, settings, rounds, device),
+        )
     series = growth(repeats, device)
     page.figure = picture(series)
     page.add("How it grows", *of_growth(series, device))

@@ -159,15 +159,16 @@ class DiscriminatorStep:
         architecture: name of the network.
         in_half: its products in bfloat16 (autocast), and Adam as one kernel (fused).
         penalty: the weight of WGAN-GP's.
+        compiler: makes code for the network, as `torch.compile`; None: none is made.
     """
 
-    def __init__(self, normalize, batch, device, *, architecture="sncnn", in_half=False, penalty=0.0):
+    def __init__(self, normalize, batch, device, *, architecture="sncnn", in_half=False, penalty=0.0, compiler=None):
         torch.manual_seed(0)
         network = ARCHITECTURES[architecture].discriminator(image_size=32, channels=3, width=64).to(device)
         layers = [layer for layer in network.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
         normalize(nn.ModuleList(layers))
         self.layers = layers
-        self.network, self.penalty = network, penalty
+        self.network, self.penalty = network if compiler is None else compiler(network), penalty
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         self.real, self.fake = torch.randn(2, batch, 3, 32, 32, device=device)
         options = {"fused": True} if in_half else {}
