@@ -282,6 +282,23 @@ def test_a_learned_scale_is_in_the_graph(captured: Callable, device: torch.devic
         torch.testing.assert_close(training.used[name].detach(), expected, rtol=2e-3, atol=1e-6)
 
 
+def test_a_loss_may_depend_on_some_of_the_weights(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    first, last = training.layers().values()
+
+    def of_last() -> None:
+        training.optimizer.zero_grad(set_to_none=True)
+        (0 * first.weight.detach().sum() + torch.cos(last.weight).sum()).backward()
+
+    graph = captured(of_last)
+    graph.replay()
+    grad = raw(last).grad.clone()
+    assert raw(first).grad is None
+    of_last()
+    torch.testing.assert_close(grad, raw(last).grad, rtol=2e-3, atol=2e-3 * float(grad.abs().max()))
+
+
 @pytest.mark.parametrize("warm_ups", [0, 1], ids=["none", "one"])
 def test_without_enough_steps_before_the_graph_finds_the_norms_by_itself(
     warm_ups: int, captured: Callable, device: torch.device
