@@ -338,3 +338,4 @@ def test_copies_know_nothing_of_graphs(captured: Callable, device: torch.device)
     for copied in (copy.deepcopy(training.model), pickle.loads(pickle.dumps(training.model))):
         assert copied[0].parametrizations["weight"][0].in_graphs is None
         torch.testing.assert_close(copied(training.real), training.model(training.real), rtol=1e-3, atol=1e-4)
+        assert copied[0].weight.data_ptr() == copied[0].weight.data_ptr()  # kept, because no graph trains it

@@ -770,12 +770,17 @@ class SpectralNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments", "in_graphs")
-        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0)}
+        # A graph that trains the weight does not train a copy of it.
+        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0), "_is_captured": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keeps = self._may_keep()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__dict__.update(deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
         kept = self._kept
         if kept is not None and kept.is_current(kept.moment.clock.weight):
             weight = memo.get(id(kept.moment.clock.weight))
