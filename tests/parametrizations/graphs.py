@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import spectralnorm as sn
 from spectralnorm.linalg.cuda import quotients, storing
 from spectralnorm.linalg.cuda import tracking as kernels_of_tracking
-from spectralnorm.parametrizations import arithmetic, captured
+from spectralnorm.parametrizations import arithmetic, captured, weight_clock
 
 __all__ = ["Graph", "capture", "warm_up"]
 
@@ -78,13 +78,15 @@ class _ByHand(Graph):
 
     def __init__(self, step: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self._calls: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], object]] = []
         self._made: list[Tensor] = []
+        self._changed: list[Tensor] = []
         self._arguments: list[Tensor] = []  # of launches
         with monkeypatch.context() as patches:
             number = next(self._numbers)
             of_kernels = kernels_of_tracking, quotients, storing
-            for module in (arithmetic, sys.modules[sn.SpectralNorm.__module__], *of_kernels):
+            of_python = arithmetic, weight_clock, sys.modules[sn.SpectralNorm.__module__]
+            for module in (*of_python, *of_kernels):
                 patches.setattr(module, "is_capturing", lambda tensor_or_device: True)
             patches.setattr(captured, "capture_id", lambda device: number)
             patches.setattr(sn.SpectralNorm, "read", sn.SpectralNorm.forward)
@@ -100,8 +102,10 @@ class _ByHand(Graph):
             for tensor in self._made:
                 if tensor.is_floating_point():
                     tensor.untyped_storage().copy_(torch.full_like(tensor, float("nan")).untyped_storage())
-            for call in self._calls:
-                call()
+            # Nobody sees what a graph writes: no version counts it.
+            with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self._changed)):
+                for call in self._calls:
+                    call()
 
     def lost(self) -> list[Tensor]:
         # Memory that was allocated in the capture is held by it; one count is for the object through which it is asked.
@@ -141,6 +145,7 @@ class _ByHand(Graph):
             return
         if operation._schema.is_mutable:
             self._calls.append(lambda: operation(*arguments, **options))
+            self._changed += _tensors((arguments, options))
             return
         before = {each.untyped_storage().data_ptr() for each in _tensors((arguments, options))}
         made = [each for each in _tensors(result) if each.untyped_storage().data_ptr() not in before]

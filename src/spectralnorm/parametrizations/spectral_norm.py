@@ -486,6 +486,8 @@ class SpectralNorm(nn.Module):
             )
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if self.in_graphs is not None and is_eager(weight):
+            self.in_graphs.forget()
         if weight.is_meta and (self.strict or self.follows_map):
             return weight * 1  # there are no values to bound
         if self.strict and not self._can_keep(weight):
@@ -539,6 +541,12 @@ class SpectralNorm(nn.Module):
         """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""
         self._is_captured, self._keeps = True, False
         self.invalidate()
+
+    def was_stepped_in_graph(self) -> None:
+        """A captured step of an optimizer moves the weight, at every replay."""
+        self.leave_to_graphs()
+        if self.in_graphs is not None:
+            self.in_graphs.forget()
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""

@@ -335,15 +335,13 @@ class TrackingPlan:
         if self._directions is None:
             raise ValueError("Ages were given to a plan without directions; make it with directions.")
         relative = tuple(age - ages[0] for age in ages)
-        if self._shifts is None or self._shifts[0] != relative:
-            of_matrices = [
-                age for age, layout in zip(relative, self._layouts, strict=True) for _ in range(layout.batch)
-            ]
-            shifts = uploaded(of_matrices, self.device)
-            if is_capturing(self.device):
-                return shifts, ages[0]
+        if self._shifts is not None and self._shifts[0] == relative and not is_capturing(self.device):
+            return self._shifts[1], ages[0]
+        of_matrices = [age for age, layout in zip(relative, self._layouts, strict=True) for _ in range(layout.batch)]
+        shifts = uploaded(of_matrices, self.device)
+        if not is_capturing(self.device):  # a graph has its own: what is remembered here may be replaced
             self._shifts = relative, shifts
-        return self._shifts[1], ages[0]
+        return shifts, ages[0]
 
     def _tables_of(self, sides: tuple[bool, ...]) -> Tables:
         if sides not in self._tables:
