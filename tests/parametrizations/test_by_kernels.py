@@ -335,6 +335,23 @@ def test_a_backward_through_some_of_the_layers_gives_their_gradients_alone(
 
 
 @pytest.mark.usefixtures("with_kernels")
+def test_weights_are_found_at_once_again_after_others_came_and_went(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
+    sn.add_spectral_norm(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(5):
+        model(torch.ones(1, 4, device=device)).sum().backward()
+        if step == 2:
+            copy.deepcopy(model)
+        optimizer.step()
+        kept = model[0].parametrizations["weight"][0]._kept
+        if isinstance(kept.followed, ByKernels):
+            found.append(kept.followed.stepped_together(kept.moment.clock.last_step) is not None)
+    assert found == [True, False, True, True]
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_buffers_are_written_after_a_backward_in_eval_mode(device: torch.device) -> None:
     model = nn.ModuleList([nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Linear(9, 10)])
     sn.add_spectral_norm(model.to(device))

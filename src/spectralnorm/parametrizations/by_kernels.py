@@ -243,7 +243,8 @@ class ByKernels:
         # Weak: a normalization holds this, and nothing of a model is to outlive it.
         self._members = [ref(normalization) for normalization, _ in weights]
         self._addresses = [weight.data_ptr() for _, weight in weights]
-        self._step_ids, self._num_watches = _all_of_step(members)
+        self._step_ids: list[int] | None = None
+        self._num_watches = 0
         self._tracked: Any = None
         self._division: Division | None = None
         self._verdict: Verdict | None = None
@@ -255,6 +256,8 @@ class ByKernels:
     def renew(self, members: Sequence[Member]) -> None:
         """One step of power iteration for all, and the division by the norms."""
         plans, (num_iterations, eps) = self._plans, self._options
+        if not isinstance(members, SameMembers):  # they were found one by one, and may be found at once the next time
+            self._step_ids, self._num_watches = _all_of_step(members)
         kepts = [member.kept for member in members]
         moments = [kept.moment.clock.now() for kept in kepts]
         ages = [kept.age for kept in kepts]
