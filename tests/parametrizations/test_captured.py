@@ -361,6 +361,22 @@ def test_what_a_captured_optimizer_moves_is_not_kept(captured: Callable, device:
         assert_divided(training)
 
 
+def test_nodes_of_eager_steps_do_not_reach_into_a_capture(captured: Callable, device: torch.device) -> None:
+    # They hold what adds up the gradients, on the stream of those steps, which a capture may not wait for.
+    training = Training(device)
+    warm_up(training, 3, device)
+    warm_up(training.look, 1, device)
+    node, other = (weakref.ref(each.grad_fn) for each in training.used.values())
+    training.used = {}
+    assert node() is other() is not None
+
+    def step() -> None:
+        training.model[0].weight  # noqa: B018
+        assert node() is None
+
+    captured(step)
+
+
 def test_a_weight_that_had_no_norm_before_the_capture_is_not_lost(captured: Callable, device: torch.device) -> None:
     training = Training(device)
     warm_up(training, 3, device)

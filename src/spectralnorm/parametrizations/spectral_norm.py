@@ -539,6 +539,8 @@ class SpectralNorm(nn.Module):
 
     def leave_to_graphs(self) -> None:
         """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""
+        if self._kept is not None:
+            engine.forget_nodes(self, self._kept)
         self._is_captured, self._keeps = True, False
         self.invalidate()
 
