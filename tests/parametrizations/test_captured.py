@@ -391,6 +391,22 @@ def test_a_weight_that_had_no_norm_before_the_capture_is_not_lost(captured: Call
     assert_divided(training)
 
 
+@pytest.mark.parametrize("warm_ups", [2, 3], ids=["frames on the left", "frames on the right"])
+def test_what_is_loaded_between_replays_has_the_norm_that_is_wanted(
+    warm_ups: int, captured: Callable, device: torch.device
+) -> None:
+    training, other = Training(device, grouped=True, hidden=40), Training(device, grouped=True, hidden=40)
+    warm_up(training, warm_ups, device)
+    warm_up(training.look, 1, device)
+    graph = captured(training.look)
+    with torch.no_grad():
+        for layer in other.layers().values():
+            raw(layer).normal_()
+    training.model.load_state_dict(other.model.state_dict())
+    graph.replay()
+    assert_divided(training)
+
+
 def test_a_weight_that_was_written_to_is_renewed_once(captured: Callable, device: torch.device) -> None:
     training = Training(device)
     warm_up(training, 3, device)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg import compute_dtype, track
 from spectralnorm.linalg.cuda.capture import capture_id
 from spectralnorm.parametrizations.arithmetic import is_plain, plain_arithmetic
 from spectralnorm.parametrizations.by_kernels import (
@@ -126,6 +127,24 @@ class InGraphs:
             return self._outputs[are_rounded][place].take()
         values = division.rounded[1] if division.rounded is not None and are_rounded else division.values
         return values[place].detach()
+
+    def restart(self, normalization: SpectralNorm) -> None:
+        """Let replays go on from a weight as it is now: the frames are those of another one, in whose place it came."""
+        for before in self._before:
+            before.restart(normalization)
+        place = self._places.get(id(normalization))
+        if place is None:
+            return
+        _, tracking, frames, members, *_ = self._following
+        weight, view = members[place][1].detach(), normalization.view
+        if identity_of(normalization, weight) != self._identities[place]:  # no replay can read it any more
+            return
+        with plain_arithmetic(weight):
+            frame = normalization.refined(view, weight).frame
+            if frame.is_left != frames.next_sides[place]:
+                blocks = view.memory_blocks(weight)
+                frame = track(blocks.to(compute_dtype(blocks.dtype)), frame).frame
+            tracking.restart(frames, place, frame)
 
     def forget(self) -> None:
         """Let go of what was found in a capture, which is over or has changed the weights."""

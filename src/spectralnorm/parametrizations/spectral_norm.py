@@ -764,7 +764,12 @@ class SpectralNorm(nn.Module):
         if self.scale is not None:
             self.scale.fill_(self._coefficient)
 
-    # Copying and moving
+    # Loading, copying and moving
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.in_graphs is not None:  # the weight is there already: its parameter is the parent's
+            self.in_graphs.restart(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.

@@ -246,6 +246,19 @@ class TrackingPlan:
         with on_device_of(nothing):
             launch(return_kernel, spans.shape[0], spans, frames.memory, nothing, 0.0, frames.memory)
 
+    def restart(self, frames: Tracked, place: int, frame: Frame) -> None:
+        """Let what goes on from ``frames`` start from another one for one tensor, if that is of the same side.
+
+        Args:
+            frames: what this plan found last.
+            place: of the tensor.
+            frame: as for `track`.
+        """
+        layout, is_left = self._layouts[place], frames.next_sides[place]
+        if frame.is_left == is_left:
+            packed = packed_frames([frame], [(layout.batch, layout.rows, layout.columns)])
+            frames.triplets[place].frame.rows.view(-1).copy_(packed)
+
     def track_in_place(
         self,
         frames: Tracked,
