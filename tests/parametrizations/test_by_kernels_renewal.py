@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spectralnorm as sn
 from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations.by_kernels import ByKernels
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -118,3 +119,20 @@ def test_another_coefficient_and_other_layers_are_followed_from_what_is_known(de
     assert abs(float(torch.linalg.matrix_norm(model[0].weight, 2)) / 0.5 - 1) < 1e-3
     copied = copy.deepcopy(model)
     assert torch.equal(copied[1].weight, model[1].weight)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_weights_are_found_at_once_again_after_others_came_and_went(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
+    sn.add_spectral_norm(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(5):
+        model(torch.ones(1, 4, device=device)).sum().backward()
+        if step == 2:
+            copy.deepcopy(model)
+        optimizer.step()
+        kept = model[0].parametrizations["weight"][0]._kept
+        if isinstance(kept.followed, ByKernels):
+            found.append(kept.followed.stepped_together(kept.moment.clock.last_step) is not None)
+    assert found == [True, False, True, True]

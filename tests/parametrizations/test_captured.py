@@ -1,7 +1,9 @@
 """Training in captured CUDA graphs, by the kernels that renew all weights together."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spectralnorm as sn
+from spectralnorm.parametrizations.memory import is_held_once
 
 from .graphs import Graph, capture, warm_up
 
@@ -269,6 +272,159 @@ def test_a_learned_scale_is_in_the_graph(captured: Callable, device: torch.devic
         torch.testing.assert_close(training.used[name].detach(), expected, rtol=2e-3, atol=1e-6)
 
 
+def test_a_loss_may_depend_on_some_of_the_weights(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    first, last = training.layers().values()
+
+    def of_last() -> None:
+        training.optimizer.zero_grad(set_to_none=True)
+        (0 * first.weight.detach().sum() + torch.cos(last.weight).sum()).backward()
+
+    graph = captured(of_last)
+    graph.replay()
+    grad = raw(last).grad.clone()
+    assert raw(first).grad is None
+    of_last()
+    torch.testing.assert_close(grad, raw(last).grad, rtol=2e-3, atol=2e-3 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"update": "manual"}, {"n_power_iterations": 3}], ids=["update", "iterations"])
+def test_options_that_were_changed_between_captures_hold(
+    options: dict[str, object], captured: Callable, device: torch.device
+) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    captured(training.look)
+    sn.add_spectral_norm(training.model, **options)
+    buffers = [each.clone() for each in training.model.buffers()]
+    graph = captured(training.look)
+    graph.replay()
+    assert of_renewal(graph) == 0
+    assert ("update" in options) == all(map(torch.equal, training.model.buffers(), buffers))
+
+
+def test_what_a_graph_reads_stays_while_the_model_is_there(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    late = nn.Linear(4, 5).to(device)
+    sn.add_spectral_norm(late)
+    training.optimizer.add_param_group({"params": [*late.parameters()]})
+    warm_up(training, 3, device)
+
+    def of_frozen() -> None:
+        training.model(training.real)
+
+    training.model.requires_grad_(False)
+    graph = captured(of_frozen)
+    training.model.requires_grad_(True)
+    assert graph.lost() == []
+    with torch.no_grad():  # found anew, so that another number of renewals lies behind it than behind the first
+        raw(training.model[3]).mul_(2)
+    training()
+    training()
+
+    def of_all() -> None:
+        training.optimizer.zero_grad(set_to_none=True)
+        (torch.cos(late.weight).sum() + training.model(training.real).square().mean()).backward()
+        training.optimizer.step()
+
+    warm_up(of_all, 2, device)
+    of_more = captured(of_all)
+    assert of_renewal(of_more) == 1 or not of_more.kernels
+    assert graph.lost() == []
+
+
+def test_what_a_captured_optimizer_moves_is_not_kept(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    warm_up(training.look, 1, device)
+    graph = captured(training.optimizer.step)
+    for layer in training.layers().values():
+        raw(layer).grad.normal_()
+    for _ in range(2):
+        graph.replay()
+        for _ in range(30):  # power iterations, from the vectors of the weight as it was
+            training.look()
+        assert_divided(training)
+
+
+def test_nodes_of_eager_steps_do_not_reach_into_a_capture(captured: Callable, device: torch.device) -> None:
+    # They hold what adds up the gradients, on the stream of those steps, which a capture may not wait for.
+    training = Training(device)
+    warm_up(training, 3, device)
+    warm_up(training.look, 1, device)
+    node, other = (weakref.ref(each.grad_fn) for each in training.used.values())
+    training.used = {}
+    assert node() is other() is not None
+
+    def step() -> None:
+        training.model[0].weight  # noqa: B018
+        assert node() is None
+
+    captured(step)
+
+
+def test_a_weight_that_had_no_norm_before_the_capture_is_not_lost(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    good = {name: raw(layer).detach().clone() for name, layer in training.layers().items()}
+    raw(training.model[3]).data.fill_(float("nan"))
+    warm_up(training.look, 1, device)
+    for name, layer in training.layers().items():
+        raw(layer).data.copy_(good[name])
+    graph = captured(training.look)
+    for _ in range(10):
+        graph.replay()
+    assert_divided(training)
+
+
+@pytest.mark.parametrize("warm_ups", [2, 3], ids=["frames on the left", "frames on the right"])
+def test_what_is_loaded_between_replays_has_the_norm_that_is_wanted(
+    warm_ups: int, captured: Callable, device: torch.device
+) -> None:
+    training, other = Training(device, grouped=True, hidden=40), Training(device, grouped=True, hidden=40)
+    warm_up(training, warm_ups, device)
+    warm_up(training.look, 1, device)
+    graph = captured(training.look)
+    with torch.no_grad():
+        for layer in other.layers().values():
+            raw(layer).normal_()
+    training.model.load_state_dict(other.model.state_dict())
+    graph.replay()
+    assert_divided(training)
+
+
+def test_a_weight_that_was_written_to_is_renewed_once(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    captured(training)
+    with torch.no_grad():
+        raw(training.model[3]).mul_(2)
+    graph = captured(training)
+    if graph.kernels:
+        assert of_renewal(graph) == 1
+
+
+def test_what_was_captured_outlives_neither_the_graph_nor_the_model(captured: Callable, device: torch.device) -> None:
+    training = Training(device)
+    warm_up(training, 3, device)
+    graph = captured(training.look)
+    used = {name: each.detach() for name, each in training.used.items()}
+    training.optimizer.zero_grad(set_to_none=True)
+    training.used, training.grads = {}, {}
+    del graph
+    training.model(training.real)
+    gc.collect()
+    assert all(is_held_once(each) for each in used.values())
+    weights = [weakref.ref(raw(layer)) for layer in training.layers().values()]
+    gc.disable()  # without cycles there is nothing for it to find
+    try:
+        del training
+        assert [each() for each in weights] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("warm_ups", [0, 1], ids=["none", "one"])
 def test_without_enough_steps_before_the_graph_finds_the_norms_by_itself(
     warm_ups: int, captured: Callable, device: torch.device
@@ -308,3 +464,4 @@ def test_copies_know_nothing_of_graphs(captured: Callable, device: torch.device)
     for copied in (copy.deepcopy(training.model), pickle.loads(pickle.dumps(training.model))):
         assert copied[0].parametrizations["weight"][0].in_graphs is None
         torch.testing.assert_close(copied(training.real), training.model(training.real), rtol=1e-3, atol=1e-4)
+        assert copied[0].weight.data_ptr() == copied[0].weight.data_ptr()  # kept, because no graph trains it

@@ -115,7 +115,7 @@ class Following(NamedTuple):
         plans: of the weights.
         tracking: the plan of their matrices.
         tracked: what was found last, whose frames are where the next ones start.
-        weights: each with its normalization.
+        members: the weights, each with its normalization, which may be gone later.
         ages: of each how often it has been renewed.
         num_iterations: of each renewal.
         eps: a norm up to here counts as zero.
@@ -125,7 +125,7 @@ class Following(NamedTuple):
     plans: Plans
     tracking: Any
     tracked: Any
-    weights: list[tuple[SpectralNorm, Tensor]]
+    members: list[tuple[ref[SpectralNorm], Tensor]]
     ages: list[int]
     num_iterations: int
     eps: float
@@ -243,7 +243,8 @@ class ByKernels:
         # Weak: a normalization holds this, and nothing of a model is to outlive it.
         self._members = [ref(normalization) for normalization, _ in weights]
         self._addresses = [weight.data_ptr() for _, weight in weights]
-        self._step_ids, self._num_watches = _all_of_step(members)
+        self._step_ids: list[int] | None = None
+        self._num_watches = 0
         self._tracked: Any = None
         self._division: Division | None = None
         self._verdict: Verdict | None = None
@@ -255,6 +256,8 @@ class ByKernels:
     def renew(self, members: Sequence[Member]) -> None:
         """One step of power iteration for all, and the division by the norms."""
         plans, (num_iterations, eps) = self._plans, self._options
+        if not isinstance(members, SameMembers):  # they were found one by one, and may be found at once the next time
+            self._step_ids, self._num_watches = _all_of_step(members)
         kepts = [member.kept for member in members]
         moments = [kept.moment.clock.now() for kept in kepts]
         ages = [kept.age for kept in kepts]
@@ -444,13 +447,25 @@ class ByKernels:
         write_vectors(self._division, self._tracking, places, buffers)
 
     def following(self) -> Following | None:
-        """What a captured graph goes on from; None where the kernels are of the host, or a weight is strict or gone."""
-        tracked, current = self._tracked, self.current()
-        if tracked is None or self._strict or self._plans.kernels.are_of_host or len(current) < len(self._members):
+        """What a captured graph goes on from.
+
+        None: the kernels are of the host, or a weight is strict, has no norm, from whose frames nothing can be found
+        any more, or is gone.
+        """
+        tracked, verdict, current = self._tracked, self._verdict, self.current()
+        if (
+            tracked is None
+            or verdict is None
+            or verdict.is_any_bad()
+            or self._strict
+            or self._plans.kernels.are_of_host
+            or len(current) < len(self._members)
+        ):
             return None
-        weights = [(normalization, kept.moment.clock.weight) for normalization, kept in current]
+        weights = [kept.moment.clock.weight for _, kept in current]
+        members = list(zip(self._members, weights, strict=True))
         ages = [kept.age for _, kept in current]
-        return Following(self._plans, self._tracking, tracked, weights, ages, *self._options, self._narrow)
+        return Following(self._plans, self._tracking, tracked, members, ages, *self._options, self._narrow)
 
 
 def tracked_and_divided(

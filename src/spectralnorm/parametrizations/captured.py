@@ -6,8 +6,9 @@ found until an optimizer's step, captured as well, has changed the weights. Ever
 from where the last one ended, because the frames go back to the memory that they were read from, and a weight that was
 zero or not finite in between is followed again from the frames of before.
 
-What a replay changes is seen by nobody. So what a graph trains is not kept outside of it any more, and what it reads is
-held here: a replay reads and writes that memory, whether or not the model is still there.
+What a replay changes is seen by nobody. So what a graph trains is not kept outside of it any more. And what a replay
+reads and writes is held here as long as one of the weights' normalizations is there: the weights and buffers of the
+others, and the frames, those of earlier graphs as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg import compute_dtype, track
 from spectralnorm.linalg.cuda.capture import capture_id
 from spectralnorm.parametrizations.arithmetic import is_plain, plain_arithmetic
 from spectralnorm.parametrizations.by_kernels import (
@@ -66,8 +68,7 @@ def _taken_over(normalization: SpectralNorm, weight: Tensor) -> InGraphs | None:
     group = InGraphs(following)
     if not group.is_ready():
         return None
-    for each, _ in following.weights:
-        each.in_graphs = group
+    group.take_over()
     return group
 
 
@@ -76,12 +77,12 @@ class InGraphs:
 
     def __init__(self, following: Following) -> None:
         self._following = following
-        self._identities = [identity_of(*each) for each in following.weights]
-        self._places = {id(normalization): place for place, (normalization, _) in enumerate(following.weights)}
-        self._buffers = [
-            buffer for normalization, _ in following.weights for buffer in normalization.buffers_of_views()
-        ]
+        members = self._members()
+        self._identities = [identity_of(*each) for each in members]
+        self._places = {id(normalization): place for place, (normalization, _) in enumerate(members)}
+        self._buffers = [buffer for normalization, _ in members for buffer in normalization.buffers_of_views()]
         self._ages = following.ages
+        self._before: list[InGraphs] = []
         # Of the capture that was seen last; of another one nothing of this holds.
         self._capture: int | None = None
         self._division: Division | None = None
@@ -91,9 +92,15 @@ class InGraphs:
 
     def is_ready(self) -> bool:
         """Whether nothing has to be sent to the device that a capture cannot send."""
-        following = self._following
-        owners = [place for place in range(len(following.weights)) for _ in range(2)]
-        return ByKernels.can_write(self._buffers) and following.plans.store.knows(owners, self._buffers)
+        owners = [place for place in range(len(self._identities)) for _ in range(2)]
+        return ByKernels.can_write(self._buffers) and self._following.plans.store.hold(owners, self._buffers)
+
+    def take_over(self) -> None:
+        """Renew the weights from now on, also those that were renewed with others in earlier captures."""
+        for normalization, _ in self._members():
+            before, normalization.in_graphs = normalization.in_graphs, self
+            if before is not None and before not in self._before:
+                self._before.append(before)
 
     def use(self, normalization: SpectralNorm, weight: Tensor, *, renews: bool) -> Tensor | None:
         """One use; None: it cannot be done here.
@@ -104,7 +111,7 @@ class InGraphs:
             renews: whether a use in training asks, which renews the weights if they have changed.
         """
         capture, place = capture_id(weight.device), self._places[id(normalization)]
-        if capture is None or self._following.weights[place][1] is not weight:
+        if capture is None or self._following.members[place][1] is not weight:
             return None
         if not self._is_current(place, capture):
             if not renews or not self._fit():
@@ -121,6 +128,34 @@ class InGraphs:
         values = division.rounded[1] if division.rounded is not None and are_rounded else division.values
         return values[place].detach()
 
+    def restart(self, normalization: SpectralNorm) -> None:
+        """Let replays go on from a weight as it is now: the frames are those of another one, in whose place it came."""
+        for before in self._before:
+            before.restart(normalization)
+        place = self._places.get(id(normalization))
+        if place is None:
+            return
+        _, tracking, frames, members, *_ = self._following
+        weight, view = members[place][1].detach(), normalization.view
+        if identity_of(normalization, weight) != self._identities[place]:  # no replay can read it any more
+            return
+        with plain_arithmetic(weight):
+            frame = normalization.refined(view, weight).frame
+            if frame.is_left != frames.next_sides[place]:
+                blocks = view.memory_blocks(weight)
+                frame = track(blocks.to(compute_dtype(blocks.dtype)), frame).frame
+            tracking.restart(frames, place, frame)
+
+    def forget(self) -> None:
+        """Let go of what was found in a capture, which is over or has changed the weights."""
+        self._capture = self._division = None
+        self._outputs = {}
+
+    def _members(self) -> list[tuple[SpectralNorm, Tensor]]:
+        """The weights whose normalizations are still there."""
+        found = [(reference(), weight) for reference, weight in self._following.members]
+        return [(normalization, weight) for normalization, weight in found if normalization is not None]
+
     def _is_current(self, place: int, capture: int) -> bool:
         """Whether a value was computed in this capture, and neither it nor the weight has changed since."""
         if self._capture != capture or self._division is None or not self._moments[place].is_now():
@@ -128,20 +163,25 @@ class InGraphs:
         return self._division.values[place]._version == self._versions[place]
 
     def _fit(self) -> bool:
-        """Whether all weights and buffers are where they were, in training, and divided as they were."""
-        weights = self._following.weights
-        buffers = [buffer for normalization, _ in weights for buffer in normalization.buffers_of_views()]
+        """Whether all weights and buffers are where they were, in training, and renewed and divided as they were."""
+        members = self._members()
+        buffers = [buffer for normalization, _ in members for buffer in normalization.buffers_of_views()]
         return (
-            all(normalization.training for normalization, _ in weights)
-            and [identity_of(*each) for each in weights] == self._identities
+            all(
+                normalization.training
+                and normalization.update == "step"
+                and normalization.n_power_iterations == self._following.num_iterations
+                for normalization, _ in members
+            )
+            and [identity_of(*each) for each in members] == self._identities
             and [each.data_ptr() for each in buffers] == [each.data_ptr() for each in self._buffers]
         )
 
     def _renew(self, capture: int) -> None:
         """As `ByKernels.renew`, into memory of the graph."""
-        plans, tracking, frames, weights, _, num_iterations, eps, narrow = self._following
-        everywhere = range(len(weights))
-        new = partial(Memory, [None] * len(weights), plans.device)
+        plans, tracking, frames, members, _, num_iterations, eps, narrow = self._following
+        everywhere = range(len(members))
+        new = partial(Memory, [None] * len(members), plans.device)
         values, also = new(), {}
         outs = values.free_at(everywhere, plans.prototypes)
         rounded = None
@@ -157,18 +197,20 @@ class InGraphs:
         write_vectors(division, tracking, everywhere, self._buffers)
         self._ages = [age + num_iterations + num_iterations % 2 for age in self._ages]
         self._capture = capture
-        self._moments = [normalization.watched(weight).now() for normalization, weight in weights]
+        clocks = [normalization.watched(weight) for normalization, weight in self._members()]
+        for clock in clocks:
+            clock.observe()
+        self._moments = [clock.now() for clock in clocks]
         self._versions = [value._version for value in values]
-        self._outputs = {are_rounded: [Outputs() for _ in weights] for are_rounded in (False, True)}
+        self._outputs = {are_rounded: [Outputs() for _ in members] for are_rounded in (False, True)}
 
     def _connect(self, *, are_rounded: bool) -> None:
         """Make a node of the graph of derivatives for all weights that have none to give."""
-        outputs, weights, division = self._outputs[are_rounded], self._following.weights, self._division
+        outputs, division = self._outputs[are_rounded], self._division
+        weights = [weight for _, weight in self._following.members]
         assert division is not None
-        places = [
-            place for place, (_, weight) in enumerate(weights) if weight.requires_grad and outputs[place].is_used_up()
-        ]
+        places = [place for place, weight in enumerate(weights) if weight.requires_grad and outputs[place].is_used_up()]
         some = SomeOf(division, places, [self._moments[place] for place in places], are_rounded=are_rounded)
-        made = NormalizedWeights.apply(some, *[weights[place][1] for place in places])
+        made = NormalizedWeights.apply(some, *[weights[place] for place in places])
         for place, *of_place in zip(places, made, made[len(places) :], strict=False):
             outputs[place].add(of_place)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Member",
     "divisors_of",
+    "forget_nodes",
     "keep_triplets",
     "output_for_use",
     "refresh_together",
@@ -389,6 +390,16 @@ def _most_in_shared_node(kept: Kept) -> float:
 def _sends_gradients() -> bool:
     """Whether other processes may wait for a gradient while the backward goes on."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def forget_nodes(normalization: SpectralNorm, kept: Kept) -> None:
+    """Let go of the nodes of all that were renewed together, before a graph is captured.
+
+    They hold the nodes that add up the weights' gradients, on the stream where these were made: another one than that
+    of the capture, which must not wait for it.
+    """
+    for _, mate in _renewed_with(normalization, kept):
+        mate.forget_nodes()
 
 
 def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:

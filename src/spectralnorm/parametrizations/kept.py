@@ -203,6 +203,13 @@ class Kept:
             own_quotient=quotient,
         )
 
+    def forget_nodes(self) -> None:
+        """Make new ones for the next uses."""
+        self.outputs = Outputs()
+        if self.rounded is not None:
+            self.rounded.output = None
+            self.rounded.outputs = None if self.rounded.outputs is None else Outputs()
+
     def forget_graphs(self) -> None:
         """Let the user's graphs be the only ones that hold the value."""
         self.outputs, self.rounded = Outputs(), None

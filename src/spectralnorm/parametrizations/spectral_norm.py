@@ -491,6 +491,8 @@ class SpectralNorm(nn.Module):
             )
 
     def _divided(self, weight: Tensor) -> Tensor:
+        if self.in_graphs is not None and is_eager(weight):
+            self.in_graphs.forget()
         if weight.is_meta and (self.strict or self.follows_map):
             return weight * 1  # there are no values to bound
         if self.strict and not self._can_keep(weight):
@@ -542,8 +544,16 @@ class SpectralNorm(nn.Module):
 
     def leave_to_graphs(self) -> None:
         """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""
+        if self._kept is not None:
+            engine.forget_nodes(self, self._kept)
         self._is_captured, self._keeps = True, False
         self.invalidate()
+
+    def was_stepped_in_graph(self) -> None:
+        """A captured step of an optimizer moves the weight, at every replay."""
+        self.leave_to_graphs()
+        if self.in_graphs is not None:
+            self.in_graphs.forget()
 
     def _hand_over_vectors(self) -> None:
         """Leave in the buffers what another update rule goes on from."""
@@ -759,7 +769,12 @@ class SpectralNorm(nn.Module):
         if self.scale is not None:
             self.scale.fill_(self._coefficient)
 
-    # Copying and moving
+    # Loading, copying and moving
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.in_graphs is not None:  # the weight is there already: its parameter is the parent's
+            self.in_graphs.restart(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.
@@ -775,12 +790,17 @@ class SpectralNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments", "in_graphs")
-        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0)}
+        # A graph that trains the weight does not train a copy of it.
+        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0), "_is_captured": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keeps = self._may_keep()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__dict__.update(deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
         kept = self._kept
         if kept is not None and kept.is_current(kept.moment.clock.weight):
             weight = memo.get(id(kept.moment.clock.weight))

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from spectralnorm.parametrizations.arithmetic import is_capturing
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
 __all__ = ["Moment", "Step", "WeightClock", "version_of", "watch"]
@@ -35,7 +36,7 @@ class WeightClock:
         is_distributed: whether the parameter is a DTensor.
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
-        watchers: weak references to whoever wants to be found through a step.
+        watchers: weak references to whoever wants to be found through a step, and be told of one that is captured.
         num_watches: how many watchers all clocks ever had.
     """
 
@@ -196,3 +197,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if clock.weight.grad is not None or not clock.is_unmoved():
             clock.count_step(step, before.get(id(clock), clock.steps))
             step.parameter_ids.append(id(clock.weight))
+            if is_capturing(clock.weight):  # what moves the weight from now on is seen by nobody
+                for watcher in [found() for found in clock.watchers]:
+                    if watcher is not None:
+                        watcher.was_stepped_in_graph()

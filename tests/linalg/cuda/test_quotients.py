@@ -187,6 +187,27 @@ def test_launches_do_not_depend_on_the_number_of_weights(
     assert names == ["divide_kernel", "inner_kernel", "gradients_kernel"]
 
 
+@pytest.mark.parametrize("places", [[1], [0, 1], [0, 3], [1, 2, 4]], ids=str)
+def test_some_weights_have_the_gradients_that_they_have_among_all(
+    places: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = (3, 5), (130, 9), (4, 6), (7, 2), (2, 150)
+    weights = [torch.randn(shape, device=device) for shape in shapes]
+    weights[2] = weights[2].half()
+    plan = QuotientPlan([(weight, 0) for weight in weights], [1.0] * len(weights))
+    us, vs, sigmas = (list(part) for part in zip(*(singular_triplet(weight, 0) for weight in weights), strict=True))
+    norms = torch.stack(sigmas)
+    values = plan.divide(norms).values
+    grads = [torch.randn_like(weight) for weight in weights]
+    whole = plan.gradients(grads, values, us, vs, norms)
+    some = [[of_all[place] for place in places] for of_all in (grads, values, us, vs)]
+    # Nothing is sent to the device but where things are: a captured graph cannot wait for more.
+    monkeypatch.setattr(torch, "tensor", None)
+    monkeypatch.setattr(quotients, "uploaded", lambda numbers, device: torch.as_tensor(numbers).to(device))
+    found = plan.gradients(*some, norms, places=places)
+    assert all(map(torch.equal, found, [whole[place] for place in places]))
+
+
 def test_what_no_kernel_reads_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         QuotientPlan([], [])

@@ -42,6 +42,18 @@ def test_vectors_that_are_known_by_where_they_are_go_there_too(device: torch.dev
     assert not targets[3].any()
 
 
+def test_tables_that_a_graph_reads_stay(device: torch.device) -> None:
+    vectors, sigmas = list(torch.randn(2, 3, device=device)), torch.ones(1, device=device)
+    places = [[torch.zeros(3, device=device) for _ in range(2)] for _ in range(12)]
+    store = VectorStore()
+    assert not store.hold([0, 0], places[0])
+    for targets in places:
+        store.copy(vectors, [0, 0], sigmas, targets, eps=1e-12)
+        assert store.hold([0, 0], places[0])
+    assert not all(store.hold([0, 0], targets) for targets in places)
+    assert all(map(torch.equal, places[-1], vectors))
+
+
 def test_a_target_of_another_size_is_refused(device: torch.device) -> None:
     vector, sigmas = torch.ones(4, device=device), torch.ones(1, device=device)
     with pytest.raises(ValueError, match=r"\(4,\) torch\.float32 for \(5,\) torch\.float32"):

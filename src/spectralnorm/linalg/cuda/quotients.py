@@ -44,7 +44,6 @@ from spectralnorm.linalg.layout import Layout, layout_of
 __all__ = ["Divided", "Division", "QuotientPlan"]
 
 _ALIGNMENT_BYTES = 256
-_MOST_SUBSETS = 256  # of weights whose gradients came without the others', remembered
 _MOST_SENT = 32  # tables of integers that are the same again, step after step
 
 
@@ -130,13 +129,12 @@ class QuotientPlan:
             for (weight, _), start in zip(weights, starts, strict=True)
         ]
         self._dtypes = {weight.dtype for weight, _ in weights}
-        self._weights, self._pieces, self._blocks, self._num_parts = _tables(
+        self._weights, self._pieces, self._blocks, self._block_rows, self._num_parts = _tables(
             [weight for weight, _ in weights], self._layouts
         )
         self._flat_targets = torch.tensor(starts, dtype=torch.int64, device=self.device)
         self._sent: dict[Hashable, Tensor] = {}
         self._last_targets: tuple[Tensor, Tensor | None, Tensor] | None = None
-        self._some_blocks: dict[tuple[int, ...], _Launches] = {}
         if self.device.type == "cuda":
             with on_device_of(self._rules):
                 written([0], self.device)  # compiled, for a capture
@@ -242,8 +240,8 @@ class QuotientPlan:
             sigmas: (weights,), float32: the norms that all weights were divided by.
             outs: as for `divide`; may be ``grads``, if nothing is added to them. New ones share a version.
             more_grads: for each what is added to its G, like that; None: nothing.
-            places: of which weights the others are; None: of all. For some of them it waits for the device the first
-                time.
+            places: of which weights the others are; None: of all. For some of them there are two launches for each run
+                of weights that follow each other.
             are_checked: whether the caller knows that all tensors fit.
 
         Raises:
@@ -383,16 +381,18 @@ class QuotientPlan:
         if any(out.data_ptr() % 16 for out in outs):
             raise ValueError("outs must lie at addresses that 16 divides; pass None, or tensors of their own.")
 
-    def _blocks_of(self, places: tuple[int, ...]) -> _Launches:
-        """Those of some weights."""
-        blocks_of_types = self._some_blocks.get(places)
-        if blocks_of_types is None:
-            if len(self._some_blocks) >= _MOST_SUBSETS:
-                self._some_blocks.clear()
-            wanted = torch.tensor(places, device=self.device)
-            chosen = [(dtype, blocks[torch.isin(blocks[:, 0], wanted)]) for dtype, blocks in self._blocks]
-            blocks_of_types = self._some_blocks[places] = [each for each in chosen if len(each[1])]
-        return blocks_of_types
+    def _blocks_of(self, places: Sequence[int]) -> _Launches:
+        """Those of some weights: pieces of the tables, so that nothing is sent, which a capture would refuse."""
+        runs: list[list[Any]] = []  # each a table, and its first and last row
+        tables = dict(self._blocks)
+        for place in places:
+            dtype, rows = TRITON_DTYPES[self._identity[place][1]], self._block_rows[place]
+            run = next((run for run in runs if run[0] is dtype and run[2] == rows.start), None)
+            if run is None:
+                runs.append([dtype, rows.start, rows.stop])
+            else:
+                run[2] = rows.stop
+        return [(dtype, tables[dtype][start:stop]) for dtype, start, stop in runs]
 
 
 _Identity = tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...], int], ...]
@@ -423,9 +423,15 @@ def _starts(weights: Sequence[Tensor]) -> tuple[list[int], int]:
     return starts, stop
 
 
-def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, _Launches, _Launches, int]:
-    """The table of weights; for each type the pieces of the division and the blocks of the gradient; their parts."""
-    entries = []
+def _tables(
+    weights: Sequence[Tensor], layouts: Sequence[Layout]
+) -> tuple[Tensor, _Launches, _Launches, list[range], int]:
+    """The table of weights; for each type the pieces of the division and the blocks of the gradient.
+
+    Returns:
+        Besides, for each weight the rows of its blocks in the table of its type, and the number of all parts.
+    """
+    entries, block_rows = [], []
     pieces: dict[torch.dtype, list[list[int]]] = {}
     blocks: dict[torch.dtype, list[list[int]]] = {}
     num_parts = 0
@@ -441,9 +447,9 @@ def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tenso
         slow, fast = (layout.rows, layout.columns) if layout.fast_is_columns else (layout.columns, layout.rows)
         starts = [(start, fast_start) for start in range(0, slow, SLOW * STEPS) for fast_start in range(0, fast, FAST)]
         entry[Entry.PARTS : Entry.PARTS + 2] = num_parts, len(starts)
-        blocks.setdefault(weight.dtype, []).extend(
-            [index, start, fast_start, num_parts + part] for part, (start, fast_start) in enumerate(starts)
-        )
+        of_dtype = blocks.setdefault(weight.dtype, [])
+        block_rows.append(range(len(of_dtype), len(of_dtype) + len(starts)))
+        of_dtype += [[index, start, fast_start, num_parts + part] for part, (start, fast_start) in enumerate(starts)]
         pieces.setdefault(weight.dtype, []).extend([index, start] for start in range(0, weight.numel(), PIECE))
         num_parts += len(starts)
         entries.append(entry)
@@ -452,4 +458,4 @@ def _tables(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tenso
         [(TRITON_DTYPES[dtype], torch.tensor(some, device=device)) for dtype, some in launches.items()]
         for launches in (pieces, blocks)
     ]
-    return torch.tensor(entries, device=device), on_device[0], on_device[1], num_parts
+    return torch.tensor(entries, device=device), on_device[0], on_device[1], block_rows, num_parts

@@ -70,6 +70,7 @@ class VectorStore:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[Any, ...], list[tuple[Any, Tensor, Tensor]]] = {}
+        self._held: set[tuple[Any, ...]] = set()
         self._ends: dict[tuple[int, ...], Tensor] = {}
 
     def copy(
@@ -96,12 +97,13 @@ class VectorStore:
         for vector, target in zip(vectors, targets, strict=True):
             require_target(vector, target, TRITON_DTYPES)
         starts = tuple(distance // 4 for distance in relative_addresses(vectors))
-        ends = self._ends.get(starts)
+        is_in_graph = is_capturing(sigmas.device)  # which has its own: what is remembered here may be dropped
+        ends = None if is_in_graph else self._ends.get(starts)
         if ends is None:
-            if len(self._ends) >= _MOST_TABLES:
-                self._ends.clear()
             ends = uploaded(starts, sigmas.device)
-            if not is_capturing(sigmas.device):
+            if not is_in_graph:
+                if len(self._ends) >= _MOST_TABLES:
+                    self._ends.clear()
                 self._ends[starts] = ends
         self._store(Ends(vectors[0], ends), owners, sigmas, targets, eps)
 
@@ -127,9 +129,15 @@ class VectorStore:
         """
         self._store(ends, owners, sigmas, targets, eps)
 
-    def knows(self, owners: Sequence[int], targets: Sequence[Tensor]) -> bool:
-        """Whether the tables for such targets have been made, which cannot be done in the capture of a graph."""
-        return _key(owners, targets) in self._tables
+    def hold(self, owners: Sequence[int], targets: Sequence[Tensor]) -> bool:
+        """Whether the tables for such targets have been made, which then stay, as long as the store is there.
+
+        They cannot be made in the capture of a graph, and what is captured reads them at every replay.
+        """
+        key = _key(owners, targets)
+        if key in self._tables:
+            self._held.add(key)
+        return key in self._tables
 
     def _store(
         self,
@@ -142,8 +150,8 @@ class VectorStore:
         key = _key(owners, targets)
         tables = self._tables.get(key)
         if tables is None:
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
+            if len(self._tables) - len(self._held) >= _MOST_TABLES:
+                self._tables = {held: self._tables[held] for held in self._held}
             tables = self._tables[key] = _tables(owners, targets, sigmas.device)
         with on_device_of(sigmas):
             for dtype, table, spans in tables:

@@ -248,6 +248,19 @@ class TrackingPlan:
         with on_device_of(nothing):
             launch(return_kernel, spans.shape[0], spans, frames.memory, nothing, 0.0, frames.memory)
 
+    def restart(self, frames: Tracked, place: int, frame: Frame) -> None:
+        """Let what goes on from ``frames`` start from another one for one tensor, if that is of the same side.
+
+        Args:
+            frames: what this plan found last.
+            place: of the tensor.
+            frame: as for `track`.
+        """
+        layout, is_left = self._layouts[place], frames.next_sides[place]
+        if frame.is_left == is_left:
+            packed = packed_frames([frame], [(layout.batch, layout.rows, layout.columns)])
+            frames.triplets[place].frame.rows.view(-1).copy_(packed)
+
     def track_in_place(
         self,
         frames: Tracked,
@@ -342,15 +355,13 @@ class TrackingPlan:
         if self._directions is None:
             raise ValueError("Ages were given to a plan without directions; make it with directions.")
         relative = tuple(age - ages[0] for age in ages)
-        if self._shifts is None or self._shifts[0] != relative:
-            of_matrices = [
-                age for age, layout in zip(relative, self._layouts, strict=True) for _ in range(layout.batch)
-            ]
-            shifts = uploaded(of_matrices, self.device)
-            if is_capturing(self.device):
-                return shifts, ages[0]
+        if self._shifts is not None and self._shifts[0] == relative and not is_capturing(self.device):
+            return self._shifts[1], ages[0]
+        of_matrices = [age for age, layout in zip(relative, self._layouts, strict=True) for _ in range(layout.batch)]
+        shifts = uploaded(of_matrices, self.device)
+        if not is_capturing(self.device):  # a graph has its own: what is remembered here may be replaced
             self._shifts = relative, shifts
-        return self._shifts[1], ages[0]
+        return shifts, ages[0]
 
     def _tables_of(self, sides: tuple[bool, ...]) -> Tables:
         if sides not in self._tables:
