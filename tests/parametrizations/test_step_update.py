@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -387,6 +388,22 @@ class TestWhereNothingIsKept:
             torch.ones(1, 160, device=before[0].device),
         )
         assert not torch.equal(vectors(layer)[0], before[0])
+
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"mode": "learnable"}], ids=["plain", "strict", "scale"])
+    def test_layer_made_in_inference_mode_is_normalized_there(self, device, options):
+        trained = spectral_norm(nn.Linear(16, 12).to(device), **options)
+        with torch.inference_mode():
+            layer = spectral_norm(nn.Linear(16, 12).to(device), **options).eval()
+            layer.load_state_dict(trained.state_dict())
+            assert norm_of(layer.weight) == pytest.approx(1, rel=2e-3)
+
+    def test_tensors_without_numbers_go_through(self, device):
+        with FakeTensorMode():
+            layer = spectral_norm(nn.Linear(16, 12, device=device))
+            optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+            use(layer).backward()
+            optimizer.step()
+            assert use(layer.eval()).shape == ()
 
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
     def test_stacked_models_under_vmap_give_what_each_gives(self, training):

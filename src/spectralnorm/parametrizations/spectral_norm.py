@@ -197,7 +197,7 @@ class SpectralNorm(nn.Module):
         if weight.is_meta or weight.numel() == 0:
             return
         with torch.no_grad():
-            if self._keeps and type(weight) is nn.Parameter:
+            if self._can_keep(weight):
                 self.write_vectors(*self._current(weight).quotient.pairs)
                 self._kept.is_in_buffers = True  # type: ignore[union-attr]
             else:
