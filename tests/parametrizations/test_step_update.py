@@ -234,6 +234,30 @@ class TestOtherChanges:
         layer.weight  # noqa: B018
         assert torch.equal(raw(layer), wanted)
 
+    def test_initialization_that_is_applied_may_write_through_data(self, layer):
+        wanted = another_matrix(layer)
+
+        def into_weight(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                module.weight.data.copy_(wanted)
+
+        def into_parameters(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                raw(module).data.copy_(wanted.mT.reshape(wanted.shape))
+
+        nn.Sequential(layer).apply(into_weight)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+        assert torch.equal(raw(layer), wanted)
+        nn.Sequential(layer).apply(into_parameters)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+    def test_what_is_applied_and_writes_nothing_changes_nothing(self, layer):
+        with torch.no_grad():
+            raw(layer)[0, 0] = math.nan
+        before = layer.weight
+        assert layer.apply(lambda module: None) is layer
+        assert layer.weight.data_ptr() == before.data_ptr()
+
     def test_write_between_a_use_and_an_optimizer_step_is_not_taken_for_the_step(self, layer):
         use(layer)
         by_copy(layer)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
+from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
@@ -72,6 +73,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
             "_replicate_for_data_parallel": _replicate,
+            "apply": apply_of(base),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
