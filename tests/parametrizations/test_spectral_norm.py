@@ -225,6 +225,18 @@ class TestRegistration:
         assert raw(layer) is parameter
         torch.testing.assert_close(layer.weight, torch.diag(torch.tensor([1.0, 0.5])))
 
+    @pytest.mark.parametrize("value", [torch.ones(3, 3), None, [[1.0]]], ids=["shape", "none", "list"])
+    def test_assigning_what_is_no_tensor_of_its_shape_is_refused(self, value):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(UserError, match=r"^'weight' of this Linear .* takes a tensor of shape \(2, 3\), got "):
+            layer.weight = value
+
+    def test_assigning_another_parameter_is_refused(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(UserError, match=r"^'weight' of this Linear is normalized and cannot be another parameter"):
+            layer.weight = nn.Linear(3, 2).weight
+        layer.bias = nn.Linear(3, 2).bias
+
     def test_other_parametrization_on_top_is_applied(self):
         class Double(nn.Module):
             def forward(self, weight):

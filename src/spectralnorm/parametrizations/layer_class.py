@@ -16,9 +16,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
@@ -74,6 +75,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__reduce_ex__": _reduce,
             "_replicate_for_data_parallel": _replicate,
             "apply": apply_of(base),
+            "register_parameter": _register_parameter_of(base),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
@@ -99,6 +101,7 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
     def set_raw(self: Any, value: Any) -> None:
         if name in self.parametrizations:
+            _require_like(self, name, value)
             # A copy: torch would make the parameter share its memory with the tensor that was assigned.
             self.parametrizations[name].right_inverse(value.detach().clone())
         else:
@@ -109,6 +112,33 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
             raise AttributeError(name)
 
     return property(get, set_raw, delete)
+
+
+def _require_like(layer: Any, name: str, value: Any) -> None:
+    """Refuse to assign ``value`` if it is no tensor of the weight's shape."""
+    original = getattr(layer.parametrizations[name], "original", None)
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or (original is not None and value.shape != original.shape):
+        wanted = "a tensor" if original is None else f"a tensor of shape {tuple(original.shape)}"
+        got = f"one of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+        raise UserError(
+            f"{name!r} of this {plain_class(layer).__name__} is normalized and takes {wanted}, got {got}; "
+            "remove_spectral_norm first to make it something else."
+        )
+
+
+def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method that assigning a parameter calls; torch's says that the attribute exists already."""
+
+    def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+        if name in self.parametrizations:
+            raise UserError(
+                f"{name!r} of this {plain_class(self).__name__} is normalized and cannot be another parameter; assign "
+                "a tensor (value.detach()) to give it new numbers, or share weights before they are normalized."
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
 
 
 _module_call = nn.Module.__call__
