@@ -73,6 +73,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
+            "__setstate__": _set_state_of(base),
             "_replicate_for_data_parallel": _replicate,
             "apply": apply_of(base),
             "register_parameter": _register_parameter_of(base),
@@ -236,7 +237,7 @@ def _baked(self: nn.Module) -> nn.Module:
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickled as the base class and the state; the shared class is made again where it is loaded."""
     state = dict(self.__getstate__())  # type: ignore[call-overload]
-    return _restored, (parametrize.type_before_parametrizations(self),), state, None, None, _set_state
+    return _restored, (parametrize.type_before_parametrizations(self),), state
 
 
 def _restored(base: type[nn.Module]) -> nn.Module:
@@ -245,6 +246,11 @@ def _restored(base: type[nn.Module]) -> nn.Module:
     return module
 
 
-def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
-    module.__setstate__(state)
-    share_class(module)
+def _set_state_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method ``__setstate__``; the state tells which tensors are parametrized."""
+
+    def set_state(self: Any, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        share_class(self)
+
+    return set_state
