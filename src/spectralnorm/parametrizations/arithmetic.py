@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic"]
+__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -29,6 +30,12 @@ def _switched_back(kind: str) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast rounds nothing, and layers hand out their weight as it is."""
+    kind = weight.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def is_eager(weight: Tensor) -> bool:
