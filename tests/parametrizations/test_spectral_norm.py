@@ -1,5 +1,6 @@
 """Values, options and refusals of one normalized weight."""
 
+import copy
 import math
 
 import pytest
@@ -254,6 +255,20 @@ class TestRegistration:
 
 
 class TestRandomness:
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"norm": "operator"}], ids=["plain", "strict", "map"])
+    def test_another_default_device_changes_nothing(self, options):
+        layer, inputs = nn.Conv2d(2, 140, 9, padding=4), torch.ones(1, 2, 9, 9)
+        other = copy.deepcopy(layer)
+        spectral_norm(other, **options)
+        with torch.device("meta"):
+            spectral_norm(layer, **options)
+            for each in (layer, other):
+                optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+                for _ in range(3):
+                    each(inputs).sum().backward()
+                    optimizer.step()
+        assert torch.equal(layer.weight, other.weight)
+
     def test_construction_and_use_leave_the_global_generator_alone(self):
         layer = nn.Linear(150, 150)
         state = torch.get_rng_state()
