@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralnorm import add_spectral_norm, spectral_norm
+from spectralnorm import add_spectral_norm, export_state_dict, remove_spectral_norm, spectral_norm
 
 LAYERS = {
     "linear": (lambda: nn.Linear(9, 10), (4, 9)),
@@ -131,3 +131,18 @@ def test_layers_that_autocast_does_not_round_for_keep_their_type(device):
         assert own.weight.dtype == table.weight.dtype == learned.weight.dtype == torch.float32
         assert frozen.weight.dtype == torch.bfloat16
         assert not frozen.weight.requires_grad
+
+
+@pytest.mark.parametrize("make", [nn.Linear, lambda _, size: nn.LazyLinear(size)], ids=["ordinary", "lazy"])
+def test_normalizing_and_baking_under_it_round_nothing(make, device):
+    inputs = torch.randn(4, 9, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        layer = spectral_norm(make(9, 10).to(device))
+        layer(inputs)
+        baked = export_state_dict(layer, "plain")["weight"]
+    weight = layer.weight.detach().clone()
+    assert torch.linalg.matrix_norm(weight, 2) == pytest.approx(1, rel=1e-4)
+    assert torch.equal(baked, weight)
+    with torch.autocast(device.type, torch.bfloat16):
+        remove_spectral_norm(layer)
+    assert torch.equal(layer.weight, weight)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from spectralnorm import UserError, spectral_norm
+from spectralnorm import UserError, add_spectral_norm, spectral_norm
 
 
 def make(normalize=spectral_norm) -> nn.Sequential:
@@ -80,6 +80,14 @@ class TestCopies:
         average.eval()
         for index in (0, 2):
             assert norm_of(average.module[index].weight) == pytest.approx(1, rel=1e-4)
+
+    @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LSTM(4, 4)], ids=["linear", "lstm"])
+    def test_shallow_copy_shares_the_parameters(self, layer):
+        layer, inputs = add_spectral_norm(copy.deepcopy(layer)), torch.ones(2, 4)
+        copied = copy.copy(layer)
+        assert type(copied) is type(layer)
+        assert all(mine is its for mine, its in zip(copied.parameters(), layer.parameters(), strict=True))
+        assert torch.equal(copied(inputs)[0], layer(inputs)[0])
 
     @pytest.mark.parametrize("training", [True, False])
     def test_whole_model_can_be_pickled(self, training):

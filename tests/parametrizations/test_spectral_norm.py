@@ -1,5 +1,6 @@
 """Values, options and refusals of one normalized weight."""
 
+import copy
 import math
 
 import pytest
@@ -225,6 +226,18 @@ class TestRegistration:
         assert raw(layer) is parameter
         torch.testing.assert_close(layer.weight, torch.diag(torch.tensor([1.0, 0.5])))
 
+    @pytest.mark.parametrize("value", [torch.ones(3, 3), None, [[1.0]]], ids=["shape", "none", "list"])
+    def test_assigning_what_is_no_tensor_of_its_shape_is_refused(self, value):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(UserError, match=r"^'weight' of this Linear .* takes a tensor of shape \(2, 3\), got "):
+            layer.weight = value
+
+    def test_assigning_another_parameter_is_refused(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(UserError, match=r"^'weight' of this Linear is normalized and cannot be another parameter"):
+            layer.weight = nn.Linear(3, 2).weight
+        layer.bias = nn.Linear(3, 2).bias
+
     def test_other_parametrization_on_top_is_applied(self):
         class Double(nn.Module):
             def forward(self, weight):
@@ -242,6 +255,20 @@ class TestRegistration:
 
 
 class TestRandomness:
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"norm": "operator"}], ids=["plain", "strict", "map"])
+    def test_another_default_device_changes_nothing(self, options):
+        layer, inputs = nn.Conv2d(2, 140, 9, padding=4), torch.ones(1, 2, 9, 9)
+        other = copy.deepcopy(layer)
+        spectral_norm(other, **options)
+        with torch.device("meta"):
+            spectral_norm(layer, **options)
+            for each in (layer, other):
+                optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+                for _ in range(3):
+                    each(inputs).sum().backward()
+                    optimizer.step()
+        assert torch.equal(layer.weight, other.weight)
+
     def test_construction_and_use_leave_the_global_generator_alone(self):
         layer = nn.Linear(150, 150)
         state = torch.get_rng_state()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -233,6 +234,30 @@ class TestOtherChanges:
         layer.weight  # noqa: B018
         assert torch.equal(raw(layer), wanted)
 
+    def test_initialization_that_is_applied_may_write_through_data(self, layer):
+        wanted = another_matrix(layer)
+
+        def into_weight(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                module.weight.data.copy_(wanted)
+
+        def into_parameters(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                raw(module).data.copy_(wanted.mT.reshape(wanted.shape))
+
+        nn.Sequential(layer).apply(into_weight)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+        assert torch.equal(raw(layer), wanted)
+        nn.Sequential(layer).apply(into_parameters)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+    def test_what_is_applied_and_writes_nothing_changes_nothing(self, layer):
+        with torch.no_grad():
+            raw(layer)[0, 0] = math.nan
+        before = layer.weight
+        assert layer.apply(lambda module: None) is layer
+        assert layer.weight.data_ptr() == before.data_ptr()
+
     def test_write_between_a_use_and_an_optimizer_step_is_not_taken_for_the_step(self, layer):
         use(layer)
         by_copy(layer)
@@ -387,6 +412,22 @@ class TestWhereNothingIsKept:
             torch.ones(1, 160, device=before[0].device),
         )
         assert not torch.equal(vectors(layer)[0], before[0])
+
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"mode": "learnable"}], ids=["plain", "strict", "scale"])
+    def test_layer_made_in_inference_mode_is_normalized_there(self, device, options):
+        trained = spectral_norm(nn.Linear(16, 12).to(device), **options)
+        with torch.inference_mode():
+            layer = spectral_norm(nn.Linear(16, 12).to(device), **options).eval()
+            layer.load_state_dict(trained.state_dict())
+            assert norm_of(layer.weight) == pytest.approx(1, rel=2e-3)
+
+    def test_tensors_without_numbers_go_through(self, device):
+        with FakeTensorMode():
+            layer = spectral_norm(nn.Linear(16, 12, device=device))
+            optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+            use(layer).backward()
+            optimizer.step()
+            assert use(layer.eval()).shape == ()
 
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
     def test_stacked_models_under_vmap_give_what_each_gives(self, training):

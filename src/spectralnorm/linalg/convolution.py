@@ -177,9 +177,9 @@ class ConvolutionGeometry:
 @lru_cache(maxsize=1024)
 def _sources(padding_mode: str, size: int, ends: tuple[int, int]) -> Tensor:
     if padding_mode == "zeros":
-        return F.pad(torch.arange(size), ends, value=size)
+        return F.pad(torch.arange(size, device="cpu"), ends, value=size)
     # torch pads floating point; every size that fits in memory is exact in float64.
-    return F.pad(torch.arange(size, dtype=torch.float64)[None], ends, mode=padding_mode)[0].long()
+    return F.pad(torch.arange(size, dtype=torch.float64, device="cpu")[None], ends, mode=padding_mode)[0].long()
 
 
 def max_patches_per_pixel(geometry: ConvolutionGeometry, input_size: Sequence[int]) -> int:
@@ -202,6 +202,7 @@ def _max_patches_per_pixel(geometry: ConvolutionGeometry, input_size: tuple[int,
     )
     for n, m, ends, k, s, d in axes:
         sources = geometry.sources(n, ends)
-        read = sources[(torch.arange(m)[:, None] * s + torch.arange(k) * d).flatten()]
+        patches, places = torch.arange(m, device="cpu"), torch.arange(k, device="cpu")
+        read = sources[(patches[:, None] * s + places * d).flatten()]
         counts.append(int(torch.bincount(read, minlength=n + 1)[:n].max()))
     return math.prod(counts)

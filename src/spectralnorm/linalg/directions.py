@@ -13,8 +13,8 @@ __all__ = ["chirp", "seeded_direction"]
 
 def seeded_direction(seed: str, size: int, like: Tensor) -> Tensor:
     """A unit vector that depends on ``seed`` and ``size`` alone, so that it is the same in every process."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{size}".encode()))
-    direction = torch.randn(size, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}:{size}".encode()))
+    direction = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     return F.normalize(direction, dim=0).to(device=like.device, dtype=like.dtype)
 
 

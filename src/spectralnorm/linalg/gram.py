@@ -144,7 +144,7 @@ def _blocked_product(factor: Tensor) -> Tensor:
     batch, rows, columns = factor.shape
     double = torch.promote_types(factor.dtype, torch.float64)
     if factor.device.type == "cpu" and rows >= _BLOCK:  # block by block what is added stays in the cache
-        total = torch.zeros(batch, rows, rows, dtype=double)
+        total = torch.zeros(batch, rows, rows, dtype=double, device="cpu")
         for part in factor.split(_BLOCK, -1):
             total += part @ part.mH
         return total

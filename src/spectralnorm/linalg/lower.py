@@ -169,7 +169,7 @@ def _lanczos(normal_map: Callable[[Tensor], Tensor], start: Tensor, steps: int) 
     """The leading Ritz vector after at most ``steps``, and whether its value is right to `_RTOL`."""
     basis = start.new_empty(steps, start.numel())
     basis[0] = start / torch.linalg.vector_norm(start)
-    tridiagonal = torch.zeros(steps, steps, dtype=torch.float64)
+    tridiagonal = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     for step in range(steps):
         new = normal_map(basis[step])
         tridiagonal[step, step] = torch.linalg.vecdot(basis[step], new).real.item()

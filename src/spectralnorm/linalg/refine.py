@@ -105,7 +105,7 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
     rows, columns = matrix.shape
     steps = min(rows, columns, _MAX_STEPS)
     lefts, rights = matrix.new_zeros(steps, rows), matrix.new_zeros(steps, columns)
-    bidiagonal = torch.zeros(steps, steps, dtype=torch.float64)
+    bidiagonal = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     start = start.to(matrix)
     rights[0] = start / torch.linalg.vector_norm(start)
     # Below this a new direction is rounding: the Krylov space is complete, and what it holds is exact.

@@ -126,7 +126,7 @@ def _prepared(matrices: Tensor, error: float | Tensor) -> tuple[Tensor, Tensor, 
     if matrices.ndim < 2 or not (matrices.is_floating_point() or matrices.is_complex()):
         raise UserError(f"Expected floating matrices (..., m, n), got {matrices.dtype} {tuple(matrices.shape)}.")
     if not isinstance(error, Tensor):
-        error = torch.tensor(error)
+        error = torch.tensor(error, device=matrices.device)
     if bool((error < 0).any()):
         raise UserError(f"error must be zero or more, got {error.min().item()}.")
     batch = matrices.shape[:-2]

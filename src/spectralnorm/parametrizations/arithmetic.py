@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic"]
+__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -30,6 +32,12 @@ def _switched_back(kind: str) -> Iterator[None]:
         yield
 
 
+def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast rounds nothing, and layers hand out their weight as it is."""
+    kind = weight.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def is_eager(weight: Tensor) -> bool:
     """Whether ``weight`` holds numbers and nothing traces, captures or transforms what is done with it."""
     return is_plain(weight) and not is_capturing(weight)
@@ -42,6 +50,7 @@ def is_plain(weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not weight.is_meta
+        and not isinstance(weight, FakeTensor)
         and not weight.is_inference()
     )
 

@@ -301,7 +301,7 @@ def _stacked(
     promises: dict[int, Promise],
 ) -> list[Quotient]:
     """The weights of a batch divided together."""
-    numbers = torch.tensor([divisors[place][0] for place in batch.places], dtype=found.sigma.dtype)
+    numbers = found.sigma.new_tensor([divisors[place][0] for place in batch.places])
     values = matrices / numbers[:, None, None]
     stack = Stack(values, found.u, found.v, found.sigma, numbers)
     shape = members[batch.places[0]].weight.shape

@@ -49,7 +49,7 @@ class Verdict:
             if before is not None and before._sigmas is not None and before._on_host is not None:
                 self._on_host, before._on_host = before._on_host, None
             else:
-                self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, pin_memory=True)
+                self._on_host = torch.empty(sigmas.shape, dtype=sigmas.dtype, device="cpu", pin_memory=True)
             # No norm is negative: what still is has not come.
             self._on_host.fill_(-1).copy_(sigmas, non_blocking=True)
 

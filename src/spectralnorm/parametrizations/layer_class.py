@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
+from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -81,7 +83,10 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__module__": base.__module__,
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
+            "__setstate__": _set_state_of(base),
             "_replicate_for_data_parallel": _replicate,
+            "apply": apply_of(base),
+            "register_parameter": _register_parameter_of(base),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
             "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
         }
@@ -108,6 +113,7 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
     def set_raw(self: Any, value: Any) -> None:
         if name in self.parametrizations:
+            _require_like(self, name, value)
             # A copy: torch would make the parameter share its memory with the tensor that was assigned.
             self.parametrizations[name].right_inverse(value.detach().clone())
         else:
@@ -118,6 +124,33 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
             raise AttributeError(name)
 
     return property(get, set_raw, delete)
+
+
+def _require_like(layer: Any, name: str, value: Any) -> None:
+    """Refuse to assign ``value`` if it is no tensor of the weight's shape."""
+    original = getattr(layer.parametrizations[name], "original", None)
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or (original is not None and value.shape != original.shape):
+        wanted = "a tensor" if original is None else f"a tensor of shape {tuple(original.shape)}"
+        got = f"one of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+        raise UserError(
+            f"{name!r} of this {plain_class(layer).__name__} is normalized and takes {wanted}, got {got}; "
+            "remove_spectral_norm first to make it something else."
+        )
+
+
+def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method that assigning a parameter calls; torch's says that the attribute exists already."""
+
+    def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+        if name in self.parametrizations:
+            raise UserError(
+                f"{name!r} of this {plain_class(self).__name__} is normalized and cannot be another parameter; assign "
+                "a tensor (value.detach()) to give it new numbers, or share weights before they are normalized."
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
 
 
 _module_call = nn.Module.__call__
@@ -218,7 +251,7 @@ def _baked(self: nn.Module) -> nn.Module:
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickled as the base class and the state; the shared class is made again where it is loaded."""
     state = dict(self.__getstate__())  # type: ignore[call-overload]
-    return _restored, (parametrize.type_before_parametrizations(self),), state, None, None, _set_state
+    return _restored, (parametrize.type_before_parametrizations(self),), state
 
 
 def _restored(base: type[nn.Module]) -> nn.Module:
@@ -227,6 +260,11 @@ def _restored(base: type[nn.Module]) -> nn.Module:
     return module
 
 
-def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
-    module.__setstate__(state)
-    share_class(module)
+def _set_state_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method ``__setstate__``; the state tells which tensors are parametrized."""
+
+    def set_state(self: Any, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        share_class(self)
+
+    return set_state

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectralnorm.linalg import MatrixView, compute_dtype
 from spectralnorm.parametrizations.memory import is_held_once
+from spectralnorm.parametrizations.threads import one_at_a_time
 from spectralnorm.parametrizations.weight_clock import Moment
 
 __all__ = [
@@ -307,7 +308,8 @@ class NormalizedWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip(grads[: ctx.num_weights], grads[ctx.num_weights :], strict=True)
-        return None, *ctx.quotients.gradients([[grad for grad in pair if grad is not None] for pair in pairs])
+        with one_at_a_time:  # the memory of the last gradients may be written again
+            return None, *ctx.quotients.gradients([[grad for grad in pair if grad is not None] for pair in pairs])
 
 
 class CastWeight(torch.autograd.Function):

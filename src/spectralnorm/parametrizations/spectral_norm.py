@@ -40,6 +40,7 @@ from spectralnorm.parametrizations.options import (
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
+from spectralnorm.parametrizations.threads import one_at_a_time
 from spectralnorm.parametrizations.unkept import COLD_ITERATIONS
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
@@ -196,7 +197,7 @@ class SpectralNorm(nn.Module):
         if weight.is_meta or weight.numel() == 0:
             return
         with torch.no_grad():
-            if self._keeps and type(weight) is nn.Parameter:
+            if self._can_keep(weight):
                 self.write_vectors(*self._current(weight).quotient.pairs)
                 self._kept.is_in_buffers = True  # type: ignore[union-attr]
             else:
@@ -294,7 +295,8 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
-            return self._current(weight).sigma
+            with one_at_a_time:
+                return self._current(weight).sigma
         if self.follows_map:
             return self.map_of(whole(weight)).sigma
         parameter = self._changing_parameter(weight)
@@ -314,7 +316,8 @@ class SpectralNorm(nn.Module):
         if self.norm == "bidirectional":
             raise UserError('There is no guaranteed bound for norm="bidirectional"; use norm="matrix".')
         if self.strict and self._can_keep(weight):
-            upper = self._current(weight).quotient.upper
+            with one_at_a_time:
+                upper = self._current(weight).quotient.upper
             assert upper is not None
             return upper
         return self.upper_bound(whole(weight))
@@ -418,17 +421,17 @@ class SpectralNorm(nn.Module):
 
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
-        kept = self._kept
         if (
-            kept is None
-            or self.scale is not None
-            or _are_transforms_active()
-            or _tracing_state() is not None
-            or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-            or not kept.is_current(weight)
+            self.scale is None
+            and not _are_transforms_active()
+            and _tracing_state() is None
+            and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
-            return self.forward(weight)
-        return self._handed_out(weight, kept)
+            with one_at_a_time:
+                kept = self._kept
+                if kept is not None and kept.is_current(weight):
+                    return self._handed_out(weight, kept)
+        return self.forward(weight)
 
     @torch.no_grad()
     def vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,7 +445,8 @@ class SpectralNorm(nn.Module):
         if self._is_vector:
             return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
         if self._can_keep(weight):
-            return self._current(weight).quotient.pairs[0]
+            with one_at_a_time:
+                return self._current(weight).quotient.pairs[0]
         if self.follows_map:
             return self._u, self._v
         return unkept.turned(self.views, whole(weight), self.pairs())[0]
@@ -507,10 +511,11 @@ class SpectralNorm(nn.Module):
                 return unkept.use_map(self, weight)
             parameter = self._changing_parameter(weight)
             return unkept.use(self, weight) if parameter is None else norm_alone.use(self, weight, parameter)
-        kept = self._kept
-        if kept is None or not kept.is_current(weight):
-            kept = self._current(weight)
-        return self._handed_out(weight, kept)
+        with one_at_a_time:
+            kept = self._kept
+            if kept is None or not kept.is_current(weight):
+                kept = self._current(weight)
+            return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
         dtype = self.type_for_use(weight)
@@ -594,7 +599,7 @@ class SpectralNorm(nn.Module):
 
     def _current(self, weight: Tensor) -> Kept:
         """The kept value, renewed if the weight has changed."""
-        with plain_arithmetic(weight):
+        with one_at_a_time, plain_arithmetic(weight):
             kept = self._kept
             if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
                 weight.copy_(kept.written_value())
@@ -688,10 +693,11 @@ class SpectralNorm(nn.Module):
         if not self._can_keep(weight) or weight.is_complex():
             self.require_vectors(weight)
             return self.write_vectors(*unkept.iterated(self, whole(weight), self.pairs(), self.n_power_iterations))
-        kept = self._current(weight)
-        with plain_arithmetic(weight):
-            engine.refresh_together([engine.Member(self, weight, kept)])
-        engine.write_buffers(self, self._kept)  # type: ignore[arg-type]
+        with one_at_a_time:
+            kept = self._current(weight)
+            with plain_arithmetic(weight):
+                engine.refresh_together([engine.Member(self, weight, kept)])
+            engine.write_buffers(self, self._kept)  # type: ignore[arg-type]
 
     # Shared
 
@@ -801,12 +807,13 @@ class SpectralNorm(nn.Module):
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        kept = self._kept
-        if kept is not None and kept.is_current(kept.moment.clock.weight):
-            weight = memo.get(id(kept.moment.clock.weight))
-            if type(weight) is nn.Parameter:  # the copy computes with the very value of the original
-                copied._kept = kept.for_copy(weight)
-                copied.watched(weight)
+        with one_at_a_time:
+            kept = self._kept
+            if kept is not None and kept.is_current(kept.moment.clock.weight):
+                weight = memo.get(id(kept.moment.clock.weight))
+                if type(weight) is nn.Parameter:  # the copy computes with the very value of the original
+                    copied._kept = kept.for_copy(weight)
+                    copied.watched(weight)
         return copied
 
 

@@ -28,7 +28,7 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
     kept = _kept(normalization, weight)
     if kept is None:
         return {}
-    state = {"age": torch.tensor(kept.age)}
+    state = {"age": torch.tensor(kept.age, device="cpu")}
     for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
         rows, is_left = triplet.frame
         parts = {
@@ -36,7 +36,7 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
             "v": view.in_torch_order(triplet.v, weight),
             "sigma": triplet.sigma,
             "frame": rows if is_left else view.in_torch_order(rows, weight),
-            "is_left": torch.tensor(is_left),
+            "is_left": torch.tensor(is_left, device="cpu"),
         }
         state |= {f"{number}.{name}": part for name, part in parts.items()}
     if kept.quotient.upper is not None:
@@ -46,7 +46,7 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
     images = normalization.leading_images
     if normalization.follows_map and images is not None:
         state |= {f"map.{name}": part for name, part in images._asdict().items()}
-        state["map.is_learned"] = torch.tensor(normalization.learned_size is not None)
+        state["map.is_learned"] = torch.tensor(normalization.learned_size is not None, device="cpu")
     return state
 
 

@@ -85,7 +85,7 @@ def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     if not is_capturing(device):
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
     return written(values, device)
 
 

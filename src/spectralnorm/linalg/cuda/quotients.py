@@ -116,7 +116,7 @@ class QuotientPlan:
         self._identity = _identity_of(weights)
         self._layouts = [layout_of(weight.movedim(out_dim, 0).unsqueeze(0)) for weight, out_dim in weights]
         caps = [False] * len(weights) if caps is None else caps
-        rules = torch.zeros(len(weights), Rule.WIDTH, dtype=torch.float64)
+        rules = torch.zeros(len(weights), Rule.WIDTH, dtype=torch.float64, device="cpu")
         for rule, coefficient, cap in zip(rules, coefficients, caps, strict=True):
             wanted = rule_of(coefficient, cap, eps)
             rule[Rule.COEFFICIENT], rule[Rule.THRESHOLD], rule[Rule.CONSTANT] = wanted

@@ -1,0 +1,123 @@
+"""Several threads that use one model at once: each gets what it would get alone."""
+
+import copy
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import spectralnorm as sn
+
+pytestmark = pytest.mark.usefixtures("engine_or_kernels", "restless")
+
+NUM_THREADS = 4
+NUM_STEPS = 30
+
+
+@pytest.fixture
+def restless():
+    """Threads that take turns after a few operations."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def model(device) -> nn.Module:
+    layers = [each for _ in range(4) for each in (nn.Linear(16, 16), nn.ReLU())]
+    return sn.add_spectral_norm(nn.Sequential(*layers, nn.Linear(16, 5)).to(device))
+
+
+@pytest.fixture
+def inputs(device) -> torch.Tensor:
+    return torch.randn(8, 16, device=device)
+
+
+def in_threads(function: Callable[[int], object]) -> list:
+    """What each thread gets for its number, all at once; its error if it has one."""
+    barrier = threading.Barrier(NUM_THREADS)
+
+    def together(number: int):
+        barrier.wait()
+        return function(number)
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        return list(threads.map(together, range(NUM_THREADS)))
+
+
+def train(model: nn.Module, inputs: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+
+def test_evaluations_after_a_step_see_one_weight(model, inputs):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    evaluate = torch.no_grad()(lambda number: model(inputs))
+    for _ in range(NUM_STEPS):
+        train(model, inputs, optimizer)
+        outputs = in_threads(evaluate)
+        assert all(torch.equal(each, evaluate(0)) for each in outputs)
+
+
+def test_every_backward_gives_the_gradient_of_its_own_loss(model, inputs):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    directions, parameters = torch.randn(NUM_THREADS, 5, device=inputs.device), list(model.parameters())
+
+    def gradients(number: int):
+        return torch.autograd.grad((model(inputs) @ directions[number]).sum(), parameters)
+
+    for _ in range(NUM_STEPS):
+        train(model, inputs, optimizer)
+        for number, found in enumerate(in_threads(gradients)):
+            torch.testing.assert_close(found, gradients(number))
+
+
+def test_others_may_look_copy_and_evaluate_while_one_trains(model, inputs):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def work(number: int) -> None:
+        for _ in range(NUM_STEPS):
+            if number == 0:
+                train(model, inputs, optimizer)
+            elif number == 1:
+                sn.monitor(model)
+            elif number == 2:
+                copy.deepcopy(model)
+            else:
+                with torch.no_grad():
+                    model(inputs)
+
+    in_threads(work)
+    assert abs(torch.linalg.matrix_norm(model[0].weight, 2) - 1) < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_of_a_fork_does_not_wait_for_a_thread_that_it_does_not_have():
+    layer, is_done = sn.spectral_norm(nn.Linear(16, 16)), threading.Event()
+
+    def evaluate() -> None:
+        while not is_done.is_set():
+            with torch.no_grad():
+                layer.weight  # noqa: B018
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                with torch.no_grad():
+                    layer.weight  # noqa: B018
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        is_done.set()
+        thread.join()
