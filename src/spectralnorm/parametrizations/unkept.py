@@ -23,11 +23,11 @@ from spectralnorm.parametrizations.strict import autocast_dtype, careful_divisor
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["COLD_ITERATIONS", "iterated", "rayleigh", "turned", "use", "use_map", "use_strict"]
+__all__ = ["iterated", "rayleigh", "turned", "use", "use_map", "use_strict"]
 
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
 # starts the other blocks afresh. As many iterations as torch gives to a new layer.
-COLD_ITERATIONS = 15
+_COLD_ITERATIONS = 15
 
 
 def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _iterated_view(
     left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
     left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
     right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
-    found = power_iteration(matrix, left, right, num_iterations + COLD_ITERATIONS, eps=eps)
+    found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=eps)
     return view.vectors_of_largest(*found)[:2]
 
 
