@@ -284,6 +284,12 @@ class TestPrecision:
             _ = layer.weight
         assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-5)
 
+    @pytest.mark.parametrize("update", ["step", "forward", "manual"])
+    def test_layer_made_in_inference_mode(self, update):
+        with torch.inference_mode():
+            layer = spectral_norm(nn.Linear(20, 30), update=update)
+            assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-5)
+
     def test_complex_weight(self):
         layer = nn.Linear(5, 6, dtype=torch.complex64)
         spectral_norm(layer)

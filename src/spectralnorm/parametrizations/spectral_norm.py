@@ -192,7 +192,7 @@ class SpectralNorm(nn.Module):
                 self.register_buffer(name, seeded_direction(f"{self.name}.{name[1:]}", size, weight))
         if weight.is_meta or weight.numel() == 0:
             return
-        if self._keeps and type(weight) is nn.Parameter:
+        if self._can_keep(weight):
             self.write_vectors(*self._current(weight).quotient.pairs)
             self._kept.is_in_buffers = True  # type: ignore[union-attr]
         else:
