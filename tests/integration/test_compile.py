@@ -5,7 +5,6 @@ Inside a compiled graph nothing is kept: each forward in training with grad is o
 
 import copy
 import shutil
-from collections.abc import Iterator
 from inspect import signature
 
 import pytest
@@ -16,14 +15,9 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 
 from spectralnorm import add_spectral_norm, monitor, spectral_norm
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

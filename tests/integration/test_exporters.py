@@ -19,6 +19,8 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 from spectralnorm import UserError, add_spectral_norm, remove_spectral_norm, spectral_norm, update_
 from spectralnorm.parametrizations import is_normalized
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 
 
@@ -121,7 +123,7 @@ class TestOnnx:
     def test_exporter_of_captured_programs_folds_the_norm_away(self, tmp_path):
         onnx = pytest.importorskip("onnx")
         model = normalized(images_model, IMAGES).eval()
-        self.run(model, IMAGES, tmp_path / "model.onnx", dynamo=True, verbose=False)
+        self.run(model, IMAGES, tmp_path / "model.onnx", dynamo=True, optimize=True, verbose=False)
         kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
         assert kinds == {"Conv", "ConvTranspose", "Relu", "Reshape", "Gemm"}
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["is_capturing", "is_eager", "plain_arithmetic"]
+__all__ = ["holds_numbers", "is_capturing", "is_eager", "plain_arithmetic"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -36,10 +36,15 @@ def is_eager(weight: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and not weight.is_meta
+        and holds_numbers(weight)
         and not weight.is_inference()
         and not is_capturing(weight)
     )
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is more than its shape: neither on the meta device nor a fake one."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"  # without importing the class, for seconds
 
 
 def is_capturing(weight: Tensor) -> bool:

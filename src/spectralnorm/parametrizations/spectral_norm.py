@@ -25,7 +25,7 @@ from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import engine, norm_alone, unkept
-from spectralnorm.parametrizations.arithmetic import is_capturing, is_eager, plain_arithmetic
+from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
@@ -190,7 +190,7 @@ class SpectralNorm(nn.Module):
         for view, names in zip(self.views, _BUFFERS, strict=False):
             for name, size in zip(names, view.whole_shape(weight), strict=True):
                 self.register_buffer(name, seeded_direction(f"{self.name}.{name[1:]}", size, weight))
-        if weight.is_meta or weight.numel() == 0:
+        if not holds_numbers(weight) or weight.numel() == 0:
             return
         if self._can_keep(weight):
             self.write_vectors(*self._current(weight).quotient.pairs)
@@ -633,10 +633,7 @@ class SpectralNorm(nn.Module):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
-        return [
-            (local_part(getattr(self, u)), local_part(getattr(self, v)))
-            for (u, v), _ in zip(_BUFFERS, self.views, strict=False)
-        ]
+        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in _BUFFERS[: len(self.views)]]
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
