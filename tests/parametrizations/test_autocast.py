@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralnorm import add_spectral_norm, spectral_norm
+from spectralnorm import add_spectral_norm, export_state_dict, remove_spectral_norm, spectral_norm
 
 LAYERS = {
     "linear": (lambda: nn.Linear(9, 10), (4, 9)),
@@ -131,3 +131,37 @@ def test_layers_that_autocast_does_not_round_for_keep_their_type(device):
         assert own.weight.dtype == table.weight.dtype == learned.weight.dtype == torch.float32
         assert frozen.weight.dtype == torch.bfloat16
         assert not frozen.weight.requires_grad
+
+
+class TestWhatIsDoneInIt:
+    """The weight is that of outside, unrounded."""
+
+    @staticmethod
+    def autocast(device):
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def test_normalizing(self, device):
+        layer, expected = nn.Linear(6, 8).to(device), spectral_norm(nn.Linear(6, 8).to(device))
+        layer.load_state_dict(export_state_dict(expected, "plain"))
+        with self.autocast(device):
+            spectral_norm(layer)
+        torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-6, atol=0)
+
+    def test_first_forward_of_a_lazy_layer(self, device):
+        layer = spectral_norm(nn.LazyLinear(8, device=device))
+        with self.autocast(device):
+            layer(torch.ones(1, 6, device=device))
+        assert layer.weight.dtype == torch.float32
+
+    def test_removing(self, device):
+        layer = spectral_norm(nn.Linear(6, 8).to(device))
+        expected = layer.weight.detach().clone()
+        with self.autocast(device):
+            remove_spectral_norm(layer)
+        assert torch.equal(layer.weight, expected)
+
+    def test_exporting_a_state_dict(self, device):
+        layer = spectral_norm(nn.Linear(6, 8).to(device))
+        with self.autocast(device):
+            state_dict = export_state_dict(layer, "plain")
+        assert torch.equal(state_dict["weight"], layer.weight)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["holds_numbers", "is_capturing", "is_eager", "plain_arithmetic"]
+__all__ = ["holds_numbers", "is_capturing", "is_eager", "plain_arithmetic", "unrounded"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -28,6 +30,12 @@ def _switched_back(kind: str) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def unrounded(module: nn.Module) -> AbstractContextManager[Any]:
+    """No rounding by autocast, so that the weights of ``module`` are read as they are outside of it."""
+    kind = next(chain(module.parameters(), module.buffers())).device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def is_eager(weight: Tensor) -> bool:

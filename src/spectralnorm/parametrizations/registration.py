@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import foreign, fsdp, recurrent
+from spectralnorm.parametrizations.arithmetic import unrounded
 from spectralnorm.parametrizations.image_size import InputSizeCheck, InputSizeLearner, forget_input_size
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
@@ -32,7 +33,8 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
         foreign.undo_hook(module, name)
     if foreign.parametrization_of(module, name) is None:
         fsdp.require_sharded(module, name)
-        parametrize.register_parametrization(module, name, normalization)
+        with unrounded(module):  # torch reads the new weight, whose type must be that of the raw one
+            parametrize.register_parametrization(module, name, normalization)
         fsdp.move((module, name), (module.parametrizations[name], "original"))  # type: ignore[index]
     else:
         parts: Any = module.parametrizations[name]  # type: ignore[index]
@@ -62,14 +64,15 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     parts: Any = module.parametrizations[name]  # type: ignore[index]
     fsdp.require_sharded(parts, "original")
     if bake and is_distributed(parts.original):
-        with torch.no_grad():
+        with torch.no_grad(), unrounded(parts):
             parts.original.copy_(getattr(module, name))
         bake = False
     kind = type(module)
     inner = fsdp.inner_class(kind)
     if inner is not None:  # torch takes the first base for the class before parametrizations
         module.__class__ = inner
-    parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
+    with unrounded(parts):
+        parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
     if inner is not None:
         module.__class__ = kind if type(module) is inner else fsdp.wrapped_as(kind, type(module))
     fsdp.move((parts, "original"), (module, name))

@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
+from spectralnorm.parametrizations.arithmetic import unrounded
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats"]
@@ -136,7 +137,7 @@ class Writer:
             label, own = prefix + name, f"{prefix}parametrizations.{name}."
             if any(tensor.is_meta for tensor in parts.parameters()):
                 raise UserError(f"{label} has no values yet, it is on the meta device; load or initialize it first.")
-            with torch.no_grad(), _in_eval_mode(parts):
+            with torch.no_grad(), unrounded(parts), _in_eval_mode(parts):
                 if self._format == PLAIN:
                     baked = self._baked_weight(parts, normalization)
                     _drop(state_dict, own)
