@@ -32,7 +32,6 @@ _NO_GRAPH = (
     'norm="operator" of a convolution needs ordinary execution, not a graph by torch.compile, vmap or export; bake its '
     "weight by remove_spectral_norm first."
 )
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 does not tell
 
 
 def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
@@ -61,12 +60,17 @@ def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
     return normalization.quotient(weight, sigma)
 
 
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 cannot tell
+
+
 def _refuse_graph() -> NoReturn:
     raise UserError(_NO_GRAPH)
 
 
-# What torch.compiler.assume_constant_result does, which would import the whole compiler: export calls the function
-# instead of tracing it, so that the error comes out as it is.
+# What torch.compiler.assume_constant_result does, which would import the whole compiler: Dynamo calls the functions
+# instead of tracing them. So the answer is true (traced, it would be yes up to 2.11), and the error comes out as it is.
+_is_exporting._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 _refuse_graph._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
