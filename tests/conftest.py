@@ -83,6 +83,14 @@ def without_waiting() -> Callable[[], AbstractContextManager[None]]:
 
 
 @pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Torch compiles a function anew so many times, and then refuses; here each test begins with the first."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 in cuDNN's products too, which otherwise round it to the 11 bits of TF32: to a part in 2,000."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.testing import assert_close
 
 import spectralnorm as sn
@@ -52,3 +53,21 @@ def test_normalizing_it_normalizes_its_own_kernel(kind):
     for each in (layer, plain):
         sn.spectral_norm(each, norm="operator", input_size=(8, 8))
     assert_close(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [DoubledConv2d, HalvedConv2d])
+def test_under_autocast_the_summed_kernel_is_rounded_once(kind, dtype, device: torch.device):
+    layer = sn.spectral_norm(kind(4, 4)).to(device)
+    with torch.no_grad():
+        layer.bias.zero_()
+        kernel = functional.avg_pool2d(layer.weight, 2, stride=1, padding=1).flip(2, 3)
+    # Of an image with one pixel that is 1, each output is one entry of the kernel: nothing else is rounded.
+    expected, place = (4 * kernel, slice(3, 7)) if kind is DoubledConv2d else (kernel[:, :, ::2, ::2], slice(0, 2))
+    for channel in range(4):
+        image = torch.zeros(1, 4, 6, 6, device=device)
+        image[0, channel, 2, 2] = 1
+        with torch.no_grad(), torch.autocast(device.type, dtype):
+            assert layer.weight.dtype == torch.float32
+            response = layer(image)
+        assert torch.equal(response[0, :, place, place], expected[:, channel].to(dtype))

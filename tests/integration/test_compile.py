@@ -5,7 +5,7 @@ Inside a compiled graph nothing is kept: each forward in training with grad is o
 
 import copy
 import shutil
-from collections.abc import Iterator
+from inspect import signature
 
 import pytest
 import torch
@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations as torch_parametrizations
 
-from spectralnorm import add_spectral_norm, spectral_norm
+from spectralnorm import add_spectral_norm, monitor, spectral_norm
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -168,6 +163,33 @@ def test_twelve_equal_blocks_share_their_graph(counter):
     outputs = model.eval()(torch.ones(2, 4))
     assert counter.frame_count == 2
     torch.testing.assert_close(outputs, eager.eval()(torch.ones(2, 4)), rtol=1e-4, atol=1e-5)
+
+
+def test_operator_norm_breaks_the_graph_and_is_what_it_is_without():
+    models = [nn.Sequential(spectral_norm(nn.Conv2d(2, 3, 3), norm="operator"), nn.ReLU()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    runs = models[0], torch.compile(models[1], backend="eager")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    images = torch.randn(2, 2, 6, 6)
+    for _ in range(3):
+        for run, optimizer in zip(runs, optimizers, strict=True):
+            optimizer.zero_grad()
+            run(images).square().sum().backward()
+            optimizer.step()
+    for model in models:
+        model.eval()
+    torch.testing.assert_close(runs[1](images), runs[0](images))
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+    assert monitor(models[1]) == monitor(models[0])
+
+
+@pytest.mark.skipif("reason" not in signature(torch.compiler.disable).parameters, reason="torch names none")
+def test_one_graph_with_an_operator_norm_is_refused_for_a_reason_that_is_named():
+    compiled = torch.compile(spectral_norm(nn.Conv2d(2, 3, 3), norm="operator"), backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match='norm="operator" of a convolution needs ordinary execution'
+    ):
+        compiled(torch.randn(2, 2, 6, 6))
 
 
 @pytest.mark.slow

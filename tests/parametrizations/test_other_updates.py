@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import spectralnorm as sn
 from spectralnorm import export_state_dict, spectral_norm, update_
+from spectralnorm.parametrizations import SpectralNorm
 
 each_update = pytest.mark.parametrize("update", ["forward", "manual"])
 LAYERS = {
@@ -107,6 +108,61 @@ class TestMemoryThatCameLater:
             layer = spectral_norm(nn.Linear(60, 50), **options)
         layer.to_empty(device="cpu").load_state_dict(source.state_dict())
         torch.testing.assert_close(layer.eval().weight, source.eval().weight)
+
+
+FLAT_SPECTRA = {  # layers and weights in whose matrix, or each of whose blocks, power iteration is slow
+    "linear": (lambda: nn.Linear(8, 8), (1,)),
+    "transposed": (lambda: nn.ConvTranspose1d(8, 8, 1), (1,)),
+    "grouped conv": (lambda: nn.Conv2d(24, 24, 1, groups=3), (0.999, 1, 0.998)),
+    "grouped transposed": (lambda: nn.ConvTranspose1d(16, 16, 1, groups=2), (1, 0.999)),
+}
+
+
+@each_update
+@pytest.mark.parametrize("name", FLAT_SPECTRA)
+class TestVectorsFromTheWeightAlone:
+    """The norm is 1: of the largest block, if there are several."""
+
+    @staticmethod
+    def weight_of(name: str, like: Tensor) -> Tensor:
+        values = torch.linspace(0.97, 1, 8)
+        turned = [torch.linalg.qr(torch.randn(8, 8))[0] for _ in range(2)]
+        blocks = [norm * turned[0] @ values.diag() @ turned[1] for norm in FLAT_SPECTRA[name][1]]
+        return torch.cat(blocks).view_as(like)
+
+    def made(self, name: str) -> nn.Module:
+        layer = FLAT_SPECTRA[name][0]()
+        with torch.no_grad():
+            layer.weight.copy_(self.weight_of(name, layer.weight))
+        return layer
+
+    def test_at_construction(self, name, update):
+        layer = self.made(name)
+        assert SpectralNorm(layer, update=update).sigma(layer.weight).item() == pytest.approx(1, rel=1e-5)
+
+    def test_in_memory_that_came_later(self, name, update):
+        with torch.device("meta"):
+            layer = spectral_norm(FLAT_SPECTRA[name][0](), update=update).eval()
+        layer.to_empty(device="cpu")
+        with torch.no_grad():
+            raw(layer).copy_(self.weight_of(name, raw(layer)))
+        torch.testing.assert_close(layer.weight, raw(layer), rtol=1e-5, atol=0)
+
+    def test_where_there_were_none(self, name, update):
+        layer = spectral_norm(self.made(name), update=update).eval()
+        with torch.no_grad():
+            layer.parametrizations.weight[0]._u.fill_(math.nan)
+        torch.testing.assert_close(layer.weight, raw(layer), rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("value", [0.0, math.nan])
+    def test_of_a_weight_that_had_no_norm_at_construction(self, name, update, value):
+        layer = FLAT_SPECTRA[name][0]()
+        nn.init.constant_(layer.weight, value)
+        spectral_norm(layer.eval(), update=update)
+        layer.weight  # noqa: B018
+        with torch.no_grad():
+            raw(layer).copy_(self.weight_of(name, raw(layer)))
+        torch.testing.assert_close(layer.weight, raw(layer), rtol=1e-5, atol=0)
 
 
 @each_update

@@ -95,14 +95,13 @@ def test_symbolic_trace_keeps_the_layer_whole():
     torch.testing.assert_close(traced(INPUTS)[0], plain(INPUTS)[0])
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_model_compiles_no_weight_of_a_recurrent_layer():
-    torch._dynamo.reset()
     model, counter = add_spectral_norm(nn.Sequential(nn.LSTM(4, 3, num_layers=3, bidirectional=True))), CompileCounter()
     plain = remove_spectral_norm(copy.deepcopy(model))
     compiled = torch.compile(model, backend=counter)
     torch.testing.assert_close(compiled(INPUTS)[0], plain(INPUTS)[0])
     compiled(INPUTS)
-    torch._dynamo.reset()
     assert counter.frame_count <= 2
 
 

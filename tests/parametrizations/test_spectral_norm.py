@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 
@@ -310,6 +311,19 @@ class TestPrecision:
         with torch.autocast("cpu", torch.bfloat16):
             _ = layer.weight
         assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-5)
+
+    @pytest.mark.parametrize("update", ["step", "forward", "manual"])
+    def test_layer_of_fake_tensors_has_shapes_and_no_numbers(self, update):
+        with FakeTensorMode():
+            layer = spectral_norm(nn.Conv2d(4, 6, 3, groups=2), update=update)
+            layer(torch.ones(2, 4, 5, 5)).sum().backward()
+            assert raw(layer).grad.shape == (6, 2, 3, 3)
+
+    @pytest.mark.parametrize("update", ["step", "forward", "manual"])
+    def test_layer_made_in_inference_mode(self, update):
+        with torch.inference_mode():
+            layer = spectral_norm(nn.Linear(20, 30), update=update)
+            assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-5)
 
     def test_complex_weight(self):
         layer = nn.Linear(5, 6, dtype=torch.complex64)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
+__all__ = ["holds_numbers", "is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -49,10 +48,14 @@ def is_plain(weight: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and not weight.is_meta
-        and not isinstance(weight, FakeTensor)
+        and holds_numbers(weight)
         and not weight.is_inference()
     )
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is more than its shape: neither on the meta device nor a fake one."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"  # without importing the class, for seconds
 
 
 def is_capturing(weight: Tensor) -> bool:

@@ -48,8 +48,12 @@ def sharded_of(weight: Tensor) -> Tensor | None:
 def is_anything_sharded() -> bool:
     """Whether FSDP2 manages anything in this process."""
     books = sys.modules.get(_BOOKS)
-    # Not its truth: torch.compile could not ask a weak dictionary for that up to 2.11.
-    return books is not None and len(books._module_state_mapping) > 0
+    return books is not None and bool(books._module_state_mapping)
+
+
+# Older torch cannot compile what is asked of a weak dictionary. A layer that is sharded afterwards is compiled anew,
+# because it has another class.
+is_anything_sharded._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_between_uses(weight: Tensor) -> bool:

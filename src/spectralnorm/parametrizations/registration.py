@@ -64,7 +64,7 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     parts: Any = module.parametrizations[name]  # type: ignore[index]
     fsdp.require_sharded(parts, "original")
     if bake and is_distributed(parts.original):
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(parts.original):
             parts.original.copy_(getattr(module, name))
         bake = False
     kind = type(module)

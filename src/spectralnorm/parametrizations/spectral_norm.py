@@ -25,7 +25,7 @@ from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.linalg.symbol import followed_convolution_bound
 from spectralnorm.linalg.trial import tried_upper_bound
 from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
-from spectralnorm.parametrizations.arithmetic import is_capturing, is_eager, plain_arithmetic
+from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
 from spectralnorm.parametrizations.kept import Kept
@@ -41,7 +41,6 @@ from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
-from spectralnorm.parametrizations.unkept import COLD_ITERATIONS
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 __all__ = ["SpectralNorm"]
@@ -194,14 +193,15 @@ class SpectralNorm(nn.Module):
         for view, names in zip(self.views, _BUFFERS, strict=False):
             for name, size in zip(names, view.whole_shape(weight), strict=True):
                 self.register_buffer(name, seeded_direction(f"{self.name}.{name[1:]}", size, weight))
-        if weight.is_meta or weight.numel() == 0:
+        if not holds_numbers(weight) or weight.numel() == 0:
             return
-        with torch.no_grad():
-            if self._can_keep(weight):
-                self.write_vectors(*self._current(weight).quotient.pairs)
-                self._kept.is_in_buffers = True  # type: ignore[union-attr]
-            else:
-                self.write_vectors(*self.cold_vectors(whole(weight)))
+        if self._can_keep(weight):
+            self.write_vectors(*self._current(weight).quotient.pairs)
+            self._kept.is_in_buffers = True  # type: ignore[union-attr]
+        else:
+            self._find_vectors(whole(weight))
+            if self._known_state is None:
+                self._start_state = self._state_of_buffers()
 
     @property
     def view(self) -> MatrixView:
@@ -624,15 +624,15 @@ class SpectralNorm(nn.Module):
         start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
         return refine(blocks, start, rtol=_REFINED_RTOL, eps=self.eps)
 
-    @torch.no_grad()
-    def refined_vectors(self, weight: Tensor) -> dict[str, Tensor]:
-        """What belongs into each buffer for a ``weight`` of which nothing is known, in its type; to full accuracy."""
-        weight, vectors = whole(weight), {}
-        for view, names in zip(self.views, _BUFFERS, strict=False):
-            found = self.refined(view, weight)
-            pair = view.whole_vectors(found.u, found.v, found.sigma, weight)[:2]
-            vectors |= {name: vector.to(weight.dtype) for name, vector in zip(names, pair, strict=True)}
-        return vectors
+    def refined_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Whole u and v of each view for a ``weight`` of which nothing is known, in its type; to full accuracy."""
+        with plain_arithmetic(weight):
+            entries, pairs = whole(weight), []
+            for view in self.views:
+                u, v, sigma, _ = self.refined(view, entries)
+                u, v, _ = view.whole_vectors(u, v, sigma, entries)
+                pairs.append((u.to(weight.dtype), v.to(weight.dtype)))
+        return pairs
 
     # What the engine asks for
 
@@ -664,22 +664,7 @@ class SpectralNorm(nn.Module):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
-        return [
-            (local_part(getattr(self, u)), local_part(getattr(self, v)))
-            for (u, v), _ in zip(_BUFFERS, self.views, strict=False)
-        ]
-
-    def cold_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Whole vectors u and v of each view for a weight that nothing is known about, in its type."""
-        starts = [
-            tuple(
-                seeded_direction(f"{self.name}.{name[1:]}", size, weight)
-                for name, size in zip(names, view.whole_shape(weight), strict=True)
-            )
-            for names, view in zip(_BUFFERS, self.views, strict=False)
-        ]
-        pairs = unkept.iterated(self, weight, starts, COLD_ITERATIONS)  # type: ignore[arg-type]
-        return [(u.to(weight.dtype), v.to(weight.dtype)) for u, v in pairs]
+        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in _BUFFERS[: len(self.views)]]
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
@@ -751,13 +736,13 @@ class SpectralNorm(nn.Module):
     def _find_vectors(self, weight: Tensor) -> None:
         """Put vectors into the buffers, from the whole ``weight`` alone; if it has no norm, another time."""
         if 0 < float(torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))) < float("inf"):
-            self.write_vectors(*self.cold_vectors(weight))
+            self.write_vectors(*self.refined_vectors(weight))
             self._known_state = self._state_of_buffers()
             self._restore_scale()
 
     def _state_of_buffers(self) -> _States:
         """The version and the address of each buffer."""
-        return [(buffer._version, buffer.data_ptr()) for buffer in self.buffers_of_views()]
+        return [(0 if each.is_inference() else each._version, each.data_ptr()) for each in self.buffers_of_views()]
 
     @torch.no_grad()
     def _restore_scale(self) -> None:

@@ -106,7 +106,8 @@ def _vectors_of(weight: Tensor, normalization: SpectralNorm) -> dict[str, Tensor
     sizes = (len(there["_u"]), len(there["_v"]))
     if weight.is_meta or is_lazy(weight) or weight.numel() == 0 or normalization.view.whole_shape(weight) != sizes:
         return there
-    return normalization.refined_vectors(weight)
+    vectors = [vector for pair in normalization.refined_vectors(weight) for vector in pair]
+    return dict(zip(there, vectors, strict=True))
 
 
 # Writing

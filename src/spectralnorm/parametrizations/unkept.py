@@ -7,7 +7,7 @@ tensor that somebody has put in a parameter's place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ from spectralnorm.parametrizations.strict import autocast_dtype, careful_divisor
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["COLD_ITERATIONS", "iterated", "rayleigh", "turned", "use", "use_map", "use_strict"]
+__all__ = ["iterated", "rayleigh", "turned", "use", "use_map", "use_strict"]
 
 # Warm vectors of one block say nothing about another that has become the largest; without kept vectors each call
 # starts the other blocks afresh. As many iterations as torch gives to a new layer.
-COLD_ITERATIONS = 15
+_COLD_ITERATIONS = 15
+_NO_GRAPH = (
+    'norm="operator" of a convolution needs ordinary execution, not a graph by torch.compile, vmap or export; bake its '
+    "weight by remove_spectral_norm first."
+)
 
 
 def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
@@ -43,18 +47,42 @@ def use(normalization: SpectralNorm, weight: Tensor) -> Tensor:
 
 
 def use_map(normalization: SpectralNorm, weight: Tensor) -> Tensor:
-    """As `use`, for ``norm="operator"``."""
+    """As `use`, for ``norm="operator"``; uncompiled where torch.compile may break its graph."""
+    if torch.compiler.is_dynamo_compiling() and not _is_exporting():
+        return _divided_uncompiled(normalization, weight)
     norm_alone.refuse_sharded(weight, 'norm="operator"')
     if not is_eager(weight):
-        raise UserError(
-            'norm="operator" of a convolution needs ordinary execution, not a graph by torch.compile, vmap or export; '
-            "bake its weight by remove_spectral_norm first."
-        )
+        _refuse_graph()
     if weight.numel() == 0:
         return weight
     found = normalization.map_of(weight)
     sigma = (found.direction * weight.to(found.direction.dtype)).sum()
     return normalization.quotient(weight, sigma)
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 cannot tell
+
+
+def _refuse_graph() -> NoReturn:
+    raise UserError(_NO_GRAPH)
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler: Dynamo calls the functions
+# instead of tracing them. So the answer is true (traced, it would be yes up to 2.11), and the error comes out as it is.
+_is_exporting._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_refuse_graph._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _divided_in_eager(normalization: SpectralNorm, weight: Tensor) -> Tensor:
+    return normalization._divided(weight)
+
+
+# What torch.compiler.disable does, likewise: it breaks the graph, or ends the compilation where there may be only one,
+# for the reason that torch then tells.
+_divided_in_eager._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+_divided_in_eager._torchdynamo_disable_msg = _NO_GRAPH  # pyright: ignore[reportFunctionMemberAccess]
+_divided_uncompiled = torch._disable_dynamo(_divided_in_eager)  # type: ignore[attr-defined]
 
 
 def use_strict(normalization: SpectralNorm, weight: Tensor) -> Tensor:
@@ -123,7 +151,7 @@ def _iterated_view(
     left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
     left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
     right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
-    found = power_iteration(matrix, left, right, num_iterations + COLD_ITERATIONS, eps=eps)
+    found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=eps)
     return view.vectors_of_largest(*found)[:2]
 
 
