@@ -172,12 +172,7 @@ def test_compiled_networks_train_as_plain_ones_do(device: torch.device):
     ],
     ids=["penalty-accumulated", "apart-bf16"],
 )
-def test_captured_networks_train_as_plain_ones_do(
-    settings, device: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-):
-    if device.type == "cuda" and "apart" in settings:
-        reason = "seen with torch 2.11: what it compiles reads buffers in the backward that the second use has moved"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=RuntimeError, strict=False))
+def test_captured_networks_train_as_plain_ones_do(settings, device: torch.device, monkeypatch: pytest.MonkeyPatch):
     # Everything of compiling but the making of machine code, which is what takes long.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     _assert_compiled_trains_as_plain(device, **{"tolerance": 1e-4, **settings})

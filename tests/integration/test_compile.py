@@ -134,6 +134,31 @@ def test_eager_uses_follow_what_a_compiled_optimizer_does(counter):
         assert norm == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler needs g++")
+def test_two_uses_before_one_backward_end_in_a_single_logit_as_discriminators_do():
+    layer, theirs = spectral_norm(nn.Linear(6, 1)), torch_parametrizations.spectral_norm(nn.Linear(6, 1))
+    theirs.load_state_dict(layer.state_dict())
+    compiled, inputs = torch.compile(layer, fullgraph=True), torch.randn(2, 3, 6)
+    for call in (compiled, theirs):
+        (call(inputs[0]).square().mean() - call(inputs[1]).mean()).backward()
+    for parameter, other in zip(layer.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")], ids=["zero", "nan"])
+def test_a_weight_without_a_norm_leaves_the_buffers_alone(value, counter):
+    layer = spectral_norm(nn.Linear(6, 4))
+    good, before = layer.parametrizations.weight.original.detach().clone(), copy.deepcopy(dict(layer.named_buffers()))
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    layer.parametrizations.weight.original.data.fill_(value)
+    compiled(torch.ones(2, 6)).sum().backward()
+    assert all(torch.equal(each, before[name]) for name, each in layer.named_buffers())
+    layer.parametrizations.weight.original.data.copy_(good)
+    compiled(torch.ones(2, 6))
+    torch.testing.assert_close(compiled(torch.ones(2, 6)), layer(torch.ones(2, 6)), rtol=1e-3, atol=1e-4)
+
+
 class Block(nn.Module):
     def __init__(self, **options: str) -> None:
         super().__init__()

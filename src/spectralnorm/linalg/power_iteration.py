@@ -49,7 +49,7 @@ def _unit(vector: Tensor, fallback: Tensor, eps: float) -> Tensor:
 
 
 def power_iteration(
-    matrix: Tensor, u: Tensor, v: Tensor, num_iterations: int = 1, *, eps: float = 1e-12
+    matrix: Tensor, u: Tensor, v: Tensor, num_iterations: int = 1, *, eps: float = 1e-12, stays: bool = True
 ) -> SingularTriplet:
     """Power iteration (Miyato et al. 2018, Algorithm 1), in the order of torch's parametrization: u first.
 
@@ -62,6 +62,7 @@ def power_iteration(
         v: (..., in), unit length: the start.
         num_iterations: how often both vectors are renewed; 0 only evaluates sigma.
         eps: smallest length to divide by.
+        stays: False: where the old vector would stay, the new one is zero, and depends on no old one.
 
     Returns:
         The new vectors and sigma = u^H matrix v.
@@ -71,17 +72,17 @@ def power_iteration(
     >>> power_iteration(matrix, start, start, num_iterations=20).sigma
     tensor(3.)
     """
-    u, v = power_vectors(matrix, u, v, num_iterations, eps=eps)
+    u, v = power_vectors(matrix, u, v, num_iterations, eps=eps, stays=stays)
     return SingularTriplet(u, v, _rayleigh(u, _apply(matrix, v)))
 
 
 def power_vectors(
-    matrix: Tensor, u: Tensor, v: Tensor, num_iterations: int = 1, *, eps: float = 1e-12
+    matrix: Tensor, u: Tensor, v: Tensor, num_iterations: int = 1, *, eps: float = 1e-12, stays: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The vectors of `power_iteration` without sigma, which is one more product."""
     for _ in range(num_iterations):
-        u = _unit(_apply(matrix, v), u, eps)
-        v = _unit(_apply(matrix.mH, u), v, eps)
+        u = _unit(_apply(matrix, v), u if stays else torch.zeros_like(u), eps)
+        v = _unit(_apply(matrix.mH, u), v if stays else torch.zeros_like(v), eps)
     return u, v
 
 

@@ -114,11 +114,16 @@ def use_strict(normalization: SpectralNorm, weight: Tensor) -> Tensor:
 
 
 def iterated(
-    normalization: SpectralNorm, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], num_iterations: int
+    normalization: SpectralNorm,
+    weight: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    num_iterations: int,
+    *,
+    stays: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
-    """New whole vectors of each view after ``num_iterations``."""
+    """New whole vectors of each view after ``num_iterations``; ``stays`` is that of `power_iteration`."""
     return [
-        _iterated_view(normalization.eps, view, weight, u, v, num_iterations)
+        _iterated_view(normalization.eps, view, weight, u, v, num_iterations, stays=stays)
         for view, (u, v) in zip(normalization.views, pairs, strict=True)
     ]
 
@@ -131,27 +136,40 @@ def _pairs_for_use(normalization: SpectralNorm, weight: Tensor) -> list[tuple[Te
         normalization.update == "forward" or (normalization.update == "step" and torch.is_grad_enabled())
     ):
         with torch.no_grad():
-            pairs = iterated(normalization, weight.detach(), pairs, normalization.n_power_iterations)
+            # The backward of compiled code computes again what depends on its inputs entry by entry. Buffers are such
+            # inputs, in which another use has written since: so there nothing depends on them but through products.
+            stays = not torch.compiler.is_compiling()
+            found = iterated(normalization, weight.detach(), pairs, normalization.n_power_iterations, stays=stays)
             if not torch._C._are_functorch_transforms_active():  # a transform allows no writing outside of it
-                normalization.write_vectors(*pairs)
-        return pairs
+                normalization.write_vectors(*(found if stays else _or_old(found, pairs)))
+        return found
     # The graph must not see a later write to the buffers.
     return [(u.clone(), v.clone()) for u, v in pairs]
 
 
+def _or_old(
+    found: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """``found``, and the old vectors where a new one is zero."""
+    return [
+        (torch.where((u != 0).any(), u, old_u), torch.where((v != 0).any(), v, old_v))
+        for (u, v), (old_u, old_v) in zip(found, pairs, strict=True)
+    ]
+
+
 def _iterated_view(
-    eps: float, view: MatrixView, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int
+    eps: float, view: MatrixView, weight: Tensor, u: Tensor, v: Tensor, num_iterations: int, *, stays: bool
 ) -> tuple[Tensor, Tensor]:
     matrix = view.matrix(weight)
     matrix = matrix.to(compute_dtype(matrix.dtype))
     if view.groups == 1:
-        return power_vectors(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=eps)
+        return power_vectors(matrix, u.to(matrix), v.to(matrix), num_iterations, eps=eps, stays=stays)
     _, rows, columns = matrix.shape
     # The block that the vectors are of goes on from them.
     left, right, is_theirs = view.block_vectors(u.to(matrix), v.to(matrix))
     left = torch.where(is_theirs[:, None], left, chirp(rows, matrix))
     right = torch.where(is_theirs[:, None], right, chirp(columns, matrix))
-    found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=eps)
+    found = power_iteration(matrix, left, right, num_iterations + _COLD_ITERATIONS, eps=eps, stays=stays)
     return view.vectors_of_largest(*found)[:2]
 
 
