@@ -5,14 +5,14 @@ import torch
 from tests.parametrizations.kernel_runs import COMPILED, TRITON
 
 from spectralnorm.linalg import cpu
-from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations import plans
 
 
 @pytest.fixture(params=["kernels", "plain"])
 def engine_or_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """With the kernels of the machine, if there are any, and in torch's own operations."""
     if request.param == "plain":
-        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
+        monkeypatch.setattr(plans, "are_usable", lambda weight: False)
     elif device.type == "cpu" and not cpu.is_trusted():
         pytest.skip("there is no C compiler")
 
@@ -38,8 +38,8 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 def use_triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     pytest.importorskip("triton")
     if device.type == "cpu":
-        kernels = by_kernels._kernels_for(torch.device("cuda"))
-        monkeypatch.setattr(by_kernels, "are_usable", lambda weight: True)
-        monkeypatch.setattr(by_kernels, "_kernels_for", lambda device: kernels)
-        monkeypatch.setitem(by_kernels._DTYPES, "cpu", by_kernels._DTYPES["cuda"])
-        monkeypatch.setattr(by_kernels, "_plans", OrderedDict())
+        kernels = plans._kernels_for(torch.device("cuda"))
+        monkeypatch.setattr(plans, "are_usable", lambda weight: True)
+        monkeypatch.setattr(plans, "_kernels_for", lambda device: kernels)
+        monkeypatch.setitem(plans._DTYPES, "cpu", plans._DTYPES["cuda"])
+        monkeypatch.setattr(plans, "_plans", OrderedDict())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import spectralnorm as sn
 from spectralnorm.linalg import tracking
-from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations import plans
 from spectralnorm.parametrizations.by_kernels import ByKernels
 
 COMPILED, TRITON = "compiled", "triton"
@@ -34,7 +34,7 @@ class Mixed(nn.Module):
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
+    monkeypatch.setattr(plans, "are_usable", lambda weight: False)
     if kind == COMPILED:
         return
     # On the CPU all rows of a frame are put in order; the kernels, as torch on a GPU, settle the first.

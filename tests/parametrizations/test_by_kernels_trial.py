@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralnorm.linalg import kernel_trial
-from spectralnorm.parametrizations import by_kernels
+from spectralnorm.parametrizations.plans import _kernels_for
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -13,7 +13,7 @@ from spectralnorm.parametrizations import by_kernels
 def test_kernels_that_compute_something_else_are_found_out(
     result: str, factor: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans = by_kernels._kernels_for(device)
+    plans = _kernels_for(device)
     track = kernel_trial.track_together
 
     class Wrong(plans.QuotientPlan):

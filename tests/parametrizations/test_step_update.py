@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
-from spectralnorm.parametrizations import arithmetic, by_kernels
+from spectralnorm.parametrizations import arithmetic, plans
 
 # The package has a function of the module's name.
 spectral_norm_module = sys.modules["spectralnorm.parametrizations.spectral_norm"]
@@ -338,7 +338,7 @@ class TestOptimizerSteps:
 
     def test_the_host_waits_for_no_value(self, layer, device, monkeypatch, without_waiting):
         if device.type == "cpu":
-            monkeypatch.setattr(by_kernels, "are_usable", lambda weight: False)
+            monkeypatch.setattr(plans, "are_usable", lambda weight: False)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         for _ in range(3):  # at the first of which the kernels' plans are made
             use(layer).backward()

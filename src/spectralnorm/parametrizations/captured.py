@@ -25,13 +25,13 @@ from spectralnorm.parametrizations.arithmetic import is_plain, plain_arithmetic
 from spectralnorm.parametrizations.by_kernels import (
     ByKernels,
     Following,
-    identity_of,
     tracked_and_divided,
     write_vectors,
 )
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.kept import Outputs
 from spectralnorm.parametrizations.memory import Memory
+from spectralnorm.parametrizations.plans import can_write, identity_of
 from spectralnorm.parametrizations.quotient import NormalizedWeights
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class InGraphs:
     def is_ready(self) -> bool:
         """Whether nothing has to be sent to the device that a capture cannot send."""
         owners = [place for place in range(len(self._identities)) for _ in range(2)]
-        return ByKernels.can_write(self._buffers) and self._following.plans.store.hold(owners, self._buffers)
+        return can_write(self._buffers) and self._following.plans.store.hold(owners, self._buffers)
 
     def take_over(self) -> None:
         """Renew the weights from now on, also those that were renewed with others in earlier captures."""

@@ -19,7 +19,7 @@ from spectralnorm.parametrizations.quotient import Quotient, gradients_of
 from spectralnorm.parametrizations.weight_clock import Moment
 
 if TYPE_CHECKING:
-    from spectralnorm.parametrizations.by_kernels import Plans
+    from spectralnorm.parametrizations.plans import Plans
 
 __all__ = ["Division", "SomeOf"]
 

@@ -22,12 +22,12 @@ from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.batches import SMALL, Batch, Pairs, Together, wholes
 from spectralnorm.parametrizations.by_kernels import (
     ByKernels,
-    can_be_read,
     quotient_by_kernels,
     refresh_by_kernels,
 )
 from spectralnorm.parametrizations.kept import Alone, Kept, Member, Outputs, Rounded, Verdict, free_memory, host_has
 from spectralnorm.parametrizations.map_norm import MapNorm
+from spectralnorm.parametrizations.plans import can_be_read, can_write
 from spectralnorm.parametrizations.promise import (
     Divisor,
     Promise,
@@ -413,7 +413,7 @@ def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
     buffers = [buffer for its_buffers in buffers_of_each for buffer in its_buffers]
     for _, its_kept in together:
         its_kept.is_in_buffers = True
-    if isinstance(kept.followed, ByKernels) and kept.followed.can_write(buffers):
+    if isinstance(kept.followed, ByKernels) and can_write(buffers):
         return kept.followed.write([its_kept.index for _, its_kept in together], buffers)
     vectors = []
     for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
