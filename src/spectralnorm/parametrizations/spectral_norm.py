@@ -633,10 +633,9 @@ class SpectralNorm(nn.Module):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
-        return [
-            (local_part(getattr(self, u)), local_part(getattr(self, v)))
-            for (u, v), _ in zip(_BUFFERS, self.views, strict=False)
-        ]
+        # Not by zip: torch.compile up to 2.9 takes its strict=False for True.
+        names = _BUFFERS[: len(self.views)]
+        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in names]
 
     def cold_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Whole vectors u and v of each view for a weight that nothing is known about, in its type."""
