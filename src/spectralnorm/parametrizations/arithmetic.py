@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["is_capturing", "is_eager", "plain_arithmetic"]
 
@@ -37,6 +38,7 @@ def is_eager(weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not weight.is_meta
+        and not isinstance(weight, FakeTensor)
         and not weight.is_inference()
         and not is_capturing(weight)
     )
