@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations as torch_parametrizations
 
@@ -123,6 +124,7 @@ class TestOnnx:
     def test_exporter_of_captured_programs_folds_the_norm_away(self, tmp_path):
         onnx = pytest.importorskip("onnx")
         model = normalized(images_model, IMAGES).eval()
+        # To optimize is the default from torch 2.7 on.
         self.run(model, IMAGES, tmp_path / "model.onnx", dynamo=True, optimize=True, verbose=False)
         kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
         assert kinds == {"Conv", "ConvTranspose", "Relu", "Reshape", "Gemm"}
@@ -139,7 +141,25 @@ class TestOnnx:
         assert torch.equal(model(IMAGES), expected)
 
 
+@each_model
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fake_tensors_go_through_as_shapes(make, inputs, training):
+    # As whoever asks for shapes or memory runs a model; torch.export with strict=True does up to torch 2.7.
+    model, mode = normalized(make, inputs).train(training), FakeTensorMode()
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(model)
+    with mode:
+        outputs = fake(mode.from_tensor(inputs))
+    assert isinstance(outputs, FakeTensor)
+    assert outputs.shape == model(inputs).shape
+
+
 class TestExportedProgram:
+    @pytest.fixture(autouse=True)
+    def _nothing_is_compiled(self):
+        # Up to torch 2.7 exports are from bytecode unless told otherwise, and count as compilations of the same code.
+        torch._dynamo.reset()
+
     @each_model
     @pytest.mark.parametrize("strict", [False, True], ids=["traced", "from bytecode"])
     def test_of_eval_mode_computes_the_same(self, make, inputs, strict):

@@ -24,6 +24,8 @@ __all__ = ["MAX_DIFFERENCE", "export_onnx", "export_program"]
 MAX_DIFFERENCE = 1e-4
 """Of pixels in [-1, 1], whose levels are 1/127.5 apart; a program that is further off is not written."""
 _OPSET = 18
+# Where none is said, torch up to 2.7 asks networks whether they take 2^63 - 1 images.
+_MAX_BATCH = 2**31 - 1
 _EXAMPLE_BATCH = 2
 _CHECKED_BATCHES = (1, 3, 8)
 """Others than the example's: a batch size that was frozen in would show."""
@@ -86,7 +88,8 @@ def export_program(generator: TrainedGenerator, path: Path) -> float:
     _require_suffix(path, ".pt2")
 
     def write(network: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> None:
-        torch.export.save(torch.export.export(network, inputs, dynamic_shapes=_dynamic_shapes(inputs)), str(file))
+        program = torch.export.export(network, inputs, dynamic_shapes=_dynamic_shapes(inputs), strict=False)
+        torch.export.save(program, str(file))
 
     def read(file: Path) -> Callable[..., Tensor]:
         return torch.export.load(str(file)).module()
@@ -169,7 +172,7 @@ def _inputs(generator: TrainedGenerator, batch: int) -> tuple[Tensor, ...]:
 
 
 def _dynamic_shapes(inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
     return {name: {0: batch} for name in ("latents", "labels")[: len(inputs)]}
 
 

@@ -17,7 +17,9 @@ __all__ = ["Memory", "is_held_once"]
 
 def is_held_once(tensor: Tensor) -> bool:
     """Whether no other tensor, Python's or a graph's, shares the memory of ``tensor``."""
-    return _use_count(tensor.untyped_storage()._cdata) == _OURS
+    # Held while it is asked: from torch 2.10 on its tensor keeps what was asked for once, and it counts in any case.
+    storage = tensor.untyped_storage()
+    return _use_count(storage._cdata) == _OURS
 
 
 _use_count = torch._C._storage_Use_Count

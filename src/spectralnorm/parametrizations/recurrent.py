@@ -49,8 +49,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _update_flat_weights(self: Any) -> None:
     """Torch's forward begins with this."""
     # torch.compile leaves recurrent layers to run as they are, but would compile what they call, once for each weight.
-    # Asked in this way, because the decorator imports the compiler, for seconds, when it is first called.
-    fill = _fill_uncompiled if "torch._dynamo" in sys.modules else _fill_flat_weights
+    # An export allows them in its graph. Asked in this way, because the decorator imports the compiler, for seconds,
+    # when it is first called.
+    is_left = "torch._dynamo" in sys.modules and not torch._dynamo.config.allow_rnn
+    fill = _fill_uncompiled if is_left else _fill_flat_weights
     fill(self)
 
 

@@ -664,7 +664,9 @@ class SpectralNorm(nn.Module):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The buffers u and v of each view."""
-        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in _BUFFERS[: len(self.views)]]
+        # Not by zip: torch.compile up to 2.9 takes its strict=False for True.
+        names = _BUFFERS[: len(self.views)]
+        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in names]
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:

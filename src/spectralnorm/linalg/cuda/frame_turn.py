@@ -99,4 +99,4 @@ def turn_of(start_gram, image_gram):
     turn = _product(_reflection(_product(_product(white, image_gram), white)), tl.trans(white))
     lengths = tl.sum(_product(turn, image_gram) * turn, axis=1)
     longest = tl.sum(tl.where(row == 0, lengths, 0.0), axis=0)
-    return turn * tl.rsqrt(tl.maximum(lengths, _EPS * longest + _TINY))[:, None]
+    return turn * tl.rsqrt(tl.maximum(lengths, longest * _EPS + _TINY))[:, None]
