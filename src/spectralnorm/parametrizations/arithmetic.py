@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["holds_numbers", "is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
 
@@ -55,7 +56,7 @@ def is_plain(weight: Tensor) -> bool:
 
 def holds_numbers(tensor: Tensor) -> bool:
     """Whether ``tensor`` is more than its shape: neither on the meta device nor a fake one."""
-    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"  # without importing the class, for seconds
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def is_capturing(weight: Tensor) -> bool:
