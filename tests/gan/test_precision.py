@@ -159,6 +159,12 @@ def _assert_compiled_trains_as_plain(device: torch.device, *, tolerance: float, 
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.7."),
+    reason="torch 2.7 itself: compiling this generator's backward to C++ ends in KeyError: 'op2'",
+    raises=RuntimeError,
+    strict=False,
+)
 def test_compiled_networks_train_as_plain_ones_do(device: torch.device):
     # Each layer is seconds of the compiler's.
     _assert_compiled_trains_as_plain(device, tolerance=1e-4, few_layers=True)
