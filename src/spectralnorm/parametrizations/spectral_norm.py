@@ -518,7 +518,7 @@ class SpectralNorm(nn.Module):
             return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
-        dtype = self.type_for_use(weight)
+        dtype = self.type_for_use(weight) if _is_autocast_enabled() else None
         has_grad = _is_grad_enabled()
         if has_grad and self.training and not kept.is_in_buffers:
             engine.write_buffers(self, kept)
