@@ -9,6 +9,7 @@ from inspect import signature
 
 import pytest
 import torch
+from tests.integration.compiled_models import IMAGES, Block, images_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations as torch_parametrizations
@@ -17,23 +18,11 @@ from spectralnorm import add_spectral_norm, monitor, spectral_norm
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-
 
 @pytest.fixture
 def counter() -> CompileCounterWithBackend:
     """Counts graphs, and runs them with their forward and backward traced ahead of time."""
     return CompileCounterWithBackend("aot_eager")
-
-
-def images_model() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
-        nn.Flatten(),
-        nn.Linear(1024, 5),
-    )
 
 
 def torchs(model: nn.Module) -> nn.Module:
@@ -157,16 +146,6 @@ def test_a_weight_without_a_norm_leaves_the_buffers_alone(value, counter):
     layer.parametrizations.weight.original.data.copy_(good)
     compiled(torch.ones(2, 6))
     torch.testing.assert_close(compiled(torch.ones(2, 6)), layer(torch.ones(2, 6)), rtol=1e-3, atol=1e-4)
-
-
-class Block(nn.Module):
-    def __init__(self, **options: str) -> None:
-        super().__init__()
-        self.inner = spectral_norm(nn.Linear(6, 6), **options)
-        self.outer = spectral_norm(nn.Linear(6, 6), **options)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + self.outer(self.inner(inputs).relu())
 
 
 def twelve_blocks(**options: str) -> nn.Sequential:

@@ -29,8 +29,8 @@ __all__ = ["Graph", "capture", "warm_up"]
 class Graph:
     """What was captured."""
 
-    def __init__(self) -> None:
-        self.kernels: list[str] = []  # that were launched, of ours; not known of a real graph
+    def __init__(self, kernels: list[str] | None) -> None:
+        self.kernels = kernels  # that were launched, of ours; None: not known, of a real graph
 
     def replay(self) -> None:
         """Do it once more."""
@@ -62,7 +62,7 @@ def warm_up(step: Callable[[], Any], number: int, device: torch.device) -> None:
 
 class _OfDevice(Graph):
     def __init__(self, step: Callable[[], Any]) -> None:
-        super().__init__()
+        super().__init__(None)
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph):
@@ -77,7 +77,9 @@ class _ByHand(Graph):
     _numbers = count(1)
 
     def __init__(self, step: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+        launched: list[str] = []
+        super().__init__(launched)
+        self._launched = launched
         self._calls: list[Callable[[], object]] = []
         self._made: list[Tensor] = []
         self._changed: list[Tensor] = []
@@ -118,7 +120,7 @@ class _ByHand(Graph):
 
     def _recorded(self, launch: Callable[..., None]) -> Callable[..., None]:
         def recorded(kernel: Any, *arguments: Any, **options: Any) -> None:
-            self.kernels.append(kernel.fn.__name__)
+            self._launched.append(kernel.fn.__name__)
             with _disable_current_modes():
                 launch(kernel, *arguments, **options)
                 # A graph knows addresses: it does not keep the tensors alive.

@@ -73,14 +73,16 @@ def exact(layer: nn.Module) -> float:
     return float(torch.linalg.matrix_norm(blocks(layer), 2).amax())
 
 
-def of_renewal(graph: Graph) -> int:
-    return graph.kernels.count("divide_kernel")
+def assert_renewals(graph: Graph, number: int) -> None:
+    """By kernels; of a real graph nobody can tell."""
+    assert graph.kernels is None or graph.kernels.count("divide_kernel") == number
 
 
-def assert_divided(training: Training) -> None:
+def assert_divided(training: Training, *, to: float = 1.0, rtol: float = 2e-3) -> None:
+    """To a norm; what a change of the weights by some percent leaves of an error after two iterations is below 2e-3."""
     for name, layer in training.layers().items():
-        ratio = raw(layer).detach() / training.used[name].detach()
-        torch.testing.assert_close(ratio, torch.full_like(ratio, exact(layer)), rtol=2e-3, atol=0)
+        used = training.used[name].detach()
+        torch.testing.assert_close(used, to * raw(layer).detach() / exact(layer), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
@@ -89,6 +91,7 @@ def test_every_replay_is_of_the_weights_as_they_are(grouped: bool, captured: Cal
     warm_up(training, 3, device)
     warm_up(training.look, 1, device)
     graph = captured(training.look)
+    assert_renewals(graph, 1)
     for seed in range(2):
         training.changed(seed)
         graph.replay()
@@ -96,9 +99,7 @@ def test_every_replay_is_of_the_weights_as_they_are(grouped: bool, captured: Cal
         for name, layer in training.layers().items():
             weight, used = raw(layer).detach().double(), training.used[name].detach().double()
             u, v = (each.double() for each in layer.buffers())
-            outer = torch.outer(u, v).view_as(weight) if u.numel() * v.numel() == weight.numel() else None
-            if outer is None:  # of a grouped weight: u has the place of a block, v is that of its inputs
-                outer = torch.outer(u, v[: weight[0].numel()]).view_as(weight)
+            outer = torch.outer(u, v).view_as(weight)
             sigma = (outer * weight).sum()
             torch.testing.assert_close(float(sigma), exact(layer), rtol=2e-3, atol=0)
             grad = -used.sin()
@@ -139,12 +140,12 @@ def test_a_captured_step_trains_as_one_that_is_not(captured: Callable, device: t
 
 
 def test_launches_do_not_grow_with_the_layers(captured: Callable, device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("launches of a real graph are not seen")
     training = Training(device)
     warm_up(training, 3, device)
     # The next frames twice, the norms once, the frames back, the division, the buffers; and the gradient's two.
     of_step = captured(training).kernels
+    if of_step is None:
+        pytest.skip("launches of a real graph are not seen")
     of_tracking = ["images_kernel", "images_kernel", "others_kernel", "return_kernel"]
     of_division = ["divide_kernel", "store_kernel", "inner_kernel", "gradients_kernel"]
     assert sorted(of_step) == sorted(of_tracking + of_division)
@@ -162,8 +163,7 @@ def test_a_second_step_in_one_graph_renews_again(captured: Callable, device: tor
     for _ in range(2):
         graph.replay()
         assert_divided(training)
-    if graph.kernels:
-        assert of_renewal(graph) == 2
+    assert_renewals(graph, 2)
 
 
 def test_what_one_graph_found_is_not_known_to_another(captured: Callable, device: torch.device) -> None:
@@ -217,8 +217,7 @@ def test_a_frozen_discriminator_is_renewed_and_stays_kept_outside(captured: Call
         hidden = torch.nn.functional.conv2d(noise.detach(), first, training.model[0].bias).tanh().flatten(1)
         expected = torch.nn.functional.linear(hidden, last, training.model[3].bias).sum()
         torch.testing.assert_close(outputs[-1], expected, rtol=1e-2, atol=1e-2)
-    if graph.kernels:
-        assert of_renewal(graph) == 1
+    assert_renewals(graph, 1)
     first, second = training.model[0].weight, training.model[0].weight
     assert first.data_ptr() == second.data_ptr()
 
@@ -248,6 +247,7 @@ def test_under_autocast_values_are_rounded_by_the_kernels(captured: Callable, de
     warm_up(step, 3, device)
     warm_up(look, 1, device)
     graph = captured(look)
+    assert_renewals(graph, 1)
     training.changed(0)
     for _ in range(2):  # until the norm is known to a thousandth
         graph.replay()
@@ -267,9 +267,7 @@ def test_a_learned_scale_is_in_the_graph(captured: Callable, device: torch.devic
     for layer in training.layers().values():
         layer.parametrizations["weight"][0].scale.data.fill_(3.0)
     graph.replay()
-    for name, layer in training.layers().items():
-        expected = 3 * raw(layer).detach() / exact(layer)
-        torch.testing.assert_close(training.used[name].detach(), expected, rtol=2e-3, atol=1e-6)
+    assert_divided(training, to=3.0)
 
 
 def test_a_loss_may_depend_on_some_of_the_weights(captured: Callable, device: torch.device) -> None:
@@ -300,7 +298,7 @@ def test_options_that_were_changed_between_captures_hold(
     buffers = [each.clone() for each in training.model.buffers()]
     graph = captured(training.look)
     graph.replay()
-    assert of_renewal(graph) == 0
+    assert_renewals(graph, 0)
     assert ("update" in options) == all(map(torch.equal, training.model.buffers(), buffers))
 
 
@@ -330,7 +328,7 @@ def test_what_a_graph_reads_stays_while_the_model_is_there(captured: Callable, d
 
     warm_up(of_all, 2, device)
     of_more = captured(of_all)
-    assert of_renewal(of_more) == 1 or not of_more.kernels
+    assert_renewals(of_more, 1)
     assert graph.lost() == []
 
 
@@ -401,8 +399,7 @@ def test_a_weight_that_was_written_to_is_renewed_once(captured: Callable, device
     with torch.no_grad():
         raw(training.model[3]).mul_(2)
     graph = captured(training)
-    if graph.kernels:
-        assert of_renewal(graph) == 1
+    assert_renewals(graph, 1)
 
 
 def test_what_was_captured_outlives_neither_the_graph_nor_the_model(captured: Callable, device: torch.device) -> None:
@@ -434,7 +431,7 @@ def test_without_enough_steps_before_the_graph_finds_the_norms_by_itself(
     if warm_ups == 0 and device.type == "cuda":
         warm_up(training.look, 1, device)  # the libraries' own preparations
     graph = captured(training)
-    assert of_renewal(graph) == 0
+    assert_renewals(graph, 0)
     for _ in range(10):
         graph.replay()
     training.model.eval()
@@ -450,11 +447,9 @@ def test_after_a_change_of_options_another_graph_finds_the_norms_by_itself(
     captured(training)
     sn.add_spectral_norm(training.model, coefficient=2.0)
     graph = captured(training.look)
-    assert of_renewal(graph) == 0
+    assert_renewals(graph, 0)
     graph.replay()
-    for name, layer in training.layers().items():
-        expected = 2 * raw(layer).detach() / exact(layer)
-        torch.testing.assert_close(training.used[name].detach(), expected, rtol=2e-2, atol=1e-4)
+    assert_divided(training, to=2.0, rtol=2e-2)
 
 
 def test_copies_know_nothing_of_graphs(captured: Callable, device: torch.device) -> None:

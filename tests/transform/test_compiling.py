@@ -2,40 +2,23 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.integration.compiled_models import IMAGES, Block, images_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import spectralnorm as sn
 from spectralnorm.parametrizations import engine
 
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 @pytest.fixture
 def counter() -> CompileCounterWithBackend:
     """Counts graphs."""
     return CompileCounterWithBackend("eager")
-
-
-def images_model() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
-        nn.Flatten(),
-        nn.Linear(1024, 5),
-    )
 
 
 def trained(call: nn.Module, model: nn.Module, steps: int = 4) -> list[Tensor]:
@@ -103,16 +86,6 @@ def test_a_frozen_discriminator_passes_gradients_on(counter):
     compiled(images.requires_grad_()).sum().backward()
     model(expected.requires_grad_()).sum().backward()
     torch.testing.assert_close(images.grad, expected.grad)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = sn.spectral_norm(nn.Linear(6, 6))
-        self.outer = sn.spectral_norm(nn.Linear(6, 6))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs + self.outer(self.inner(inputs).relu())
 
 
 def test_twelve_equal_blocks_share_their_graph(counter):

@@ -30,7 +30,7 @@ class CompiledModule(OptimizedModule):
             if self._learns():
                 return self._orig_mod(*args, **kwargs)
             self._weights = [(layer, name) for _, layer, name, _ in normalized_weights(self._orig_mod)]
-        with self._handed_over(self._weights):
+        with self._handing_over(self._weights):
             return super().__call__(*args, **kwargs)
 
     def _learns(self) -> bool:
@@ -40,7 +40,7 @@ class CompiledModule(OptimizedModule):
         )
 
     @contextmanager
-    def _handed_over(self, weights: list[tuple[Any, str]]) -> Iterator[None]:
+    def _handing_over(self, weights: list[tuple[Any, str]]) -> Iterator[None]:
         """The weights are where compiled code finds them, and nothing of a graph is held between calls."""
         present = [(layer, name) for layer, name in weights if can_be_handed_over(layer, name)]
         try:
