@@ -179,17 +179,36 @@ def _watched(optimizer: Optimizer) -> list[WeightClock]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():  # a compiled step moves `_version`, which is noticed without a hook
-        return
+    if not torch.compiler.is_compiling():
+        _begin_step(optimizer)
+    elif _leaves_graph(optimizer):
+        _begin_step_uncompiled(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _end_step(optimizer)
+    elif _leaves_graph(optimizer):
+        _end_step_uncompiled(optimizer)
+
+
+def _leaves_graph(optimizer: Optimizer) -> bool:
+    """Whether a compiled step is more than one graph whatever is done here.
+
+    One of torch's optimizers always is. One of another kind may be a single graph and is left that: it moves
+    `_version`, and counts as a write.
+    """
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _begin_step(optimizer: Optimizer) -> None:
     clocks = _watched(optimizer)
     for clock in clocks:
         clock.observe()
     _steps_before[optimizer] = {id(clock): clock.steps for clock in clocks}
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
+def _end_step(optimizer: Optimizer) -> None:
     step = Step()
     before = _steps_before.pop(optimizer, {})
     for clock in _watched(optimizer):
@@ -201,3 +220,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 for watcher in [found() for found in clock.watchers]:
                     if watcher is not None:
                         watcher.was_stepped_in_graph()
+
+
+_begin_step_uncompiled = torch._disable_dynamo(_begin_step)  # type: ignore[attr-defined]
+_end_step_uncompiled = torch._disable_dynamo(_end_step)  # type: ignore[attr-defined]
