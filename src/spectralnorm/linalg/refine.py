@@ -2,7 +2,7 @@
 
 After a change of unknown size the old vectors prove nothing, and power iteration that stops when its value moves little
 stops at any plateau. So the vectors are computed anew: exactly, by the eigenvectors of the smaller Gram matrix, where a
-side is short; otherwise by Golub-Kahan-Lanczos bidiagonalization with full reorthogonalization from a random start.
+side is short; otherwise by the Lanczos iteration for it, with full reorthogonalization, from a random start.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, com
 __all__ = ["refine"]
 
 _EXACT_UP_TO = 128  # shorter side of a matrix that is solved exactly: there it costs less than the Lanczos steps
+# As many rows of a Gram matrix that is worth its product: it costs as much as reading the matrix that many times over
+# while it is in no cache, which some fifty Lanczos steps would do twice each.
+_GRAM_UP_TO = 1024
 _MAX_STEPS = 400
+# Largest entries of a matrix whose squares neither over- nor underflow; others are scaled.
+_SMALLEST, _LARGEST = 2.0**-40, 2.0**40
 _CHECK_EVERY = 5
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # u, v, sigma, and leading left vectors as rows
@@ -45,18 +50,20 @@ def refine(matrix: Tensor, start: Tensor, *, rtol: float = 1e-4, eps: float = 1e
         blocks = [refine(block, start, rtol=rtol, eps=eps) for block in matrix]
         u, v, sigma = (torch.stack(parts) for parts in list(zip(*blocks, strict=True))[:3])
         return TrackedTriplet(u, v, sigma, Frame(torch.stack([block.frame.rows for block in blocks]), is_left=True))
-    # To about one, so that no square over- or underflows.
-    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    scale = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
     usable = (scale > 0) & (scale < float("inf"))
-    divisor = torch.where(usable, scale, 1)
-    scaled = torch.where(usable, matrix / divisor, 0)
+    scaled, divisor = matrix, scale.new_ones(())
+    if not bool(((scale > _SMALLEST) & (scale < _LARGEST)).all()):
+        divisor = torch.where(usable, scale, 1)
+        scaled = torch.where(usable, matrix / divisor, 0)
+        divisor = divisor[..., 0, 0]
     if min(matrix.shape[-2:]) <= _EXACT_UP_TO:
         u, v, sigma, rows = _by_gram(scaled)
     elif bool(usable):
         u, v, sigma, rows = _by_lanczos(scaled, start, rtol)
     else:
         u, v, sigma, rows = _of_zero(scaled)
-    sigma = (sigma * divisor[..., 0, 0]).clamp_min(eps)
+    sigma = (sigma * divisor).clamp_min(eps)
     finite = scale[..., 0, 0] < float("inf")
     # A frame has all its rows, also where the matrix has fewer directions: the rest is zero.
     leading = Frame(F.pad(rows, (0, 0, 0, NUM_TRACKED - rows.shape[-2])), is_left=True)
@@ -96,47 +103,51 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
-    """Golub & Kahan 1965: A V = U B, B upper bidiagonal, whose largest singular value grows to A's.
+    """Lanczos 1950, for the smaller Gram matrix G: G V = V T, T tridiagonal, whose largest eigenvalue grows to G's.
 
     From a random start the chance to miss the largest one after k steps falls as exp(-2 k sqrt(gap)) (Kuczynski &
-    Wozniakowski 1992). It stops when the triplet's residual |A^H u - sigma v| is below a tenth of ``rtol``: sigma then
-    is that near to a singular value, and its error is about the residual's square over the gap below.
+    Wozniakowski 1992). It stops when the residual |G x - lambda x| is below a tenth of ``rtol``, relative: lambda then
+    is that near to an eigenvalue, and its error is about the residual's square over the gap below. That G squares
+    the singular values costs the small ones their digits, and the largest one none.
     """
-    rows, columns = matrix.shape
-    steps = min(rows, columns, _MAX_STEPS)
-    lefts, rights = matrix.new_zeros(steps, rows), matrix.new_zeros(steps, columns)
-    bidiagonal = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    short = matrix if is_wide else matrix.mH
+    size = short.shape[0]
+    gram = short @ short.mH if size <= _GRAM_UP_TO else None
+    steps = min(size, _MAX_STEPS)
+    basis = matrix.new_zeros(steps, size)
+    tridiagonal = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     start = start.to(matrix)
-    rights[0] = start / torch.linalg.vector_norm(start)
+    first = short @ start if is_wide else start
+    basis[0] = first / torch.linalg.vector_norm(first)
     # Below this a new direction is rounding: the Krylov space is complete, and what it holds is exact.
     negligible = 10 * torch.finfo(matrix.dtype).eps
     residual_goal = max(0.1 * rtol, negligible)
-    size = beta = 0.0
+    largest = 0.0
     for step in range(steps):
-        new = matrix @ rights[step]
-        new = _orthogonal_to(lefts[:step], new)
-        alpha = float(torch.linalg.vector_norm(new))
-        size = max(size, alpha)
-        last = step
-        if alpha > negligible * size:
-            lefts[step] = new / alpha
-        bidiagonal[step, step] = alpha
-        new = matrix.mH @ lefts[step]
-        new = _orthogonal_to(rights[: step + 1], new)
+        row = basis[step]
+        new = short @ (short.mH @ row) if gram is None else gram @ row
+        alpha = float(torch.vdot(row, new).real)
+        new = _orthogonal_to(basis[: step + 1], new)
         beta = float(torch.linalg.vector_norm(new))
-        complete = alpha <= negligible * size or beta <= negligible * size or step + 1 == steps
+        tridiagonal[step, step] = alpha
+        largest = max(largest, alpha)
+        complete = beta <= negligible * largest or step + 1 == steps
         if complete or (step + 1) % _CHECK_EVERY == 0:
-            inner_left, values, _ = torch.linalg.svd(bidiagonal[: step + 1, : step + 1])
-            residual = beta * float(inner_left[-1, 0].abs())
-            if complete or residual <= residual_goal * float(values[0]):
+            values, vectors = torch.linalg.eigh(tridiagonal[: step + 1, : step + 1])
+            if complete or beta * float(vectors[-1, -1].abs()) <= residual_goal * float(values[-1]):
                 break
-        bidiagonal[step, step + 1] = beta
-        rights[step + 1] = new / beta
-    leading = inner_left[:, : min(NUM_TRACKED, last + 1)].T.to(matrix)
-    frame = _unit_rows(leading @ lefts[: last + 1])
-    v = matrix.mH @ frame[0]
-    sigma = torch.linalg.vector_norm(v)
-    return frame[0], v / sigma, sigma, frame
+        tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = beta
+        basis[step + 1] = new / beta
+    leading = vectors[:, -NUM_TRACKED:].flip(-1).mT.to(matrix) @ basis[: len(vectors)]
+    if is_wide:
+        frame = _unit_rows(leading)
+        v = matrix.mH @ frame[0]
+        sigma = torch.linalg.vector_norm(v)
+        return frame[0], v / sigma, sigma, frame
+    v = _unit_rows(leading[:1])[0]
+    images = leading @ matrix.mT
+    return _unit_rows(images[:1])[0], v, torch.linalg.vector_norm(matrix @ v), _unit_rows(images)
 
 
 def _orthogonal_to(basis: Tensor, vector: Tensor) -> Tensor:
