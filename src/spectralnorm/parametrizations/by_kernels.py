@@ -220,7 +220,7 @@ class ByKernels:
             weight = clock.weight
             if (
                 clock.last_step is not step
-                or clock.steps != steps + 1
+                or clock.steps_before != steps
                 or clock.writes != writes
                 or weight._version != clock.version
                 or address != clock.data_ptr

@@ -7,6 +7,8 @@ storage is compared beside the version. A write through ``.data`` into the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -21,7 +23,7 @@ from torch.optim.optimizer import (
 from spectralnorm.parametrizations.arithmetic import is_capturing
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
-__all__ = ["Moment", "Step", "WeightClock", "version_of", "watch"]
+__all__ = ["Moment", "Step", "WeightClock", "as_one_step", "version_of", "watch"]
 
 
 class WeightClock:
@@ -29,8 +31,9 @@ class WeightClock:
 
     Attributes:
         weight: the parameter. Held, so that its id cannot be taken by another one while it is watched.
-        steps: number of optimizer steps that changed it.
-        writes: number of other changes that were seen.
+        steps: number of optimizer steps that changed it; it never goes back.
+        steps_before: the same when the last one began; a step may have others in it.
+        writes: number of other changes that were seen; what is done within a step is part of that.
         version: `version_of` it when it was last looked at.
         data_ptr: address of its storage then; of a distributed tensor, of this process's part.
         is_distributed: whether the parameter is a DTensor.
@@ -48,6 +51,7 @@ class WeightClock:
         "is_distributed",
         "last_step",
         "steps",
+        "steps_before",
         "storage",
         "version",
         "watchers",
@@ -59,6 +63,7 @@ class WeightClock:
         self.weight = weight
         self.is_distributed = is_distributed(weight)
         self.steps = 0
+        self.steps_before = -1
         self.writes = 0
         self.last_step: Step | None = None
         self.watchers: list[ref[Any]] = []
@@ -83,9 +88,10 @@ class WeightClock:
             self.writes += 1
             self._look()
 
-    def count_step(self, step: Step, steps_before: int) -> None:
-        """Count a step of an optimizer that began when there were ``steps_before``."""
-        self.steps = steps_before + 1
+    def count_step(self, step: Step, began: tuple[int, int]) -> None:
+        """Count a step of an optimizer that ``began`` when there were so many steps and writes."""
+        self.steps += 1
+        self.steps_before, self.writes = began
         self.last_step = step
         if not self.is_unmoved():
             self._look()
@@ -131,7 +137,7 @@ class Moment(NamedTuple):
 
     def is_one_step_ago(self) -> bool:
         """Whether exactly one optimizer step, and nothing else that was seen, has changed the parameter since."""
-        return self.clock.steps == self.steps + 1 and self.clock.writes == self.writes
+        return self.clock.steps_before == self.steps and self.clock.writes == self.writes
 
 
 class Step:
@@ -167,9 +173,10 @@ def watch(weight: Tensor) -> WeightClock:
     return clock
 
 
-# Steps on the clocks when an optimizer's step began. Optimizers can be nested: one that shards its state over processes
-# (ZeroRedundancyOptimizer) runs another one for its share of the parameters, and the two together are one step.
-_steps_before: WeakKeyDictionary[Optimizer, dict[int, int]] = WeakKeyDictionary()
+_Counts = dict[int, tuple[int, int]]
+# Steps and writes on the clocks when an optimizer's step began. Optimizers can be nested: one that shards its state
+# over processes (ZeroRedundancyOptimizer) runs another one for its share of the parameters, and the two are one step.
+_began: WeakKeyDictionary[Optimizer, _Counts] = WeakKeyDictionary()
 
 
 def _watched(optimizer: Optimizer) -> list[WeightClock]:
@@ -202,25 +209,43 @@ def _leaves_graph(optimizer: Optimizer) -> bool:
 
 
 def _begin_step(optimizer: Optimizer) -> None:
-    clocks = _watched(optimizer)
-    for clock in clocks:
-        clock.observe()
-    _steps_before[optimizer] = {id(clock): clock.steps for clock in clocks}
+    _began[optimizer] = _observed(_watched(optimizer))
 
 
 def _end_step(optimizer: Optimizer) -> None:
+    # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
+    moved = [clock for clock in _watched(optimizer) if clock.weight.grad is not None or not clock.is_unmoved()]
+    _count_step(moved, _began.pop(optimizer, {}))
+
+
+def _observed(clocks: list[WeightClock]) -> _Counts:
+    """What is on the clocks, by their ids, after a look at what was written before."""
+    for clock in clocks:
+        clock.observe()
+    return {id(clock): (clock.steps, clock.writes) for clock in clocks}
+
+
+def _count_step(moved: list[WeightClock], began: _Counts) -> None:
     step = Step()
-    before = _steps_before.pop(optimizer, {})
-    for clock in _watched(optimizer):
-        # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
-        if clock.weight.grad is not None or not clock.is_unmoved():
-            clock.count_step(step, before.get(id(clock), clock.steps))
-            step.parameter_ids.append(id(clock.weight))
-            if is_capturing(clock.weight):  # what moves the weight from now on is seen by nobody
-                for watcher in [found() for found in clock.watchers]:
-                    if watcher is not None:
-                        watcher.was_stepped_in_graph()
+    for clock in moved:
+        clock.count_step(step, began.get(id(clock), (clock.steps, clock.writes)))
+        step.parameter_ids.append(id(clock.weight))
+        if is_capturing(clock.weight):  # what moves the weight from now on is seen by nobody
+            for watcher in [found() for found in clock.watchers]:
+                if watcher is not None:
+                    watcher.was_stepped_in_graph()
 
 
 _begin_step_uncompiled = torch._disable_dynamo(_begin_step)  # type: ignore[attr-defined]
 _end_step_uncompiled = torch._disable_dynamo(_end_step)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def as_one_step(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Count whatever is done to ``weights`` within, by optimizers too, as one step of an optimizer."""
+    clocks = [watch(weight) for weight in weights]
+    began = _observed(clocks)
+    try:
+        yield
+    finally:
+        _count_step(clocks, began)

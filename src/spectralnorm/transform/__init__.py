@@ -5,7 +5,14 @@ from spectralnorm.transform.compiling import compile
 from spectralnorm.transform.export import export_state_dict
 from spectralnorm.transform.table import Row, Summary, summary
 from spectralnorm.transform.tracking import load_tracking_state, tracking_state
-from spectralnorm.transform.upkeep import invalidate, keep_values, monitor, normalized_weights, update_
+from spectralnorm.transform.upkeep import (
+    invalidate,
+    keep_values,
+    monitor,
+    normalized_weights,
+    optimizer_step,
+    update_,
+)
 
 __all__ = [
     "Row",
@@ -18,6 +25,7 @@ __all__ = [
     "load_tracking_state",
     "monitor",
     "normalized_weights",
+    "optimizer_step",
     "remove_spectral_norm",
     "summary",
     "tracking_state",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
+from spectralnorm.parametrizations.weight_clock import as_one_step
 
-__all__ = ["invalidate", "keep_values", "monitor", "normalized_weights", "raw_weight", "update_"]
+__all__ = ["invalidate", "keep_values", "monitor", "normalized_weights", "optimizer_step", "raw_weight", "update_"]
 
 
 def normalized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
@@ -77,6 +79,32 @@ def invalidate(model: nn.Module) -> None:
     """
     for *_, normalization in normalized_weights(model):
         normalization.invalidate()
+
+
+@contextmanager
+def optimizer_step(model: nn.Module) -> Iterator[None]:
+    """Say that what changes the weights of ``model`` within is a step of training.
+
+    Steps of optimizers are noticed, and the norms follow them by power iteration. Any other write could be of any
+    size, so the norm is computed anew, which takes many times as long. Within this context an update that is written
+    out, or the work of an optimizer that is not a `torch.optim.Optimizer`, counts as one step, once for all that is
+    done within. Writes through ``.data`` are noticed as well.
+
+    Args:
+        model: whose normalized weights are all updated within; one that is not is renewed once more for nothing.
+
+    >>> from spectralnorm import spectral_norm
+    >>> layer = spectral_norm(nn.Linear(3, 2))
+    >>> layer(torch.ones(1, 3)).sum().backward()
+    >>> with torch.no_grad(), optimizer_step(layer):
+    ...     for parameter in layer.parameters():
+    ...         _ = parameter.sub_(parameter.grad, alpha=0.1)
+    """
+    weights: list[Tensor] = []
+    for _, module, tensor_name, normalization in normalized_weights(model):
+        weights += [raw_weight(module, tensor_name), *normalization.parameters()]
+    with as_one_step(weights):
+        yield
 
 
 def keep_values(model: nn.Module, keep: bool = True) -> None:
