@@ -14,10 +14,7 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import (
     MatrixView,
-    TrackedTriplet,
     compute_dtype,
-    refine,
-    seeded_direction,
     view_of,
 )
 from spectralnorm.linalg.gram import gram_upper_bound
@@ -38,15 +35,14 @@ from spectralnorm.parametrizations.options import (
     plain_value,
 )
 from spectralnorm.parametrizations.quotient import divided, divisor_of
-from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
+from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
+from spectralnorm.parametrizations.vector_buffers import VectorBuffers
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 __all__ = ["SpectralNorm"]
 
-# Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
-_REFINED_RTOL = 1e-5
 # The layers that only multiply with their weight, in an operation that autocast rounds for.
 _CAST_FORWARDS = {
     kind.forward
@@ -60,12 +56,9 @@ _CAST_FORWARDS = {
 # as torch comes from memory.
 _are_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _is_autocast_enabled, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
-# The buffers of each view's vectors.
-_BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
-_States = list[tuple[int, int]]
 
 
-class SpectralNorm(nn.Module):
+class SpectralNorm(VectorBuffers):
     """The spectral norm of one weight, as a parametrization (`spectral_norm` registers it) or on its own.
 
     Args:
@@ -101,9 +94,6 @@ class SpectralNorm(nn.Module):
     >>> round(torch.linalg.matrix_norm(weight, 2).item(), 4)
     1.0
     """
-
-    _u: Tensor
-    _v: Tensor
 
     def __init__(
         self,
@@ -164,10 +154,6 @@ class SpectralNorm(nn.Module):
         self.keeps_value_when_sharded = False
         # The last value that was handed out without being kept, and its version, by which a user's write is noticed.
         self._handed: tuple[Tensor | None, int] = (None, 0)
-        # States of the buffers, as `_state_of_buffers` has them: one in which they are known to hold unit vectors, and
-        # one in which they hold the start alone, because their memory came after construction.
-        self._known_state: _States | None = None
-        self._start_state: _States | None = None
         # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
         self._first_moments: tuple[Moment, Moment] | None = None
         self._has_seen_step = False
@@ -177,7 +163,6 @@ class SpectralNorm(nn.Module):
             self.scale = nn.Parameter(torch.full((), float(coefficient), dtype=dtype, device=weight.device))
         self._coefficient = float(coefficient)
         self.views = _views(view_of(module, weight, dim), norm)
-        self._buffer_names = [name for names in _BUFFERS[: len(self.views)] for name in names]
         self._is_vector = weight.ndim < 2
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
@@ -187,21 +172,16 @@ class SpectralNorm(nn.Module):
         self._keeps = self._may_keep()
         self.train(module.training)
         if not self._is_vector:
-            self._register_vectors(weight)
+            self.register_vectors(weight)
+            if holds_numbers(weight) and weight.numel() > 0:
+                self._fill_vectors(weight)
 
-    def _register_vectors(self, weight: Tensor) -> None:
-        for view, names in zip(self.views, _BUFFERS, strict=False):
-            for name, size in zip(names, view.whole_shape(weight), strict=True):
-                self.register_buffer(name, seeded_direction(f"{self.name}.{name[1:]}", size, weight))
-        if not holds_numbers(weight) or weight.numel() == 0:
-            return
+    def _fill_vectors(self, weight: Tensor) -> None:
         if self._can_keep(weight):
             self.write_vectors(*self._current(weight).quotient.pairs)
             self._kept.is_in_buffers = True  # type: ignore[union-attr]
         else:
-            self._find_vectors(whole(weight))
-            if self._known_state is None:
-                self._start_state = self._state_of_buffers()
+            self.find_first_vectors(weight)
 
     @property
     def view(self) -> MatrixView:
@@ -463,9 +443,7 @@ class SpectralNorm(nn.Module):
             with torch.no_grad():  # as `_current` does for a value that is handed out itself
                 weight.copy_(handed)
             self._restore_scale()
-            if self._start_state is not None:  # what was found since was of memory that held anything
-                self._start_state = None
-                self._find_vectors(weight)
+            self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
         value = self._divided(weight)
         if self.scale is not None:
             value = value * self.scale
@@ -616,24 +594,6 @@ class SpectralNorm(nn.Module):
         assert self._kept is not None
         return self._kept
 
-    def refined(self, view: MatrixView, weight: Tensor) -> TrackedTriplet:
-        """To full accuracy, from the weight alone."""
-        self.require_all_of(weight)
-        blocks = view.memory_blocks(weight)
-        blocks = blocks.to(compute_dtype(blocks.dtype))
-        start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
-        return refine(blocks, start, rtol=_REFINED_RTOL, eps=self.eps)
-
-    def refined_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Whole u and v of each view for a ``weight`` of which nothing is known, in its type; to full accuracy."""
-        with plain_arithmetic(weight):
-            entries, pairs = whole(weight), []
-            for view in self.views:
-                u, v, sigma, _ = self.refined(view, entries)
-                u, v, _ = view.whole_vectors(u, v, sigma, entries)
-                pairs.append((u.to(weight.dtype), v.to(weight.dtype)))
-        return pairs
-
     # What the engine asks for
 
     def watched(self, weight: Tensor) -> WeightClock:
@@ -654,19 +614,7 @@ class SpectralNorm(nn.Module):
         clock.observe()
         return kept if kept.can_be_followed() and not kept.was_written_to() else None
 
-    def buffers_of_views(self) -> list[Tensor]:
-        """The buffers u and v, view by view."""
-        buffers: Any = self._buffers  # without nn.Module's search: it is asked at every step
-        found = [buffers[name] for name in self._buffer_names]
-        return [buffer if type(buffer) is Tensor else local_part(buffer) for buffer in found]
-
     # Vectors
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The buffers u and v of each view."""
-        # Not by zip: torch.compile up to 2.9 takes its strict=False for True.
-        names = _BUFFERS[: len(self.views)]
-        return [(local_part(getattr(self, u)), local_part(getattr(self, v))) for u, v in names]
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
@@ -688,63 +636,16 @@ class SpectralNorm(nn.Module):
 
     # Shared
 
-    def require_all_of(self, weight: Tensor) -> None:
-        """Refuse what is left of a weight while its entries are elsewhere."""
-        if not is_eager(weight):
-            return
-        expected = self._u.numel() * self._v.numel()
-        is_freed = not is_distributed(weight) and weight.untyped_storage().nbytes() == 0 < expected
-        if weight.numel() != expected or is_freed:
-            raise UserError(
-                f"The weight {self.name!r} should have {expected} entries, but {0 if is_freed else weight.numel()} are "
-                "here; where FSDP1 shards a model, read its weights within "
-                "FullyShardedDataParallel.summon_full_params(model)."
-            )
-
     def quotient(self, weight: Tensor, sigma: Tensor) -> Tensor:
         """The value of ``weight`` if its norm is ``sigma``."""
         divisor, _ = divisor_of(sigma, self.divided_to, cap=self.mode == "cap", eps=self.eps)
         return divided(weight, divisor)
 
-    @torch.no_grad()
-    def write_vectors(self, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Write u and v of each view into the buffers."""
-        are_known = is_eager(self._u) and self._known_state == self._state_of_buffers()
-        # In place: DataParallel's replicas share the buffers' memory with the module they were made from.
-        for buffers, vectors in zip(self.pairs(), pairs, strict=True):
-            for buffer, vector in zip(buffers, vectors, strict=True):
-                buffer.copy_(vector)
-        if are_known:
-            self._known_state = self._state_of_buffers()
-
-    def require_vectors(self, weight: Tensor) -> None:
-        """Put vectors of ``weight`` into buffers that hold none, because they are zero, not finite or a mere start.
-
-        It is looked at after somebody else has written into them: a GPU is waited for then.
-        """
-        # Without `no_grad` around it: torch.export would write that down, and cannot read it again.
-        if not is_eager(self._u) or self.__dict__.get("_is_replica", False):
-            return
-        state = self._state_of_buffers()
-        if state == self._known_state:
-            return
-        lengths = torch.stack([torch.linalg.vector_norm(buffer) for buffer in self.buffers_of_views()]).tolist()
-        if state == self._start_state or not all(0 < length < float("inf") for length in lengths):
-            self._find_vectors(whole(weight))
-        else:
-            self._known_state = self._state_of_buffers()
-
-    @torch.no_grad()
-    def _find_vectors(self, weight: Tensor) -> None:
-        """Put vectors into the buffers, from the whole ``weight`` alone; if it has no norm, another time."""
-        if 0 < float(torch.linalg.vector_norm(weight.to(compute_dtype(weight.dtype)))) < float("inf"):
-            self.write_vectors(*self.refined_vectors(weight))
-            self._known_state = self._state_of_buffers()
+    def find_vectors(self, weight: Tensor) -> bool:
+        has_norm = super().find_vectors(weight)
+        if has_norm:
             self._restore_scale()
-
-    def _state_of_buffers(self) -> _States:
-        """The version and the address of each buffer."""
-        return [(0 if each.is_inference() else each._version, each.data_ptr()) for each in self.buffers_of_views()]
+        return has_norm
 
     @torch.no_grad()
     def _restore_scale(self) -> None:
@@ -756,9 +657,7 @@ class SpectralNorm(nn.Module):
     def _start_afresh(self) -> None:
         """Fill memory that came after construction as construction does without a weight."""
         if not self._is_vector:
-            for name, buffer in zip(self._buffer_names, self.buffers_of_views(), strict=True):
-                buffer.copy_(seeded_direction(f"{self.name}.{name[1:]}", len(buffer), buffer))
-            self._start_state = self._state_of_buffers()
+            self.start_vectors_afresh()
         if self.scale is not None:
             self.scale.fill_(self._coefficient)
 
@@ -772,19 +671,16 @@ class SpectralNorm(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.
         self.invalidate()
-        was_meta = self._is_meta()
+        was_meta = self.is_meta()
         super()._apply(fn, recurse)
-        if was_meta and not self._is_meta():
+        if was_meta and not self.is_meta():
             self._start_afresh()
         return self
 
-    def _is_meta(self) -> bool:
-        return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
-
     def __getstate__(self) -> dict[str, Any]:
-        held = ("_kept", "_norm_alone", "_known_state", "_start_state", "_first_moments", "in_graphs")
+        held = ("_kept", "_norm_alone", "_first_moments", "in_graphs")
         # A graph that trains the weight does not train a copy of it.
-        return {**self.__dict__, **dict.fromkeys(held), "_handed": (None, 0), "_is_captured": False}
+        return {**super().__getstate__(), **dict.fromkeys(held), "_handed": (None, 0), "_is_captured": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
