@@ -177,7 +177,13 @@ class Division:
         self, places: Sequence[int], grads: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The first and the second of what comes for each weight, in memory as the weight."""
-        prototypes = self.plans.prototypes if dtype is None else self.plans.prototypes_of(dtype)
+        plans = self.plans
+        prototypes = plans.prototypes if dtype is None else plans.prototypes_of(dtype)
+        expected = prototypes[0].dtype
+        if plans.are_contiguous and all(
+            grad.dtype is expected and grad.is_contiguous() for of_one in grads for grad in of_one
+        ):  # sooner than one by one
+            return [of_one[0] for of_one in grads], [of_one[1] if len(of_one) > 1 else None for of_one in grads]
         likes = [prototypes[place] for place in places]
         firsts = [_laid_out(of_one[0], like) for of_one, like in zip(grads, likes, strict=True)]
         others = [_laid_out(each[1], like) if len(each) > 1 else None for each, like in zip(grads, likes, strict=True)]

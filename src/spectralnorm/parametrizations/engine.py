@@ -340,10 +340,8 @@ def output_for_use(normalization: SpectralNorm, kept: Kept, weight: Tensor) -> T
     return outputs.take()
 
 
-def _outputs_of(kept: Kept, dtype: torch.dtype | None) -> Outputs | None:
-    """Those of the value, or of the one that was rounded to ``dtype`` together with others."""
-    if dtype is None:
-        return kept.outputs
+def _outputs_of(kept: Kept, dtype: torch.dtype) -> Outputs | None:
+    """Those of the value that was rounded to ``dtype`` together with others."""
     rounded = kept.rounded
     return None if rounded is None or rounded.dtype != dtype else rounded.outputs
 
@@ -354,7 +352,7 @@ def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: tor
     if weight.numel() <= most:
         joined = []
         for _, mate in _renewed_with(normalization, kept):
-            its, outputs = mate.moment.clock.weight, _outputs_of(mate, dtype)
+            its, outputs = mate.moment.clock.weight, mate.outputs if dtype is None else _outputs_of(mate, dtype)
             is_wanting = outputs is not None and outputs.is_used_up() and its.requires_grad and its.numel() <= most
             if mate is kept or is_wanting:
                 joined.append((mate, its))
@@ -365,10 +363,10 @@ def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: tor
     else:
         quotients = [each.quotient for each in kepts]
     outputs = NormalizedWeights.apply(quotients, *[each for _, each in joined])
-    for each, *its_outputs in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
-        of_each = _outputs_of(each, dtype)
+    for each, first, second in zip(kepts, outputs, outputs[len(kepts) :], strict=False):
+        of_each = each.outputs if dtype is None else _outputs_of(each, dtype)
         assert of_each is not None
-        of_each.add(its_outputs)
+        of_each.add([first, second])
 
 
 def _renewed_with(normalization: SpectralNorm, kept: Kept) -> list[tuple[SpectralNorm, Kept]]:
@@ -409,14 +407,11 @@ def write_buffers(normalization: SpectralNorm, kept: Kept) -> None:
         for mate, its_kept in _renewed_with(normalization, kept)
         if mate is normalization or (mate.training and not its_kept.is_in_buffers and its_kept.moment.is_now())
     ]
-    buffers_of_each = [each.buffers_of_views() for each, _ in together]
-    buffers = [buffer for its_buffers in buffers_of_each for buffer in its_buffers]
     for _, its_kept in together:
         its_kept.is_in_buffers = True
+    buffers = [buffer for each, _ in together for buffer in each.buffers_of_views()]
     if isinstance(kept.followed, ByKernels) and can_write(buffers):
         return kept.followed.write([its_kept.index for _, its_kept in together], buffers)
-    vectors = []
-    for (_, its_kept), its_buffers in zip(together, buffers_of_each, strict=True):
-        vectors += its_kept.vectors_for(its_buffers)
+    vectors = [vector for each, its_kept in together for vector in its_kept.vectors_for(each.buffers_of_views())]
     with torch.no_grad():
         torch._foreach_copy_(buffers, vectors)  # type: ignore[reportPrivateImportUsage]

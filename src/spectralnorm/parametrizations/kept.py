@@ -83,29 +83,32 @@ class Outputs:
     D(real) and D(fake) take one each: what comes from both is added up where the gradient is computed, and not in a
     pass through memory before it. What a user hangs on it (a hook, `retain_grad`) stays with that use, so nobody else
     is given the same one.
+
+    Attributes:
+        fresh: that nobody has been given yet; two are made at the first use.
     """
 
-    __slots__ = ("_fresh", "_shared")
+    __slots__ = ("_shared", "fresh")
 
     def __init__(self) -> None:
-        self._fresh: list[Tensor] | None = None  # that nobody has been given yet; two are made at the first use
+        self.fresh: list[Tensor] | None = None
         self._shared: tuple[Tensor, Tensor] | None = None  # of another node, made when a third is wanted
 
     def is_used_up(self) -> bool:
         """Whether a node has to be made before the next use."""
-        return not self._fresh and self._shared is None
+        return not self.fresh and self._shared is None
 
     def add(self, outputs: list[Tensor]) -> None:
         """Two of a new node."""
-        if self._fresh is None:
-            self._fresh = outputs
+        if self.fresh is None:
+            self.fresh = outputs
         else:
             self._shared = outputs[0], outputs[1]
 
     def take(self) -> Tensor:
         """One for a use."""
-        if self._fresh:
-            return self._fresh.pop()
+        if self.fresh:
+            return self.fresh.pop()
         assert self._shared is not None
         output, other = self._shared
         self._shared = other, output

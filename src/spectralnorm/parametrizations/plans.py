@@ -97,6 +97,7 @@ class Plans:
         device: of the weights.
         kernels: that do the work.
         prototypes: of each its shape, strides and type, without memory.
+        are_contiguous: whether all have one type and torch's usual order in memory.
         views: how each is read as a matrix.
         out_dims: of each the dimension that counts outputs.
         rules: of each the norm that is wanted, and whether a smaller one is left alone.
@@ -112,6 +113,9 @@ class Plans:
             torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
             for _, weight in weights
         ]
+        self.are_contiguous = len({like.dtype for like in self.prototypes}) == 1 and all(
+            like.is_contiguous() for like in self.prototypes
+        )
         self.views = [normalization.views[0] for normalization, _ in weights]
         rows = [(weight.detach(), view.out_dim) for (_, weight), view in zip(weights, self.views, strict=True)]
         self.out_dims = [view.out_dim for view in self.views]

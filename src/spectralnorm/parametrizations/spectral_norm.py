@@ -410,6 +410,15 @@ class SpectralNorm(VectorBuffers):
             with one_at_a_time:
                 kept = self._kept
                 if kept is not None and kept.is_current(weight):
+                    fresh = kept.outputs.fresh
+                    if (  # as `_handed_out` finds after several calls
+                        fresh
+                        and kept.is_in_buffers
+                        and _is_grad_enabled()
+                        and weight.requires_grad
+                        and not _is_autocast_enabled()
+                    ):
+                        return fresh.pop()
                     return self._handed_out(weight, kept)
         return self.forward(weight)
 

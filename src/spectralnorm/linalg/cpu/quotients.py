@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
-from spectralnorm.linalg.cpu.tables import floats, form_of, integers
+from spectralnorm.linalg.cpu.tables import floats, for_one_call, form_of, integers
 from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import layout_of
 
@@ -233,10 +233,11 @@ class QuotientPlan:
             addresses += [0] * len(grads)
         else:
             addresses += [0 if more is None else more.data_ptr() for more in more_grads]
-        of_grads = integers(addresses)
+        of_grads = for_one_call(addresses)
         which = None if places is None else integers(list(places))
         has_failed = kernels().spectralnorm_gradients(
-            *(each.data_ptr() for each in (self._calls, values, targets, ends, of_grads)),
+            *(each.data_ptr() for each in (self._calls, values, targets, ends)),
+            of_grads.buffer_info()[0],
             None if which is None else which.data_ptr(),
             len(grads),
             self._num_entries,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
-from spectralnorm.linalg.cpu.tables import integers
+from spectralnorm.linalg.cpu.tables import for_one_call, integers
 from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore"]
@@ -61,9 +61,12 @@ class VectorStore:
         eps: float,
     ) -> None:
         """As `copy`, of checked vectors that are given by their addresses and sizes."""
-        addresses = integers([target.data_ptr() for target in targets])
+        addresses = for_one_call([target.data_ptr() for target in targets])
         kernels().spectralnorm_store(
-            *(row.data_ptr() for row in (sources, addresses, sizes, owners)),
+            sources.data_ptr(),
+            addresses.buffer_info()[0],
+            sizes.data_ptr(),
+            owners.data_ptr(),
             len(targets),
             sigmas.contiguous().data_ptr(),
             eps,

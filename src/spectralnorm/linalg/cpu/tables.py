@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.layout import Layout, Levels
 
-__all__ = ["Form", "floats", "form_of", "integers"]
+__all__ = ["Form", "floats", "for_one_call", "form_of", "integers"]
 
 
 def floats(count: int) -> Tensor:
@@ -20,6 +22,11 @@ def floats(count: int) -> Tensor:
 def integers(values: Any) -> Tensor:
     """``values``, a list or a list of lists, as int64."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def for_one_call(values: Iterable[int]) -> array[int]:
+    """``values`` as int64, at ``buffer_info()[0]``, for as long as it is held: made sooner than a tensor."""
+    return array("q", values)
 
 
 class Form(NamedTuple):

@@ -11,6 +11,7 @@ for rounding, and the same to the bit whatever else is in the plan and on howeve
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.quotients import Division
-from spectralnorm.linalg.cpu.tables import floats, form_of, integers
+from spectralnorm.linalg.cpu.tables import floats, for_one_call, form_of, integers
 from spectralnorm.linalg.kernel_arguments import packed_frames
 from spectralnorm.linalg.layout import layout_of
 from spectralnorm.linalg.matrix_view import MatrixView
@@ -176,7 +177,7 @@ class TrackingPlan:
         if ages is not None:
             if self._directions is None:
                 raise ValueError("Ages were given to a plan without directions; make it with directions.")
-            shifts = integers(list(ages))
+            shifts = for_one_call(ages)
         for _ in range(num_iterations - 1):
             tracked = self._iterated(sides, rows, shifts, eps, None)
             sides, rows, shifts = tracked.sides, tracked.rows, None
@@ -212,7 +213,7 @@ class TrackingPlan:
         return list(us), list(vs), tracked.weight_sigmas
 
     def _iterated(
-        self, sides: tuple[bool, ...], frames: Tensor, shifts: Tensor | None, eps: float, division: Division | None
+        self, sides: tuple[bool, ...], frames: Tensor, shifts: array[int] | None, eps: float, division: Division | None
     ) -> Tracked:
         table, next_sides, num_next = self._table_of(sides)
         rows, vectors = floats(num_next), floats(self._num_entries)
@@ -223,7 +224,7 @@ class TrackingPlan:
             len(self.shapes),
             frames.data_ptr(),
             None if self._directions is None else self._directions.data_ptr(),
-            None if shifts is None else shifts.data_ptr(),
+            None if shifts is None else shifts.buffer_info()[0],
             rows.data_ptr(),
             vectors.data_ptr(),
             sigmas.data_ptr(),
