@@ -216,6 +216,14 @@ class TestRefine:
             norm = torch.linalg.matrix_norm(matrix.double(), 2).item()
             assert refine(matrix, unit(columns), rtol=1e-5).sigma.item() == pytest.approx(norm, rel=1e-5)
 
+    @pytest.mark.parametrize("exponent", [-60, -39, -20, -13, -11, 11, 13, 20, 31, 39, 60, 100])
+    @pytest.mark.parametrize("shape", [(20, 300), (150, 300), (300, 150)], ids=["exact", "wide", "tall"])
+    def test_float32_of_any_size_neither_overflows_nor_underflows(self, shape, exponent):
+        matrix = torch.randn(shape)
+        norm = torch.linalg.matrix_norm(matrix.double(), 2).item()
+        found = refine(matrix * 2.0**exponent, unit(shape[1]).float(), rtol=1e-5, eps=0.0)
+        assert found.sigma.item() / 2.0**exponent == pytest.approx(norm, rel=1e-5)
+
     def test_frame_starts_with_u_and_spans_the_leading_left_vectors(self):
         for rows in (20, 150):
             matrix = with_spectrum(torch.linspace(1, 0.2, 10) ** 2, rows, 160)

@@ -20,8 +20,9 @@ _EXACT_UP_TO = 128  # shorter side of a matrix that is solved exactly: there it 
 # while it is in no cache, which some fifty Lanczos steps would do twice each.
 _GRAM_UP_TO = 1024
 _MAX_STEPS = 400
-# Largest entries of a matrix whose squares neither over- nor underflow; others are scaled.
-_SMALLEST, _LARGEST = 2.0**-40, 2.0**40
+# Largest entries of a matrix that is taken as it is. Others are scaled, so that nothing over- or underflows in float32:
+# not the fourth powers of the norm that lengths are found from, nor those of what is a millionth of it.
+_SMALLEST, _LARGEST = 2.0**-12, 2.0**12
 _CHECK_EVERY = 5
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # u, v, sigma, and leading left vectors as rows
