@@ -16,8 +16,8 @@ from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, com
 __all__ = ["refine"]
 
 _EXACT_UP_TO = 128  # shorter side of a matrix that is solved exactly: there it costs less than the Lanczos steps
-# As many rows of a Gram matrix that is worth its product: it costs as much as reading the matrix that many times over
-# while it is in no cache, which some fifty Lanczos steps would do twice each.
+# Up to so many rows the Gram matrix is worth its product, because each of some fifty steps reads it once, and would
+# read the matrix itself twice. The product grows with the square of the rows: at 4096 it takes as long as all that.
 _GRAM_UP_TO = 1024
 _MAX_STEPS = 400
 # Largest entries of a matrix that is taken as it is. Others are scaled, so that nothing over- or underflows in float32:

@@ -680,11 +680,14 @@ class SpectralNorm(VectorBuffers):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` and back could leave no other trace.
         self.invalidate()
-        was_meta = self.is_meta()
+        was_meta = self._is_meta()
         super()._apply(fn, recurse)
-        if was_meta and not self.is_meta():
+        if was_meta and not self._is_meta():
             self._start_afresh()
         return self
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         held = ("_kept", "_norm_alone", "_first_moments", "in_graphs")

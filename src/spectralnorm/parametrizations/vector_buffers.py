@@ -163,9 +163,5 @@ class VectorBuffers(nn.Module):
                 "FullyShardedDataParallel.summon_full_params(model)."
             )
 
-    def is_meta(self) -> bool:
-        """Whether something of it has no memory yet."""
-        return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known_state": None, "_start_state": None}

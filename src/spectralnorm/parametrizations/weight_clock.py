@@ -242,8 +242,11 @@ _end_step_uncompiled = torch._disable_dynamo(_end_step)  # type: ignore[attr-def
 
 @contextmanager
 def as_one_step(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Count whatever is done to ``weights`` within, by optimizers too, as one step of an optimizer."""
-    clocks = [watch(weight) for weight in weights]
+    """Count whatever is done to ``weights`` within, by optimizers too, as one step of an optimizer.
+
+    One that is given several times, because layers share it, is one weight.
+    """
+    clocks = [watch(weight) for weight in {id(weight): weight for weight in weights}.values()]
     began = _observed(clocks)
     try:
         yield
