@@ -23,7 +23,7 @@ __all__ = ["SWITCH", "compiled_into", "is_trusted", "kernels"]
 SWITCH = "SPECTRALNORM_C"
 _FOLDER = Path(__file__).parent
 # -march=native is not known everywhere; where it is not, the kernels are those of the processor's oldest relatives.
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 _FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 _POINTER, _COUNT, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _ARGUMENTS = {

@@ -13,6 +13,7 @@
 
 #define EPSILON 1.1920929e-7
 #define TINY 1.17549435e-38
+#define NOTHING 1e-140 /* beside any number of a matrix, and has a square */
 
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec8_in_memory __attribute__((vector_size(32), aligned(4), may_alias));
@@ -44,79 +45,106 @@ void gram_of_rows(const float *values, int64_t size, small gram) {
 }
 
 static void multiplied(const small left, const small right, small out) {
-    for (int i = 0; i < TRACKED; i++)
-        for (int j = 0; j < TRACKED; j++) {
-            double sum = 0;
-            for (int k = 0; k < TRACKED; k++) sum += left[i][k] * right[k][j];
-            out[i][j] = sum;
-        }
+    for (int i = 0; i < TRACKED; i++) {
+        double sums[TRACKED] = {0};
+        UNROLL(8)
+        for (int k = 0; k < TRACKED; k++)
+            for (int j = 0; j < TRACKED; j++) sums[j] += left[i][k] * right[k][j];
+        memcpy(out[i], sums, sizeof sums);
+    }
 }
 
 /* T with T G T' = I, lower triangular; a row of the frame without a direction of its own comes out short. */
 static int whitening(const small gram, small white) {
-    double scale[TRACKED];
-    small factor;
-    memset(white, 0, sizeof(small));
-    for (int i = 0; i < TRACKED; i++) scale[i] = gram[i][i] > TINY ? 1 / sqrt(gram[i][i]) : 0;
-    for (int i = 0; i < TRACKED; i++)
-        for (int j = 0; j <= i; j++) {
-            double sum = gram[i][j] * scale[i] * scale[j] + (i == j ? 64 * EPSILON : 0);
-            for (int k = 0; k < j; k++) sum -= factor[i][k] * factor[j][k];
-            if (i == j && !(sum > 0 && sum < INFINITY)) return 0;
-            factor[i][j] = i == j ? sqrt(sum) : sum / factor[j][j];
+    small rest;
+    double scales[TRACKED];
+    for (int i = 0; i < TRACKED; i++) scales[i] = gram[i][i] > TINY ? 1 / sqrt(gram[i][i]) : 0;
+    for (int i = 0; i < TRACKED; i++) {
+        for (int j = 0; j < TRACKED; j++) rest[i][j] = gram[i][j] * scales[i] * scales[j];
+        rest[i][i] += 64 * EPSILON;
+        for (int j = 0; j < TRACKED; j++) white[i][j] = i == j ? scales[i] : 0;
+    }
+    for (int j = 0; j < TRACKED; j++) {
+        double pivot = rest[j][j];
+        if (!(pivot > 0 && pivot < INFINITY)) return 0;
+        double factor = 1 / sqrt(pivot);
+        for (int k = 0; k < TRACKED; k++) rest[j][k] *= factor;
+        for (int k = 0; k < TRACKED; k++) white[j][k] *= factor;
+        for (int i = j + 1; i < TRACKED; i++) {
+            double share = rest[j][i];
+            for (int k = 0; k < TRACKED; k++) rest[i][k] -= share * rest[j][k];
+            for (int k = 0; k < TRACKED; k++) white[i][k] -= share * white[j][k];
         }
-    for (int j = 0; j < TRACKED; j++)
-        for (int i = j; i < TRACKED; i++) {
-            double sum = i == j ? scale[j] : 0;
-            for (int k = j; k < i; k++) sum -= factor[i][k] * white[k][j];
-            white[i][j] = sum / factor[i][i];
-        }
+    }
     return 1;
 }
 
-/* The eigenvectors of a symmetric matrix in rows, that of the largest eigenvalue first: Jacobi's rotations. */
+/* Jacobi's rotations of the four pairs (k, k ^ which) at once, whose roots and quotients do not wait for each other:
+ * row and column k become c of themselves and s of their partner, with one c for both and s of opposite signs. */
+ALWAYS void rotate(small gram, small turn, const int which) {
+    double cosines[TRACKED], sines[TRACKED];
+    UNROLL(1)
+    for (int k = 0; k < TRACKED; k++) {
+        int other = k ^ which;
+        double apart = k < other ? gram[other][k] : gram[k][other];
+        double more = gram[k][k] - gram[other][other];
+        double most = fabs(more) + NOTHING, length = sqrt(most * most + 4 * apart * apart);
+        cosines[k] = sqrt((length + most) / (2 * length));
+        double sine = apart / (length * cosines[k]);
+        /* Equal ones are turned by half a right angle, in the same sense for both. */
+        sines[k] = (more > 0) | ((more == 0) & (k > other)) ? sine : -sine;
+    }
+    for (int k = 0; k < TRACKED; k++) {
+        int other = k ^ which;
+        if (other < k) continue;
+        double c = cosines[k], s = sines[k];
+        for (int l = 0; l < TRACKED; l++) {
+            double first = gram[k][l], second = gram[other][l];
+            gram[k][l] = c * first + s * second;
+            gram[other][l] = c * second - s * first;
+        }
+        for (int l = 0; l < TRACKED; l++) {
+            double first = turn[k][l], second = turn[other][l];
+            turn[k][l] = c * first + s * second;
+            turn[other][l] = c * second - s * first;
+        }
+    }
+    for (int k = 0; k < TRACKED; k++) {
+        double row[TRACKED];
+        memcpy(row, gram[k], sizeof row);
+        for (int l = 0; l < TRACKED; l++) gram[k][l] = cosines[l] * row[l] + sines[l] * row[l ^ which];
+    }
+}
+
+/* The eigenvectors of a symmetric matrix in rows, that of the largest eigenvalue first. */
 static void rotation(small gram, small turn) {
     double size = 0;
-    memset(turn, 0, sizeof(small));
     for (int i = 0; i < TRACKED; i++) {
-        turn[i][i] = 1;
+        for (int k = 0; k < TRACKED; k++) turn[i][k] = i == k;
         size += fabs(gram[i][i]);
     }
+    /* Until what is beside the diagonal is a hundredth of the rounding of sums in single precision. */
     for (int sweep = 0; sweep < 16; sweep++) {
-        double rest = 0;
+        double squares[TRACKED] = {0}, rest = 0;
         for (int i = 0; i < TRACKED; i++)
-            for (int j = 0; j < i; j++) rest += gram[i][j] * gram[i][j];
-        if (!(rest > 1e-22 * size * size)) break;
-        for (int i = 1; i < TRACKED; i++)
-            for (int j = 0; j < i; j++) {
-                if (gram[i][j] == 0) continue;
-                double angle = (gram[i][i] - gram[j][j]) / (2 * gram[i][j]);
-                double t = (angle < 0 ? -1 : 1) / (fabs(angle) + sqrt(angle * angle + 1));
-                double c = 1 / sqrt(t * t + 1), s = t * c;
-                for (int k = 0; k < TRACKED; k++) {
-                    double first = gram[j][k], second = gram[i][k];
-                    gram[j][k] = c * first - s * second;
-                    gram[i][k] = s * first + c * second;
-                    first = turn[j][k], second = turn[i][k];
-                    turn[j][k] = c * first - s * second;
-                    turn[i][k] = s * first + c * second;
-                }
-                for (int k = 0; k < TRACKED; k++) {
-                    double first = gram[k][j], second = gram[k][i];
-                    gram[k][j] = c * first - s * second;
-                    gram[k][i] = s * first + c * second;
-                }
-            }
+            for (int k = 0; k < TRACKED; k++) squares[k] += i == k ? 0 : gram[i][k] * gram[i][k];
+        for (int i = 0; i < TRACKED; i++) rest += squares[i];
+        if (!(rest > 2e-18 * size * size)) break;
+        rotate(gram, turn, 1);
+        rotate(gram, turn, 2);
+        rotate(gram, turn, 3);
+        rotate(gram, turn, 4);
+        rotate(gram, turn, 5);
+        rotate(gram, turn, 6);
+        rotate(gram, turn, 7);
     }
     for (int i = 0; i < TRACKED; i++) {
         int largest = i;
         for (int j = i + 1; j < TRACKED; j++)
             if (gram[j][j] > gram[largest][largest]) largest = j;
-        double value = gram[i][i];
-        gram[i][i] = gram[largest][largest];
-        gram[largest][largest] = value;
+        gram[largest][largest] = gram[i][i];
         for (int k = 0; k < TRACKED; k++) {
-            value = turn[i][k];
+            double value = turn[i][k];
             turn[i][k] = turn[largest][k];
             turn[largest][k] = value;
         }

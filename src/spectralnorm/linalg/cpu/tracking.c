@@ -42,9 +42,16 @@ typedef struct {
 
 /* A power of two that brings entries near to one, so that squares stay in range; one where they are near enough. */
 static float scale_for(const float *values, int64_t size) {
-    float largest = 0;
+    float most[WIDTH] = {0}, largest = 0;
     int exponent;
-    for (int64_t i = 0; i < size; i++) largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
+    int64_t i = 0;
+    for (; i + WIDTH <= size; i += WIDTH)
+        for (int lane = 0; lane < WIDTH; lane++) {
+            float value = fabsf(values[i + lane]);
+            most[lane] = value > most[lane] ? value : most[lane];
+        }
+    for (; i < size; i++) most[0] = fabsf(values[i]) > most[0] ? fabsf(values[i]) : most[0];
+    for (int lane = 0; lane < WIDTH; lane++) largest = most[lane] > largest ? most[lane] : largest;
     if (!(largest > 0 && largest < INFINITY)) return 1;
     frexpf(largest, &exponent);
     if (-20 <= exponent && exponent <= 40) return 1;
@@ -72,8 +79,11 @@ static void follow(const following *all_maps, int64_t number, int64_t age, const
     small starts;
     if (thread == 0) {
         int64_t step = from_rows ? TRACKED : 1, row_step = from_rows ? 1 : m;
-        for (int k = 0; k < TRACKED; k++)
-            for (int64_t i = 0; i < m; i++) start[k * row_step + i * step] = frame[k * m + i];
+        if (from_rows)
+            for (int64_t i = 0; i < m; i++)
+                for (int k = 0; k < TRACKED; k++) start[i * TRACKED + k] = frame[k * m + i];
+        else
+            memcpy(start, frame, sizeof(float) * TRACKED * m);
         if (all_maps->ages && !is_complete) {
             const float *direction = all_maps->directions + map[DIRECTION];
             age %= m;
