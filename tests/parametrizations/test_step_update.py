@@ -309,6 +309,49 @@ class TestOptimizerSteps:
         optimizer.step(closure)
         assert not torch.equal(layer.weight, before)
 
+    def test_write_after_a_step_with_uses_in_it_is_not_taken_for_the_step(self, layer):
+        """A closure uses the weight between two writes of its step: the value of then is not one step ago afterwards."""
+        optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.01, max_iter=2)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = use(layer).square()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            raw(layer).copy_(another_matrix(layer))
+        assert norm_of(layer.weight) == pytest.approx(1, abs=1e-4)
+
+    def test_step_that_calls_the_step_of_its_base_is_one_step(self, layer):
+        class Logged(torch.optim.SGD):
+            def step(self, closure=None):
+                return super().step(closure)
+
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from here on torch's hooks are called for the base's step too
+        optimizer = Logged(layer.parameters(), lr=0.01)
+        ages = []
+        for _ in range(3):
+            use(layer).backward()
+            optimizer.step()
+            layer.weight  # noqa: B018 - a use
+            ages.append(layer.parametrizations.weight[0]._kept.age)
+        assert ages == [1, 2, 3]
+
+    def test_step_after_one_that_raised_is_a_step(self, layer):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+
+        def closure() -> Tensor:
+            raise ArithmeticError
+
+        use(layer).backward()
+        with pytest.raises(ArithmeticError):
+            optimizer.step(closure)
+        optimizer.step()
+        layer.weight  # noqa: B018 - a use
+        assert layer.parametrizations.weight[0]._kept.age == 1
+
     def test_norm_stays_near_one_while_adam_moves_the_weight_by_its_own_norm(self, device):
         layer, teacher = spectral_norm(nn.Linear(128, 128).to(device)), nn.Linear(128, 128).to(device)
         optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, betas=(0.0, 0.9))

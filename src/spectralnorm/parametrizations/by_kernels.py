@@ -220,8 +220,7 @@ class ByKernels:
             weight = clock.weight
             if (
                 clock.last_step is not step
-                or clock.steps_before != steps
-                or clock.writes != writes
+                or clock.before_step != (steps, writes)
                 or weight._version != clock.version
                 or address != clock.data_ptr
                 or address != weight.data_ptr()

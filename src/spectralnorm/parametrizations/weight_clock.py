@@ -7,6 +7,7 @@ storage is compared beside the version. A write through ``.data`` into the same 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -31,9 +32,10 @@ class WeightClock:
 
     Attributes:
         weight: the parameter. Held, so that its id cannot be taken by another one while it is watched.
-        steps: number of optimizer steps that changed it; it never goes back.
-        steps_before: the same when the last one began; a step may have others in it.
-        writes: number of other changes that were seen; what is done within a step is part of that.
+        steps: number of optimizer steps that changed it.
+        writes: number of other changes that were seen. Neither ever goes back.
+        before_step: steps and writes when the last step began, which may have had steps and writes in it; None: there
+            was none, or something has been written since.
         version: `version_of` it when it was last looked at.
         data_ptr: address of its storage then; of a distributed tensor, of this process's part.
         is_distributed: whether the parameter is a DTensor.
@@ -47,11 +49,11 @@ class WeightClock:
 
     __slots__ = (
         "__weakref__",
+        "before_step",
         "data_ptr",
         "is_distributed",
         "last_step",
         "steps",
-        "steps_before",
         "storage",
         "version",
         "watchers",
@@ -63,8 +65,8 @@ class WeightClock:
         self.weight = weight
         self.is_distributed = is_distributed(weight)
         self.steps = 0
-        self.steps_before = -1
         self.writes = 0
+        self.before_step: tuple[int, int] | None = None
         self.last_step: Step | None = None
         self.watchers: list[ref[Any]] = []
         self._look()
@@ -86,12 +88,13 @@ class WeightClock:
         """Count a write if there was one. Several writes without a look in between count as one."""
         if not self.is_unmoved():
             self.writes += 1
+            self.before_step = None
             self._look()
 
     def count_step(self, step: Step, began: tuple[int, int]) -> None:
         """Count a step of an optimizer that ``began`` when there were so many steps and writes."""
         self.steps += 1
-        self.steps_before, self.writes = began
+        self.before_step = began
         self.last_step = step
         if not self.is_unmoved():
             self._look()
@@ -137,7 +140,7 @@ class Moment(NamedTuple):
 
     def is_one_step_ago(self) -> bool:
         """Whether exactly one optimizer step, and nothing else that was seen, has changed the parameter since."""
-        return self.clock.steps_before == self.steps and self.clock.writes == self.writes
+        return self.clock.before_step == (self.steps, self.writes)
 
 
 class Step:
@@ -174,9 +177,12 @@ def watch(weight: Tensor) -> WeightClock:
 
 
 _Counts = dict[int, tuple[int, int]]
-# Steps and writes on the clocks when an optimizer's step began. Optimizers can be nested: one that shards its state
-# over processes (ZeroRedundancyOptimizer) runs another one for its share of the parameters, and the two are one step.
-_began: WeakKeyDictionary[Optimizer, _Counts] = WeakKeyDictionary()
+# Steps and writes on the clocks when an optimizer's steps began that are not over. Steps can be nested, and are one then:
+# an optimizer that shards its state over processes (ZeroRedundancyOptimizer) runs another one for its share of the
+# parameters, and a class whose step calls that of its base has both listened to. A step that raised is never over, so
+# the length is limited.
+_began: WeakKeyDictionary[Optimizer, deque[_Counts]] = WeakKeyDictionary()
+_MOST_NESTED = 8
 
 
 def _watched(optimizer: Optimizer) -> list[WeightClock]:
@@ -209,13 +215,14 @@ def _leaves_graph(optimizer: Optimizer) -> bool:
 
 
 def _begin_step(optimizer: Optimizer) -> None:
-    _began[optimizer] = _observed(_watched(optimizer))
+    _began.setdefault(optimizer, deque(maxlen=_MOST_NESTED)).append(_observed(_watched(optimizer)))
 
 
 def _end_step(optimizer: Optimizer) -> None:
     # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
     moved = [clock for clock in _watched(optimizer) if clock.weight.grad is not None or not clock.is_unmoved()]
-    _count_step(moved, _began.pop(optimizer, {}))
+    began = _began.get(optimizer)
+    _count_step(moved, began.pop() if began else {})
 
 
 def _observed(clocks: list[WeightClock]) -> _Counts:
