@@ -122,6 +122,29 @@ def test_another_coefficient_and_other_layers_are_followed_from_what_is_known(de
 
 
 @pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("are_all", [True, False], ids=["all", "one"])
+def test_what_is_set_after_a_step_holds_from_the_next_use_on(are_all: bool, device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 30))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.ones(2, 40, device=device)
+    for coefficient in (1.0, 1.0, 2.0, 2.0, 0.5):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = model if are_all else model[:1]
+        sn.add_spectral_norm(changed, coefficient=coefficient)  # as a schedule does
+        for layer in model:
+            wanted = coefficient if layer in changed else 1.0
+            assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(wanted, rel=1e-2)
+        assert all(are_kept_by_kernels(model))
+    model(x).square().sum().backward()
+    optimizer.step()
+    sn.add_spectral_norm(changed, n_power_iterations=3)
+    model(x)
+    assert changed[0].parametrizations.weight[0]._kept.followed._options[0] == 3
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_weights_are_found_at_once_again_after_others_came_and_went(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
     sn.add_spectral_norm(model)

@@ -236,13 +236,18 @@ class ByKernels:
     def is_of(self, members: Sequence[Member]) -> bool:
         """Whether ``members`` are the very weights that were followed here, in the same memory.
 
-        Whoever changes how a weight is divided gives it another value, which is not followed from here.
+        Whoever changes how a weight is divided gives it another value, or takes it away from here.
         """
         if isinstance(members, SameMembers):
             return members.followed is self
-        return len(members) == len(self._addresses) and all(
-            kept.followed is self and kept.index == place and weight.data_ptr() == address
-            for place, ((_, weight, kept), address) in enumerate(zip(members, self._addresses, strict=True))
+        first = members[0].normalization
+        return (
+            len(members) == len(self._addresses)
+            and (first.n_power_iterations, first.eps) == self._options
+            and all(
+                kept.followed is self and kept.index == place and weight.data_ptr() == address
+                for place, ((_, weight, kept), address) in enumerate(zip(members, self._addresses, strict=True))
+            )
         )
 
     def current(self) -> list[tuple[SpectralNorm, Kept]]:

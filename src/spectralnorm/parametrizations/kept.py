@@ -217,6 +217,10 @@ class Kept:
         """Let the user's graphs be the only ones that hold the value."""
         self.outputs, self.rounded = Outputs(), None
 
+    def leave_others(self) -> None:
+        """Be renewed anew and not as one of those that were renewed together."""
+        self.own_quotient, self.followed = self.quotient, Alone(self.triplets, self.index)
+
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
         """For each view of the weight those of its blocks, in memory order, with the frame to go on from."""

@@ -235,13 +235,15 @@ class SpectralNorm(VectorBuffers):
             self._hand_over_vectors()
         if changes.get("eps", self.eps) != self.eps:
             self.invalidate()
+        before = self.divided_to, self.mode, self.n_power_iterations
         for option, value in changes.items():
             setattr(self, "_coefficient" if option == "coefficient" else option, plain_value(option, value))
         if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
                 self.scale.fill_(self._coefficient)
         self._keeps = self._may_keep()
-        self._divide_again()
+        if (self.divided_to, self.mode, self.n_power_iterations) != before:
+            self._divide_again()
 
     def _may_keep(self) -> bool:
         # A CUDA graph that trains the weight changes it at every replay without anybody seeing it.
@@ -556,14 +558,18 @@ class SpectralNorm(VectorBuffers):
         self.invalidate()
 
     def _divide_again(self) -> None:
-        """Renew the kept value, not the norm that it rests on. One that is not current is left for the next use."""
+        """Renew the kept value, not the norm that it rests on; one that is not current at the next use."""
         if self._norm_alone is not None:
             norm_alone.divide_again(self, self._norm_alone)
         kept = self._kept
-        if kept is not None and kept.is_current(weight := kept.moment.clock.weight):
-            with plain_arithmetic(weight):
-                found_map = self.map_again(weight) if self.follows_map else None
-                engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
+        if kept is None:
+            return
+        if not kept.is_current(weight := kept.moment.clock.weight):
+            kept.leave_others()  # who are divided as they were
+            return
+        with plain_arithmetic(weight):
+            found_map = self.map_again(weight) if self.follows_map else None
+            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
