@@ -258,6 +258,21 @@ def test_hook_on_a_use_that_a_backward_does_not_reach_is_given_none():
     assert first.grad is None
 
 
+def test_hook_on_a_parameter_is_not_called_by_backwards_of_other_layers():
+    """Weights that were renewed together share a node of the graph; those with hooks have one of their own."""
+    layers = nn.ModuleList(spectral_norm(nn.Linear(4, 4)) for _ in range(3))
+    seen = []
+    for place in (0, 1):
+        raw(layers[place]).register_hook(lambda grad, place=place: seen.append((place, float(grad.mean()))))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    pull(layers, optimizer, seed=0)
+    for first in (0, 1, 2):
+        layers.zero_grad()
+        layers[first].weight.sum().backward()
+        pull(layers, optimizer, seed=first)
+    assert [place for place, _ in seen] == [0, 1]
+
+
 def test_second_derivative_after_the_weight_has_changed_is_refused():
     layer = spectral_norm(nn.Linear(3, 3))
     loss = layer(torch.ones(1, 3)).square().sum()

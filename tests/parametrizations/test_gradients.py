@@ -161,6 +161,24 @@ def test_checkpointing_gives_identical_gradients(use_reentrant, device):
         assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("size", [5, 300], ids=["small", "large"])
+def test_gradients_of_several_outputs_at_once_are_those_one_by_one(size, device):
+    """As `torch.autograd.functional.jacobian` with ``vectorize=True`` asks for them."""
+    layers = nn.ModuleList(spectral_norm(nn.Linear(size, 4, bias=False)) for _ in range(2)).to(device)
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    for _ in range(3):
+        outputs = sum(layer(torch.ones(size, device=device)) for layer in layers)
+        weights = [layer.parametrizations.weight.original for layer in layers]
+        rows = torch.eye(4, device=device)
+        batched = torch.autograd.grad(outputs, weights, rows, is_grads_batched=True, retain_graph=True)
+        for row in range(4):
+            alone = torch.autograd.grad(outputs, weights, rows[row], retain_graph=True)
+            for several, one in zip(batched, alone, strict=True):
+                torch.testing.assert_close(several[row], one)
+        outputs.sum().backward()
+        optimizer.step()
+
+
 def test_zero_weight_passes_its_gradient_on_undivided():
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.weight)

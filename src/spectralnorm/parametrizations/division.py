@@ -15,7 +15,7 @@ from torch import Tensor
 from spectralnorm.linalg.cpu.tables import integers
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.memory import Memory
-from spectralnorm.parametrizations.quotient import Quotient, gradients_of
+from spectralnorm.parametrizations.quotient import Quotient, gradients_of, is_batched
 from spectralnorm.parametrizations.weight_clock import Moment
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class SomeOf:
     def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
         """dL/dW of each for the sum of what came from its uses; None where nothing came."""
         indices = [index for index, of_uses in enumerate(grads) if of_uses]
-        if torch.is_grad_enabled() or any(grad.is_sparse for of_uses in grads for grad in of_uses):
+        if torch.is_grad_enabled() or any(grad.is_sparse or is_batched(grad) for of_uses in grads for grad in of_uses):
             return gradients_of([*map(self.division.quotient, self.places, self._moments)], grads)
         results: list[Tensor | None] = [None] * len(grads)
         if len(indices) == len(grads):

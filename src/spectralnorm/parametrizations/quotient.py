@@ -31,7 +31,12 @@ __all__ = [
     "divisor_of",
     "gradients_of",
     "host_divisor_of",
+    "is_batched",
 ]
+
+# Whether a gradient is several at once, as `torch.autograd.grad(..., is_grads_batched=True)` sends them through a graph:
+# no numbers of its are to be had, and no address.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,7 @@ class Quotient:
             grad = grad.to_dense()
         if torch.is_grad_enabled():
             return self._differentiable_gradient(grad)
-        if isinstance(self.divisor, float):
+        if isinstance(self.divisor, float) and not is_batched(grad):
             if not self.active:
                 return divided(grad, self.divisor)
             if self.flat_v is not None and grad.stride() == self.value.stride() and grad.dtype == self.flat_v.dtype:
@@ -240,7 +245,8 @@ def gradients_of(quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]
     for index, (quotient, of_uses) in enumerate(zip(quotients, grads, strict=True)):
         if not of_uses:
             continue
-        if quotient.batch is None or torch.is_grad_enabled() or any(grad.is_sparse for grad in of_uses):
+        is_ordinary = not any(grad.is_sparse or is_batched(grad) for grad in of_uses)
+        if quotient.batch is None or torch.is_grad_enabled() or not is_ordinary:
             results[index] = quotient.gradient(_sum(of_uses))
         else:
             batches.setdefault(id(quotient.batch), []).append((index, quotient, of_uses))
