@@ -32,7 +32,7 @@ _LAYERS = [
 
 
 @pytest.mark.parametrize(("kind", "options", "size"), _LAYERS)
-def test_the_map_is_the_layers_and_the_adjoint_is_autograds(kind, options, size, device):
+def test_the_map_is_the_layers_and_its_adjoint_and_derivative_are_autograds(kind, options, size, device):
     layer = kind(4, 8, **options, bias=False, dtype=torch.float64, device=device)
     geometry = ConvolutionGeometry.of(layer)
     images = torch.randn(2, 4, *size, dtype=torch.float64, device=device, requires_grad=True)
@@ -41,8 +41,10 @@ def test_the_map_is_the_layers_and_the_adjoint_is_autograds(kind, options, size,
     assert geometry.output_size(size) == tuple(expected.shape[2:])
     assert geometry.channels(layer.weight) == (4, 8)
     outputs = torch.randn_like(expected)
-    (gradient,) = torch.autograd.grad(expected, images, outputs)
+    gradient, derivative = torch.autograd.grad(expected, (images, layer.weight), outputs)
     torch.testing.assert_close(geometry.adjoint(outputs, layer.weight, size), gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(geometry.derivative(images, outputs, layer.weight), derivative)
 
 
 def test_the_adjoint_of_a_complex_weight_conjugates_it(device):

@@ -310,7 +310,7 @@ class TestOptimizerSteps:
         assert not torch.equal(layer.weight, before)
 
     def test_write_after_a_step_with_uses_in_it_is_not_taken_for_the_step(self, layer):
-        """A closure uses the weight between two writes of its step: the value of then is not one step ago afterwards."""
+        """A closure uses the weight between two writes of its step; its value of then is not of one step ago."""
         optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.01, max_iter=2)
 
         def closure() -> Tensor:

@@ -98,6 +98,26 @@ def test_others_may_look_copy_and_evaluate_while_one_trains(model, inputs):
     assert abs(torch.linalg.matrix_norm(model[0].weight, 2) - 1) < 1e-4
 
 
+def test_threads_that_train_models_of_their_own_do_not_wait_for_each_other(device):
+    """On a GPU backwards run in a thread of the device's, for which nobody may wait who holds the lock."""
+    linear = sn.add_spectral_norm(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))).to(device)
+    convolution = sn.spectral_norm(nn.Conv2d(3, 4, 3, padding=1).to(device), norm="operator")
+    images = torch.randn(2, 3, 8, 8, device=device)
+    jobs = [(linear, torch.randn(8, 16, device=device)), (convolution, images)]
+
+    def steps(model: nn.Module, inputs: torch.Tensor) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for _ in range(NUM_STEPS):
+            train(model, inputs, optimizer)
+
+    threads = [threading.Thread(target=steps, args=job, daemon=True) for job in jobs]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert not any(each.is_alive() for each in threads)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_child_of_a_fork_does_not_wait_for_a_thread_that_it_does_not_have():

@@ -137,6 +137,28 @@ class ConvolutionGeometry:
         images = self._transposed_to(padded_size, symmetric, outputs, weight, options)
         return images if padded_size is input_size else self._unpadded(images, tuple(input_size))
 
+    def derivative(self, images: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
+        """The derivative of ``<apply(images, weight), outputs>`` in the weight, in which that is linear.
+
+        Without autograd, which on an accelerator computes in a thread of its own: that may be waiting for a lock that
+        the caller holds.
+
+        Args:
+            images: as in `apply`.
+            outputs: as `apply` returns them.
+            weight: as in `apply`; its numbers do not matter.
+
+        Returns:
+            Of the weight's shape.
+        """
+        padding = self._symmetric_padding()
+        if padding is None:
+            images, padding = self._padded(images), (0,) * self.num_axes
+        ends = self.output_padding if self.transposed else (0,) * self.num_axes
+        geometry = self.stride, padding, self.dilation, self.transposed, ends, self.groups
+        wanted = False, True, False
+        return torch.ops.aten.convolution_backward(outputs, images, weight, None, *geometry, wanted)[1]
+
     def _transposed_to(
         self, size: Sequence[int], padding: tuple[int, ...], outputs: Tensor, weight: Tensor, options: dict[str, Any]
     ) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectralnorm.parametrizations.kept import is_same
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["apply_of"]
@@ -21,21 +22,39 @@ def apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
     """The method ``apply`` of normalized layers whose class without it is ``base``."""
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
-        before = [
-            _Before(part, parts.original)
+        befores = [
+            (_KeptValue if part.hands_out_kept(parts.original) else _HandedOutValue)(part, parts.original)
             for parts in self.parametrizations.values()
             for part in parts
-            if isinstance(part, SpectralNorm) and hasattr(parts, "original") and part._can_keep(parts.original)
+            if isinstance(part, SpectralNorm) and hasattr(parts, "original") and part.sees_writes(parts.original)
         ]
-        result = base.apply(self, fn)
-        for each in before:
-            each.take_over()
-        return result
+        try:
+            return base.apply(self, fn)
+        finally:
+            for before in befores:
+                before.take_over()
 
     return apply
 
 
-class _Before:
+class _HandedOutValue:
+    """A weight whose value is computed when the function reads it."""
+
+    def __init__(self, normalization: SpectralNorm, weight: Tensor) -> None:
+        self._normalization, self._weight, self._copy = normalization, weight, weight.detach().clone()
+        normalization.remembers_numbers = True
+
+    def take_over(self) -> None:
+        """As that of `_KeptValue`, of the value that was read last."""
+        normalization, handed = self._normalization, self._normalization.handed_out
+        normalization.remembers_numbers = False
+        if handed is not None and handed.was_changed_unseen():
+            torch.autograd.graph.increment_version(handed.value)
+        elif not is_same(self._weight, self._copy):
+            normalization.invalidate()
+
+
+class _KeptValue:
     """A weight and its value before the function."""
 
     @torch.no_grad()
@@ -49,12 +68,7 @@ class _Before:
         if self._normalization._kept is not self._kept or not self._kept.is_current(self._weight):
             return  # written where it leaves a trace
         raw, value = self._copies
-        if not _is_same(self._value, value):
+        if not is_same(self._value, value):
             torch.autograd.graph.increment_version(self._value)
-        elif not _is_same(self._weight, raw):
+        elif not is_same(self._weight, raw):
             self._normalization.invalidate()
-
-
-@torch.no_grad()
-def _is_same(tensor: Tensor, copy: Tensor) -> bool:
-    return torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)

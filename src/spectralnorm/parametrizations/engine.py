@@ -113,7 +113,7 @@ def refresh_together(members: Sequence[Member]) -> None:
     except BaseException:
         # What was kept may have been given away for the new values, which are not all there.
         for member in members:
-            member.normalization.invalidate()
+            member.normalization.forget()
         raise
 
 

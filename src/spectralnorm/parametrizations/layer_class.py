@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from functools import wraps
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -86,7 +87,9 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__setstate__": _set_state_of(base),
             "_replicate_for_data_parallel": _replicate,
             "apply": apply_of(base),
+            "named_modules": _settled(base.named_modules),
             "register_parameter": _register_parameter_of(base),
+            "state_dict": _settled(base.state_dict),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
             "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
         }
@@ -137,6 +140,30 @@ def _require_like(layer: Any, name: str, value: Any) -> None:
             f"{name!r} of this {plain_class(layer).__name__} is normalized and takes {wanted}, got {got}; "
             "remove_spectral_norm first to make it something else."
         )
+
+
+def _settle(layer: Any) -> None:
+    """Let what was written into the layer's normalized weights reach the parameters."""
+    lists = layer._modules.get("parametrizations")
+    for parts in () if lists is None else lists._modules.values():
+        for part in parts._modules.values():
+            if type(part) is SpectralNorm:
+                part.settle()
+
+
+def _settled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method through which others come to the parameters, where they should find what was written into the values.
+
+    All parameters of a model are found through the ``named_modules`` of its layers.
+    """
+
+    @wraps(method)
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_compiling():
+            _settle(self)
+        return method(self, *args, **kwargs)
+
+    return settled
 
 
 def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
@@ -215,6 +242,7 @@ def _reader_of_table(name: str) -> Callable[[Any], Any]:
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    _settle(self)
     replica = self.__class__.__new__(self.__class__)
     memo[id(self)] = replica
     deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
@@ -250,6 +278,7 @@ def _baked(self: nn.Module) -> nn.Module:
 
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickled as the base class and the state; the shared class is made again where it is loaded."""
+    _settle(self)
     state = dict(self.__getstate__())  # type: ignore[call-overload]
     return _restored, (parametrize.type_before_parametrizations(self),), state
 

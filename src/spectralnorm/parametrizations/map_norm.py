@@ -62,8 +62,7 @@ def found_map(
 
 def map_norm(weight: Tensor, geometry: ConvolutionGeometry, leading: LeadingImages) -> MapNorm:
     """The norm that leading images show, u^T A(W) v, and its derivative in W with u and v constant."""
-    with torch.enable_grad():
-        variable = weight.detach().to(compute_dtype(weight.dtype)).requires_grad_()
-        sigma = (geometry.apply(leading.images[:1], variable)[0] * leading.output).sum()
-        (direction,) = torch.autograd.grad(sigma, variable)
-    return MapNorm(sigma.detach(), direction)
+    weight = weight.detach().to(compute_dtype(weight.dtype))
+    with torch.no_grad():
+        sigma = (geometry.apply(leading.images[:1], weight)[0] * leading.output).sum()
+        return MapNorm(sigma, geometry.derivative(leading.images[:1], leading.output[None], weight))

@@ -169,7 +169,7 @@ def _current(normalization: SpectralNorm, weight: Tensor, parameter: Tensor) -> 
         return state
     # An ordinary parameter's from before it was sharded: it holds the whole weight, twice.
     normalization._kept = None
-    if state is not None and state.handed_out is not None and state.was_written_to():
+    if state is not None and state.handed_out is not None and state.was_written_to() and state.moment.is_now():
         _take_over(state.handed_out, weight, parameter)
     clock = watch(parameter)
     clock.observe()

@@ -34,9 +34,9 @@ __all__ = [
     "is_batched",
 ]
 
-# Whether a gradient is several at once, as `torch.autograd.grad(..., is_grads_batched=True)` sends them through a graph:
-# no numbers of its are to be had, and no address.
-is_batched = torch._C._functorch.is_legacy_batchedtensor
+# Whether a gradient is several at once, as ``torch.autograd.grad(..., is_grads_batched=True)`` sends them through a
+# graph: neither numbers nor an address are to be had of it.
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
 def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: float) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
-from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.kept import HandedOut, Kept
 from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
 from spectralnorm.parametrizations.options import (
     Options,
@@ -152,8 +152,9 @@ class SpectralNorm(VectorBuffers):
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
         self.keeps_value_when_sharded = False
-        # The last value that was handed out without being kept, and its version, by which a user's write is noticed.
-        self._handed: tuple[Tensor | None, int] = (None, 0)
+        # The last value that was handed out without being kept; whether a copy of its numbers is kept then.
+        self.handed_out: HandedOut | None = None
+        self.remembers_numbers = False
         # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
         self._first_moments: tuple[Moment, Moment] | None = None
         self._has_seen_step = False
@@ -274,6 +275,7 @@ class SpectralNorm(VectorBuffers):
     @torch.no_grad()
     def sigma(self, weight: Tensor) -> Tensor:
         """The norm of ``weight`` by which it is divided: a scalar estimate. Changes nothing that is saved."""
+        self.settle()
         if self._is_vector:
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
@@ -295,6 +297,7 @@ class SpectralNorm(VectorBuffers):
         Raises:
             UserError: the norm is the mean of two.
         """
+        self.settle()
         if self.norm == "bidirectional":
             raise UserError('There is no guaranteed bound for norm="bidirectional"; use norm="matrix".')
         if self.strict and self._can_keep(weight):
@@ -433,6 +436,7 @@ class SpectralNorm(VectorBuffers):
         Returns:
             Unit vectors of (out,) and (in * kernel,); of a 1-D weight, a matrix with one column, (out,) and (1,).
         """
+        self.settle()
         if self._is_vector:
             return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
         if self._can_keep(weight):
@@ -448,22 +452,49 @@ class SpectralNorm(VectorBuffers):
             return self._divided(weight)
         if self.scale is not None:
             norm_alone.refuse_sharded(weight, 'mode="learnable"')
-        is_ordinary = is_eager(weight) and _is_ordinary(weight) and weight.numel() > 0
-        handed, version = self._handed
-        if is_ordinary and handed is not None and handed._version != version:
-            with torch.no_grad():  # as `_current` does for a value that is handed out itself
-                weight.copy_(handed)
-            self._restore_scale()
-            self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
+        sees_writes = self.sees_writes(weight)
+        if sees_writes:
+            self.settle()
         value = self._divided(weight)
         if self.scale is not None:
             value = value * self.scale
-            if is_ordinary and not self._has_seen_step:
+            if sees_writes and not self._has_seen_step:
                 self._look_for_step_without(self.scale, weight)
-        if is_ordinary:
-            # What comes of inference mode has no version; a write into it stays unseen.
-            self._handed = (None, 0) if value.is_inference() else (value.detach(), value._version)
+        if sees_writes:
+            self._hand_out(value, weight)
         return value
+
+    def sees_writes(self, weight: Tensor) -> bool:
+        """Whether what is written into the value of ``weight`` is to reach it: a parameter that is all here."""
+        return is_eager(weight) and _is_ordinary(weight) and weight.numel() > 0
+
+    def hands_out_kept(self, weight: Tensor) -> bool:
+        """Whether the value of ``weight`` is kept and handed out itself, not what a learned scale makes of it."""
+        return self.scale is None and self._can_keep(weight)
+
+    def _hand_out(self, value: Tensor, weight: Tensor) -> None:
+        """Remember a value that is not kept, so that a write into it is noticed."""
+        if value.is_inference():  # it has no version; a write into it stays unseen
+            self.handed_out = None
+            return
+        numbers = value.detach().clone() if self.remembers_numbers else None
+        self.handed_out = HandedOut(value.detach(), value._version, self.watched(weight).now(), numbers)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let what was written into the value that was handed out be the weight, if nothing has changed that since."""
+        with one_at_a_time:
+            kept, handed = self._kept, self.handed_out
+            if kept is not None and kept.was_written_to() and kept.moment.is_now():
+                kept.moment.clock.weight.copy_(kept.written_value())
+            if handed is None or not handed.was_written_to():
+                return
+            self.handed_out = None
+            if handed.moment.is_now():
+                weight = handed.moment.clock.weight
+                weight.copy_(handed.value)
+                self._restore_scale()
+                self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
 
     def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
         """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
@@ -532,9 +563,12 @@ class SpectralNorm(VectorBuffers):
 
     def invalidate(self) -> None:
         """Forget the kept value: the next use computes it anew from the weight."""
-        self._kept = None
-        self._norm_alone = None
-        self._handed = (None, 0)
+        self.settle()
+        self.forget()
+
+    def forget(self) -> None:
+        """As `invalidate`, with what may have been written into the value."""
+        self._kept = self._norm_alone = self.handed_out = None
 
     def leave_to_graphs(self) -> None:
         """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""
@@ -593,10 +627,8 @@ class SpectralNorm(VectorBuffers):
     def _current(self, weight: Tensor) -> Kept:
         """The kept value, renewed if the weight has changed."""
         with one_at_a_time, plain_arithmetic(weight):
-            kept = self._kept
-            if kept is not None and kept.moment.clock.weight is weight and kept.was_written_to():
-                weight.copy_(kept.written_value())
-            clock = self.watched(weight)
+            self.settle()
+            kept, clock = self._kept, self.watched(weight)
             clock.observe()
             if kept is not None and kept.is_current(weight):
                 return kept
@@ -634,6 +666,7 @@ class SpectralNorm(VectorBuffers):
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         """Power iteration now, whatever the update rule: `spectralnorm.update_` calls it."""
+        self.settle()
         self._restore_scale()
         if self._is_vector:
             return
@@ -696,9 +729,9 @@ class SpectralNorm(VectorBuffers):
         return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        held = ("_kept", "_norm_alone", "_first_moments", "in_graphs")
+        held = ("_kept", "_norm_alone", "handed_out", "_first_moments", "in_graphs")
         # A graph that trains the weight does not train a copy of it.
-        return {**super().__getstate__(), **dict.fromkeys(held), "_handed": (None, 0), "_is_captured": False}
+        return {**super().__getstate__(), **dict.fromkeys(held), "_is_captured": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

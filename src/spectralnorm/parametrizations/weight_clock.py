@@ -41,7 +41,8 @@ class WeightClock:
         is_distributed: whether the parameter is a DTensor.
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
-        watchers: weak references to whoever wants to be found through a step, and be told of one that is captured.
+        watchers: weak references to whoever wants to be found through a step, to settle before it what a user has
+            written, and to be told of one that is captured.
         num_watches: how many watchers all clocks ever had.
     """
 
@@ -177,10 +178,10 @@ def watch(weight: Tensor) -> WeightClock:
 
 
 _Counts = dict[int, tuple[int, int]]
-# Steps and writes on the clocks when an optimizer's steps began that are not over. Steps can be nested, and are one then:
-# an optimizer that shards its state over processes (ZeroRedundancyOptimizer) runs another one for its share of the
-# parameters, and a class whose step calls that of its base has both listened to. A step that raised is never over, so
-# the length is limited.
+# Steps and writes on the clocks when steps of an optimizer began that are not over. Steps can be nested, and are one
+# then: an optimizer that shards its state over processes (ZeroRedundancyOptimizer) runs another one for its share of
+# the parameters, and a class whose step calls that of its base has both listened to. A step that raised is never over,
+# so the length is limited.
 _began: WeakKeyDictionary[Optimizer, deque[_Counts]] = WeakKeyDictionary()
 _MOST_NESTED = 8
 
@@ -228,6 +229,10 @@ def _end_step(optimizer: Optimizer) -> None:
 def _observed(clocks: list[WeightClock]) -> _Counts:
     """What is on the clocks, by their ids, after a look at what was written before."""
     for clock in clocks:
+        for found in clock.watchers:
+            watcher = found()
+            if watcher is not None:
+                watcher.settle()
         clock.observe()
     return {id(clock): (clock.steps, clock.writes) for clock in clocks}
 
