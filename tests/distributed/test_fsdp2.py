@@ -104,6 +104,25 @@ def test_training_equals_that_in_one_process(pair, order):
     pair.run(check_training, order=order)
 
 
+def check_update_that_is_written_out():
+    model, reference = sharded("normalized first"), normalized()
+    for each, share in ((model, mine), (reference, lambda batch: batch)):
+        for real, fake in batches(4):
+            each.zero_grad()
+            loss_of(each, share(real), share(fake)).backward()
+            with torch.no_grad(), sn.optimizer_step(each):
+                for parameter in each.parameters():
+                    parameter -= 0.01 * parameter.grad
+        each(batches(1)[0, 0])
+    torch.testing.assert_close(sn.monitor(model), sn.monitor(reference), rtol=1e-7, atol=0)
+    assert_same_state(full_state_on_all(model), reference.state_dict())
+    assert model.hidden.parametrizations.weight[0]._norm_alone.age == 4  # followed, and not computed anew
+
+
+def test_update_that_is_written_out_is_followed(pair):
+    pair.run(check_update_that_is_written_out)
+
+
 def check_training_on_gpu():
     alone = dist.new_group([0], backend="nccl")
     if dist.get_rank() > 0:
