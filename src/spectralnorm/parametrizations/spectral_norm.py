@@ -483,6 +483,8 @@ class SpectralNorm(VectorBuffers):
     @torch.no_grad()
     def settle(self) -> None:
         """Let what was written into the value that was handed out be the weight, if nothing has changed that since."""
+        if torch.compiler.is_compiling():  # traced values are not written into, and nobody can wait for a lock there
+            return
         with one_at_a_time:
             kept, handed = self._kept, self.handed_out
             if kept is not None and kept.was_written_to() and kept.moment.is_now():
