@@ -146,6 +146,69 @@ class TestTiedWeights:
         assert not any(parametrize.is_parametrized(layer) for layer in model)
 
 
+class Sealed(nn.Linear):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no class may come from this one")
+
+
+def described(model: nn.Module) -> list[object]:
+    """All that adding a normalization could change."""
+    hooks = ("_forward_pre_hooks", "_load_state_dict_pre_hooks", "_state_dict_hooks")
+    return [
+        [
+            *(name, module, type(module), repr(module), module.training),
+            *map(list, (module._parameters, module._buffers, module._modules)),
+            *(list(getattr(module, kind).values()) for kind in hooks),
+            *map(id, module.parameters()),
+        ]
+        for name, module in model.named_modules()
+    ]
+
+
+LATE = {  # refused when the last layer is reached
+    "update of a map's norm": (lambda: nn.Conv2d(3, 3, 3), {"norm": "operator", "update": "manual"}, UserError),
+    "complex convolution": (lambda: nn.Conv1d(2, 2, 3, dtype=torch.complex64), {"strict": True}, UserError),
+    "class that cannot be derived": (lambda: Sealed(2, 2), {}, TypeError),
+}
+EARLIER = {
+    "plain": lambda: nn.Linear(3, 3),
+    "P": lambda: torch_parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "O": lambda: nn.utils.spectral_norm(nn.Linear(3, 3)),
+    "recurrent": lambda: nn.GRU(3, 3),
+    "lazy": lambda: nn.LazyLinear(3),
+    "lazy that waits": lambda: sn.spectral_norm(nn.LazyLinear(3)),
+}
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(("make", "options", "error"), LATE.values(), ids=LATE)
+    @pytest.mark.parametrize("earlier", EARLIER.values(), ids=EARLIER)
+    def test_leaves_the_model_as_it_was(self, earlier, make, options, error):
+        model = nn.Sequential(earlier(), make()).eval()
+        before = described(model)
+        with pytest.raises(error):
+            add_spectral_norm(model, coefficient=2.0, **options)
+        assert described(model) == before
+
+    def test_leaves_a_single_layer_as_it_was(self):
+        layer = Sealed(2, 2)
+        before = described(layer)
+        with pytest.raises(TypeError):
+            sn.spectral_norm(layer)
+        assert described(layer) == before
+
+    def test_leaves_options_and_the_function_as_they_were(self):
+        under_hook = nn.utils.spectral_norm(nn.Linear(3, 3))
+        model = nn.Sequential(sn.spectral_norm(nn.Linear(3, 3), mode="learnable"), under_hook, Sealed(3, 3)).eval()
+        before, state = model(torch.ones(1, 3)), copy.deepcopy(model.state_dict())
+        with pytest.raises(TypeError):
+            add_spectral_norm(model, coefficient=2.0, n_power_iterations=3)
+        assert torch.equal(model(torch.ones(1, 3)), before)
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert normalization_of(model[0]).n_power_iterations == 1
+
+
 class TestTakingOverFromTorch:
     @pytest.mark.parametrize("torchs", [torch_parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["P", "O"])
     def test_model_is_converted_in_place(self, torchs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -34,13 +34,18 @@ class PendingNorm:
         self.dim = dim
         self.options: Options[float] = {}
         check_dim(dim)
-        self.set_options(options)
+        self.set_options(**options)
         self._loaded: dict[str, Tensor] = {}
         self._normalization: SpectralNorm | None = None
 
-    def set_options(self, changes: Options[float]) -> None:
+    def check_change(self, **changes: Unpack[Options[float]]) -> None:
+        """Raise a `UserError` if the options cannot be changed to these."""
+        merged: Options[float] = {**self.options, **changes}
+        check_options(**merged)
+
+    def set_options(self, **changes: Unpack[Options[float]]) -> None:
         """Change options; those that are not given stay."""
-        check_options(**changes)
+        self.check_change(**changes)
         self.options = {**self.options, **changes}
 
     def wait(self, module: nn.Module) -> None:

@@ -10,17 +10,17 @@ from torch.nn.parameter import is_lazy
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import view_of
-from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
-from spectralnorm.parametrizations.image_size import geometry_of, require_input_size_of, takes_input_size
+from spectralnorm.parametrizations import SpectralNorm, foreign, fsdp, normalization_of
+from spectralnorm.parametrizations.image_size import geometry_of, takes_input_size
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
 from spectralnorm.parametrizations.options import (
     Options,
-    check_options,
     checked_input_size,
     refuse_unknown,
     require_module,
 )
 from spectralnorm.parametrizations.registration import register, unregister
+from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
@@ -71,7 +71,7 @@ def add_spectral_norm(
         UserError: an option has a value that is not offered or cannot be changed in place, no layer takes the
             ``input_size``, a glob of ``include``, ``exclude`` or ``coefficient`` matches nothing, layers share a weight
             that they read as different matrices, or the model cannot be run on one tensor of ``input_shape`` without
-            values. Nothing has been changed then.
+            values. Nothing has been changed then, nor after any other error.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1))
     >>> model = add_spectral_norm(model, coefficient={"0": 2.0, "*": 1.0})
@@ -91,26 +91,24 @@ def add_spectral_norm(
         sizes = _sizes_of_each(model, chosen, input_shape, options)
     wanted = _options_of_each(options, chosen, sizes)
     _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
+    to_change: dict[int, tuple[SpectralNorm | PendingNorm, Options[float]]] = {}
     for candidate in chosen:
-        changes = wanted[id(candidate.weight)]
         existing = by_weight.get(id(candidate.weight))
-        if isinstance(existing, SpectralNorm):
-            existing.check_change(**changes)
+        if existing is None:
+            fsdp.require_sharded(candidate.module, candidate.tensor_name)
         else:
-            check_options(**changes)
-            _check_input_size(candidate, changes.get("input_size"))
+            existing.check_change(**wanted[id(candidate.weight)])
+            to_change[id(existing)] = existing, wanted[id(candidate.weight)]
 
-    for candidate in chosen:
-        # One normalization per parameter: layers that share a weight share the value that is kept of it.
-        changes = wanted.pop(id(candidate.weight), {})
-        existing = by_weight.get(id(candidate.weight))
-        if isinstance(existing, SpectralNorm):
-            existing.set_options(**changes)
-        elif existing is not None:
-            existing.set_options(changes)
-        else:
-            existing = by_weight[id(candidate.weight)] = _made(candidate, changes)
-        _put_on(candidate, existing)
+    with unchanged_on_failure(model):
+        for candidate in chosen:
+            # One normalization per parameter: layers that share a weight share the value that is kept of it.
+            normalization = by_weight.get(id(candidate.weight))
+            if normalization is None:
+                normalization = by_weight[id(candidate.weight)] = _made(candidate, wanted[id(candidate.weight)])
+            _put_on(candidate, normalization)
+    for existing, changes in to_change.values():  # last: it writes into tensors, and nothing is refused any more
+        existing.set_options(**changes)
     return model
 
 
@@ -162,13 +160,6 @@ def _same_size_for_each(
             'input_size is for convolutions with strict=True or norm="operator", and here is none; leave it out.'
         )
     return found
-
-
-def _check_input_size(candidate: Candidate, size: tuple[int, ...] | None) -> None:
-    if size is not None and not is_lazy(candidate.weight):
-        geometry = geometry_of(candidate.module, candidate.tensor_name, candidate.weight)
-        if geometry is not None:
-            require_input_size_of(geometry, size)
 
 
 def _options_of_each(
