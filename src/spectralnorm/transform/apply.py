@@ -93,12 +93,15 @@ def add_spectral_norm(
     _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
     to_change: dict[int, tuple[SpectralNorm | PendingNorm, Options[float]]] = {}
     for candidate in chosen:
-        existing = by_weight.get(id(candidate.weight))
+        existing, changes = by_weight.get(id(candidate.weight)), wanted[id(candidate.weight)]
         if existing is None:
             fsdp.require_sharded(candidate.module, candidate.tensor_name)
+            continue
+        if isinstance(existing, PendingNorm):
+            existing.check_change(candidate.module, **changes)
         else:
-            existing.check_change(**wanted[id(candidate.weight)])
-            to_change[id(existing)] = existing, wanted[id(candidate.weight)]
+            existing.check_change(**changes)
+        to_change[id(existing)] = existing, changes
 
     with unchanged_on_failure(model):
         for candidate in chosen:
