@@ -78,9 +78,20 @@ class PendingNorm:
                 del module._load_state_dict_pre_hooks[key]
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.has_shape(module):  # else the first forward failed, and torch has told why
+            self.normalize(module)
+
+    def has_shape(self, module: nn.Module) -> bool:
+        """Whether the weight of ``module`` has its shape by now: of a forward, or of a state dict that was loaded."""
         parameter: Any = module._parameters[self.name]
-        if is_lazy(parameter):  # the first forward failed, and torch has told why
-            return
+        return not is_lazy(parameter)
+
+    def normalize(self, module: nn.Module) -> None:
+        """Put the normalization on ``module``, whose weight has its shape.
+
+        Raises:
+            UserError, IndexError: as `check_change`. It goes on waiting then.
+        """
         if self._normalization is None:  # until this succeeds, every forward fails
             normalization = SpectralNorm(module, self.name, dim=self.dim, **self.options)
             normalization.load_state_dict(self._loaded, strict=False)

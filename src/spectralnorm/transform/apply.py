@@ -1,4 +1,4 @@
-"""Normalizing the weights of a whole model, and undoing it."""
+"""Normalizing the weights of a whole model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from spectralnorm.parametrizations.options import (
     refuse_unknown,
     require_module,
 )
-from spectralnorm.parametrizations.registration import register, unregister
+from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
-__all__ = ["add_spectral_norm", "remove_spectral_norm"]
+__all__ = ["add_spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -213,32 +213,6 @@ def _put_on(candidate: Candidate, normalization: SpectralNorm | PendingNorm) -> 
         normalization.wait(module)
     else:
         register(module, name, normalization)
-
-
-def remove_spectral_norm(model: M) -> M:
-    """Take the normalization off all weights of a model and write the normalized weights into the parameters.
-
-    The model computes the same function as before, and its parameters are the same objects.
-
-    Returns:
-        The model.
-
-    >>> import torch
-    >>> model = add_spectral_norm(nn.Sequential(nn.Linear(4, 4)))
-    >>> inputs = torch.ones(1, 4)
-    >>> before = model(inputs)
-    >>> torch.equal(remove_spectral_norm(model)(inputs), before)
-    True
-    """
-    for module in model.modules():
-        for pending in pending_of_module(module):
-            pending.cancel(module)
-    baked: set[int] = set()
-    for _, module, name, _ in list(normalized_weights(model)):
-        weight = raw_weight(module, name)
-        unregister(module, name, bake=id(weight) not in baked)
-        baked.add(id(weight))
-    return model
 
 
 def _refuse_disagreeing_views(chosen: list[Candidate], *, of_maps: bool) -> None:
