@@ -97,6 +97,22 @@ class TestStateDict:
             model.load_state_dict(lazy_model().state_dict())
 
 
+class TestImagesOfTheFirstForward:
+    def test_of_another_size_are_refused(self):
+        layer = spectral_norm(nn.LazyConv2d(4, 3), strict=True, input_size=(6, 6))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"for inputs of size \(6, 6\), got \(5, 6\)"):
+                layer(torch.ones(1, 2, 5, 6))
+        layer(input=torch.ones(1, 2, 6, 6))
+
+    def test_tell_the_size_that_the_norm_is_meant_for(self):
+        layer = spectral_norm(nn.LazyConv2d(4, 3, padding=1), norm="operator")
+        images = torch.ones(1, 2, 5, 6)
+        first = layer(images)
+        assert normalization_of(layer).learned_size == (5, 6)
+        assert torch.equal(layer(images), first)
+
+
 class Outer(nn.modules.lazy.LazyModuleMixin, nn.Module):
     """A layer of one's own, whose weight could get any shape."""
 

@@ -25,6 +25,7 @@ from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.state_dict import forget_other_formats
 
 __all__ = ["can_be_handed_over", "plain_class", "share_class"]
 
@@ -87,6 +88,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "_replicate_for_data_parallel": _replicate,
             "apply": apply_of(base),
             "register_parameter": _register_parameter_of(base),
+            "__delattr__": _delattr_of(base),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
             "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
         }
@@ -151,6 +153,18 @@ def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
         base.register_parameter(self, name, param)
 
     return register_parameter
+
+
+def _delattr_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method that torch calls when it has taken the last parametrization off, whoever asked it to."""
+
+    def delete(self: Any, name: str) -> None:
+        base.__delattr__(self, name)
+        if name == "parametrizations":
+            forget_input_size(self)
+            forget_other_formats(self)
+
+    return delete
 
 
 _module_call = nn.Module.__call__
@@ -243,7 +257,6 @@ def _baked(self: nn.Module) -> nn.Module:
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)
-    forget_input_size(plain)
     recurrent.restore_flat_weights(plain)
     return plain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from spectralnorm.parametrizations.image_size import look_at_input
 from spectralnorm.parametrizations.options import Options, check_dim, check_options
 from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
@@ -64,7 +66,7 @@ class PendingNorm:
             UserError, IndexError: as `check_change`.
         """
         self.check_change(module)
-        module.register_forward_pre_hook(self)
+        module.register_forward_pre_hook(self, with_kwargs=True)
         if not _load_hooks(module):
             module._register_load_state_dict_pre_hook(_load, with_module=True)
 
@@ -73,13 +75,16 @@ class PendingNorm:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is self:
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         if not pending_of_module(module):
             for key in _load_hooks(module):
                 del module._load_state_dict_pre_hooks[key]
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Normalize the weight now, before it is used for the first time."""
         if self.has_shape(module):  # else the first forward failed, and torch has told why
             self.normalize(module)
+            look_at_input(module, args, kwargs)
 
     def has_shape(self, module: nn.Module) -> bool:
         """Whether the weight of ``module`` has its shape by now: of a forward, or of a state dict that was loaded."""
