@@ -88,7 +88,8 @@ class InputSizeLearner:
         if is_awaited and torch._C._get_tracing_state() is None:
             images = args[0] if args else kwargs["input"]
             size = images.shape[-self.num_axes :]
-            if all(type(each) is int for each in size):  # what is exported may have sizes that are no numbers
+            # What is exported may have sizes that are no numbers, and what has no values is only tried out.
+            if all(type(each) is int for each in size) and not images.is_meta:
                 self.normalization.learn_size(tuple(map(int, size)))
 
 
