@@ -212,6 +212,18 @@ class TestWaiting:
         layer(torch.ones(1, 2, 4, 4))
         assert norm_of(layer) == pytest.approx(1, rel=1e-4)
 
+    @pytest.mark.parametrize("include", ["*", "1"])
+    def test_options_can_be_changed_when_only_a_partner_has_run(self, include):
+        model = nn.Sequential(nn.LazyLinear(3, bias=False), nn.LazyLinear(3, bias=False))
+        model[1].weight = model[0].weight
+        add_spectral_norm(model)
+        model[0](torch.randn(2, 3))
+        add_spectral_norm(model, include=include, coefficient=2.0)
+        with pytest.raises(UserError, match="norm cannot be changed"):
+            add_spectral_norm(model, include=include, norm="bidirectional")
+        model(torch.randn(2, 3))
+        assert [norm_of(layer) for layer in model] == pytest.approx([2, 2], rel=1e-4)
+
     def test_tied_weights_share_one_normalization(self):
         model = nn.Sequential(nn.LazyLinear(3, bias=False), nn.LazyLinear(3, bias=False))
         model[1].weight = model[0].weight

@@ -104,6 +104,12 @@ class TestAdd:
         assert normalization_of(layer) is None
 
 
+READ_DIFFERENTLY = {
+    "map": ((nn.Conv1d(4, 4, 3), {"strict": True}), nn.Conv1d(4, 4, 3, stride=2)),
+    "matrix": ((nn.Linear(4, 4), {"dim": 1}), nn.Linear(4, 4)),
+}
+
+
 class TestTiedWeights:
     @staticmethod
     def tied() -> nn.Sequential:
@@ -144,6 +150,34 @@ class TestTiedWeights:
         with pytest.raises(UserError, match="0 and 1 share a weight"):
             add_spectral_norm(model)
         assert not any(parametrize.is_parametrized(layer) for layer in model)
+
+    @pytest.mark.parametrize(("normalized", "partner"), READ_DIFFERENTLY.values(), ids=READ_DIFFERENTLY)
+    def test_normalization_that_is_not_right_for_a_partner_is_not_joined(self, normalized, partner):
+        layer, options = copy.deepcopy(normalized)
+        model = nn.Sequential(layer, copy.deepcopy(partner))
+        model[1].weight = layer.weight
+        sn.spectral_norm(layer, **options)
+        with pytest.raises(UserError, match="0 and 1 share a weight"):
+            add_spectral_norm(model, n_power_iterations=2)
+        assert not is_normalized(model[1])
+        assert normalization_of(layer).n_power_iterations == 1
+        add_spectral_norm(model, include="0", n_power_iterations=2)
+        assert normalization_of(layer).n_power_iterations == 2
+
+    def test_lazy_layers_that_will_read_their_weight_differently_are_refused(self):
+        model = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyConvTranspose1d(4, 3))
+        model[1].weight = model[0].weight
+        with pytest.raises(UserError, match="0 and 1 share a weight"):
+            add_spectral_norm(model)
+        assert not any(is_normalized(layer) for layer in model)
+
+    def test_each_of_two_normalizations_of_a_weight_is_changed(self):
+        model = self.tied()
+        sn.spectral_norm(model[0], coefficient=1.0)
+        sn.spectral_norm(model[1], coefficient=2.0)
+        add_spectral_norm(model, n_power_iterations=3)
+        found = [normalization_of(layer) for layer in model]
+        assert [(each.coefficient, each.n_power_iterations) for each in found] == [(1.0, 3), (2.0, 3)]
 
 
 class Sealed(nn.Linear):

@@ -16,7 +16,7 @@ from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["PendingNorm", "can_wait", "pending_of", "pending_of_module"]
+__all__ = ["PendingNorm", "can_wait", "pending_of", "pending_of_module", "with_shape"]
 
 
 class PendingNorm:
@@ -36,9 +36,8 @@ class PendingNorm:
     def __init__(self, name: str, dim: int | None, options: Options[float]) -> None:
         self.name = name
         self.dim = dim
-        self.options: Options[float] = {}
+        self.options: Options[float] = {**options}
         check_dim(dim)
-        self.set_options(**options)
         self._loaded: dict[str, Tensor] = {}
         self._normalization: SpectralNorm | None = None
 
@@ -49,15 +48,19 @@ class PendingNorm:
             UserError: the options cannot be changed to these.
             IndexError: ``dim`` will not be a dimension of the weight.
         """
+        if self._normalization is not None:
+            return self._normalization.check_change(**changes)
         merged: Options[float] = {**self.options, **changes}
         check_options(**merged)
-        layer = _with_shape(module, self.name)
+        layer = with_shape(module, self.name)
         if layer is not None:
             SpectralNorm(layer, self.name, dim=self.dim, **merged)
 
     def set_options(self, **changes: Unpack[Options[float]]) -> None:
         """Change options, which `check_change` has let pass; those that are not given stay."""
         self.options = {**self.options, **changes}
+        if self._normalization is not None:
+            self._normalization.set_options(**changes)
 
     def wait(self, module: nn.Module) -> None:
         """Normalize the weight of ``module`` as soon as it has a shape.
@@ -140,7 +143,7 @@ def pending_of_module(module: nn.Module) -> list[PendingNorm]:
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PendingNorm)]
 
 
-def _with_shape(module: nn.Module, name: str) -> nn.Module | None:
+def with_shape(module: nn.Module, name: str) -> nn.Module | None:
     """The layer as one channel for each group would make it, without values; None where only a forward can tell."""
     layer: Any = module
     if name != "weight":

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import view_of
+from spectralnorm.linalg import ConvolutionGeometry, MatrixView, view_of
 from spectralnorm.parametrizations import SpectralNorm, foreign, fsdp, normalization_of
 from spectralnorm.parametrizations.image_size import geometry_of, takes_input_size
-from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
+from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module, with_shape
 from spectralnorm.parametrizations.options import (
     Options,
     checked_input_size,
@@ -90,10 +90,10 @@ def add_spectral_norm(
     else:
         sizes = _sizes_of_each(model, chosen, input_shape, options)
     wanted = _options_of_each(options, chosen, sizes)
-    _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
+    _refuse_disagreeing_views(model, chosen, options)
     to_change: dict[int, tuple[SpectralNorm | PendingNorm, Options[float]]] = {}
     for candidate in chosen:
-        existing, changes = by_weight.get(id(candidate.weight)), wanted[id(candidate.weight)]
+        existing, changes = _present(candidate, by_weight), wanted[id(candidate.weight)]
         if existing is None:
             fsdp.require_sharded(candidate.module, candidate.tensor_name)
             continue
@@ -106,7 +106,7 @@ def add_spectral_norm(
     with unchanged_on_failure(model):
         for candidate in chosen:
             # One normalization per parameter: layers that share a weight share the value that is kept of it.
-            normalization = by_weight.get(id(candidate.weight))
+            normalization = _present(candidate, by_weight)
             if normalization is None:
                 normalization = by_weight[id(candidate.weight)] = _made(candidate, wanted[id(candidate.weight)])
             _put_on(candidate, normalization)
@@ -118,11 +118,25 @@ def add_spectral_norm(
 def _existing(model: nn.Module) -> dict[int, SpectralNorm | PendingNorm]:
     """The normalizations in the model, by the id of the parameter."""
     found: dict[int, SpectralNorm | PendingNorm] = {
-        id(raw_weight(module, name)): normalization for _, module, name, normalization in normalized_weights(model)
+        id(module._parameters[pending.name]): pending
+        for module in model.modules()
+        for pending in pending_of_module(module)
     }
-    for module in model.modules():
-        found |= {id(module._parameters[pending.name]): pending for pending in pending_of_module(module)}
+    for _, module, name, normalization in normalized_weights(model):
+        found[id(raw_weight(module, name))] = normalization
     return found
+
+
+def _own(candidate: Candidate) -> SpectralNorm | PendingNorm | None:
+    module, name = candidate.module, candidate.tensor_name
+    return normalization_of(module, name) or pending_of(module, name)
+
+
+def _present(
+    candidate: Candidate, by_weight: Mapping[int, SpectralNorm | PendingNorm]
+) -> SpectralNorm | PendingNorm | None:
+    """The normalization that a weight has, or else joins because another layer shares the weight."""
+    return _own(candidate) or by_weight.get(id(candidate.weight))
 
 
 def _sizes_of_each(
@@ -152,7 +166,7 @@ def _same_size_for_each(
         return {}
     found = {}
     for candidate in chosen:
-        existing = by_weight.get(id(candidate.weight))
+        existing = _present(candidate, by_weight)
         before: Any = existing.options if isinstance(existing, PendingNorm) else vars(existing) if existing else {}
         norm = options.get("norm", before.get("norm", "matrix"))
         strict = options.get("strict", before.get("strict", False))
@@ -206,27 +220,48 @@ def _made(candidate: Candidate, options: Options[float]) -> SpectralNorm | Pendi
 
 
 def _put_on(candidate: Candidate, normalization: SpectralNorm | PendingNorm) -> None:
-    module, name = candidate.module, candidate.tensor_name
-    if normalization_of(module, name) is not None or pending_of(module, name) is not None:
+    if _own(candidate) is not None:
         return
     if isinstance(normalization, PendingNorm):
-        normalization.wait(module)
+        normalization.wait(candidate.module)
     else:
-        register(module, name, normalization)
+        register(candidate.module, candidate.tensor_name, normalization)
 
 
-def _refuse_disagreeing_views(chosen: list[Candidate], *, of_maps: bool) -> None:
-    first_by_weight: dict[int, Candidate] = {}
+class _Reading(NamedTuple):
+    """How a layer reads its weight.
+
+    Attributes:
+        label: how the weight is called in messages.
+        view: the matrix.
+        map: that of images whose norm is meant; None if it is that of the matrix.
+    """
+
+    label: str
+    view: MatrixView
+    map: ConvolutionGeometry | None
+
+
+def _refuse_disagreeing_views(
+    model: nn.Module, chosen: list[Candidate], options: Options[float | Mapping[str, float]]
+) -> None:
+    """Layers with one normalization must read their weight as the same matrix, and as the same map if it is of that."""
+    of_maps = bool(options.get("strict")) or options.get("norm") == "operator"
+    first_by_weight = {
+        id(raw_weight(module, name)): _Reading(label, normalization.view, normalization.geometry)
+        for label, module, name, normalization in normalized_weights(model)
+    }
     for candidate in chosen:
-        if is_lazy(candidate.weight):
+        name, weight, layer = candidate.tensor_name, candidate.weight, candidate.module
+        if is_lazy(weight):
+            layer = with_shape(layer, name)
+            weight = None if layer is None else layer._parameters[name]
+        if layer is None or weight is None or normalization_of(layer, name) is not None:
             continue
-        first = first_by_weight.setdefault(id(candidate.weight), candidate)
-        views = [
-            view_of(each.module, each.weight, foreign.foreign_dim(each.module, each.tensor_name))
-            for each in (first, candidate)
-        ]
-        maps = [geometry_of(each.module, each.tensor_name, each.weight) for each in (first, candidate)]
-        if views[0] != views[1] or (of_maps and maps[0] != maps[1]):
+        view, geometry = view_of(layer, weight, foreign.foreign_dim(layer, name)), geometry_of(layer, name, weight)
+        own = _Reading(candidate.label, view, geometry if of_maps else None)
+        first = first_by_weight.setdefault(id(candidate.weight), own)
+        if first.view != view or first.map not in (None, geometry):
             raise UserError(
                 f"{first.label} and {candidate.label} share a weight but read it as different matrices, so no one norm "
                 "is right for both; exclude one of them."
