@@ -194,6 +194,11 @@ class TestWaiting:
         assert [row.note for row in summary(model).rows] == ["cap to 0.5 once it has a shape"] * 2
         assert monitor(model) == {}
 
+    def test_is_told_by_summary_of_a_weight_that_was_loaded(self):
+        layer = spectral_norm(nn.LazyLinear(3))
+        layer.load_state_dict(nn.Linear(5, 3).state_dict())
+        assert summary(layer).rows[0].note == "normalize to 1 from its first forward on"
+
     def test_options_can_be_changed(self):
         model = add_spectral_norm(lazy_model(), coefficient={"2": 3.0})
         model(TestStateDict.inputs)
