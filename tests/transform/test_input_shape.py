@@ -119,6 +119,15 @@ def test_what_a_forward_leaves_in_the_model_is_not_left_by_that_without_values()
     model(torch.ones(1, 1, 9, 9))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_stays_of_layers_that_keep_theirs_elsewhere(training):
+    scripted = torch.jit.script(nn.Sequential(nn.Dropout()))
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), scripted).train(training)
+    add_spectral_norm(model, strict=True, input_shape=(1, 9, 9))
+    assert [module.training for module in scripted.modules()] == [training, training]
+
+
 class _Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class _State:
     """Of one module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._kind = module, type(module)
+        self._module, self._kind, self._mode = module, type(module), module.training
         self._attributes = dict(vars(module))
         held = [value for value in self._attributes.values() if type(value) in _CONTAINERS]
         self._contents = [(container, container.copy()) for container in held]
@@ -45,6 +45,8 @@ class _State:
         for container, contents in [(vars(self._module), self._attributes), *self._contents]:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(contents)
+        if self._module.training != self._mode:  # torch.jit keeps it elsewhere
+            self._module.training = self._mode
 
 
 @contextmanager

@@ -94,8 +94,9 @@ def add_spectral_norm(
     to_change: dict[int, tuple[SpectralNorm | PendingNorm, Options[float]]] = {}
     for candidate in chosen:
         existing, changes = _present(candidate, by_weight), wanted[id(candidate.weight)]
-        if existing is None:
+        if _own(candidate) is None:
             fsdp.require_sharded(candidate.module, candidate.tensor_name)
+        if existing is None:
             continue
         if isinstance(existing, PendingNorm):
             existing.check_change(candidate.module, **changes)
