@@ -383,6 +383,24 @@ def test_updating_and_removing_do_what_they_do_in_one_process(pair, order):
     pair.run(check_upkeep, order=order)
 
 
+def check_sharing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)).double()
+    model[1].weight = model[0].weight
+    sn.spectral_norm(model[1])
+    split(model)
+    tokens = torch.tensor([3, 1, 4])
+    before = model(tokens)
+    model.reshard()
+    with pytest.raises(sn.UserError, match="1 and 0 share a weight of which each process holds a part"):
+        sn.remove_spectral_norm(model)
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
+
+
+def test_removing_does_not_end_the_sharing_of_a_sharded_weight(pair):
+    pair.run(check_sharing)
+
+
 def check_whole_refused():
     torch.manual_seed(0)
     model = shard(Critic().double(), reshard_after_forward=False)

@@ -97,6 +97,87 @@ class TestStateDict:
             model.load_state_dict(lazy_model().state_dict())
 
 
+class TestImagesOfTheFirstForward:
+    def test_of_another_size_are_refused(self):
+        layer = spectral_norm(nn.LazyConv2d(4, 3), strict=True, input_size=(6, 6))
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"for inputs of size \(6, 6\), got \(5, 6\)"):
+                layer(torch.ones(1, 2, 5, 6))
+        layer(input=torch.ones(1, 2, 6, 6))
+
+    def test_tell_the_size_that_the_norm_is_meant_for(self):
+        layer = spectral_norm(nn.LazyConv2d(4, 3, padding=1), norm="operator")
+        images = torch.ones(1, 2, 5, 6)
+        first = layer(images)
+        assert normalization_of(layer).learned_size == (5, 6)
+        assert torch.equal(layer(images), first)
+
+
+class Outer(nn.modules.lazy.LazyModuleMixin, nn.Module):
+    """A layer of one's own, whose weight could get any shape."""
+
+    is_final = False
+
+    def __init_subclass__(cls) -> None:
+        if cls.is_final:
+            raise TypeError("no class may come from this one")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+    def initialize_parameters(self, inputs: torch.Tensor) -> None:
+        if is_lazy(self.weight):
+            self.weight.materialize((3, inputs.shape[-1]))
+            nn.init.ones_(self.weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, self.weight)
+
+
+UNFIT = {
+    "too few axes": (lambda: nn.LazyConv2d(4, 3), {"strict": True, "input_size": (8,)}, "2 axes"),
+    "too small": (lambda: nn.LazyConv2d(4, 3), {"norm": "operator", "input_size": (2, 8)}, "large enough"),
+    "no convolution": (lambda: nn.LazyLinear(4), {"strict": True, "input_size": (8,)}, "is for convolutions"),
+    "without need": (lambda: nn.LazyConv1d(4, 3), {"input_size": (8,)}, "is for convolutions"),
+    "update": (lambda: nn.LazyConvTranspose1d(4, 3), {"norm": "operator", "update": "manual"}, "alone"),
+    "complex": (lambda: nn.LazyConv1d(4, 3, dtype=torch.complex64), {"strict": True}, "complex convolutions"),
+}
+
+
+class TestUnfitOptions:
+    @pytest.mark.parametrize(("make", "options", "message"), UNFIT.values(), ids=UNFIT)
+    def test_are_refused_at_once(self, make, options, message):
+        layer = make()
+        with pytest.raises(UserError, match=message):
+            spectral_norm(layer, **options)
+        assert not is_normalized(layer)
+
+    def test_dimension_that_the_weight_will_not_have_is_refused_at_once(self):
+        with pytest.raises(IndexError, match="dim must lie in"):
+            spectral_norm(nn.LazyLinear(4), dim=2)
+
+    def test_are_refused_for_options_that_were_given_before(self):
+        model = add_spectral_norm(lazy_model(), strict=True)
+        with pytest.raises(UserError, match="strict=True is not offered"):
+            add_spectral_norm(model, mode="learnable")
+        with pytest.raises(UserError, match="must have one integer for each of 1 axes"):
+            add_spectral_norm(model, input_size=(8, 8))
+
+    def test_that_only_the_first_forward_tells_are_refused_at_every_forward(self):
+        layer = spectral_norm(Outer(), dim=2)
+        for _ in range(3):
+            with pytest.raises(IndexError, match="dim must lie in"):
+                layer(torch.ones(2, 5))
+
+    def test_layer_that_cannot_be_normalized_fails_at_every_forward(self, monkeypatch):
+        layer = spectral_norm(Outer())
+        monkeypatch.setattr(Outer, "is_final", True)
+        for _ in range(3):
+            with pytest.raises(TypeError, match="no class may come"):
+                layer(torch.ones(2, 5))
+
+
 class TestWaiting:
     def test_counts_as_normalized_and_cannot_be_added_twice(self):
         layer = spectral_norm(nn.LazyLinear(3))
@@ -112,6 +193,11 @@ class TestWaiting:
         model = add_spectral_norm(lazy_model(), coefficient=0.5, mode="cap")
         assert [row.note for row in summary(model).rows] == ["cap to 0.5 once it has a shape"] * 2
         assert monitor(model) == {}
+
+    def test_is_told_by_summary_of_a_weight_that_was_loaded(self):
+        layer = spectral_norm(nn.LazyLinear(3))
+        layer.load_state_dict(nn.Linear(5, 3).state_dict())
+        assert summary(layer).rows[0].note == "normalize to 1 from its first forward on"
 
     def test_options_can_be_changed(self):
         model = add_spectral_norm(lazy_model(), coefficient={"2": 3.0})
@@ -130,6 +216,18 @@ class TestWaiting:
             layer(torch.ones(2))
         layer(torch.ones(1, 2, 4, 4))
         assert norm_of(layer) == pytest.approx(1, rel=1e-4)
+
+    @pytest.mark.parametrize("include", ["*", "1"])
+    def test_options_can_be_changed_when_only_a_partner_has_run(self, include):
+        model = nn.Sequential(nn.LazyLinear(3, bias=False), nn.LazyLinear(3, bias=False))
+        model[1].weight = model[0].weight
+        add_spectral_norm(model)
+        model[0](torch.randn(2, 3))
+        add_spectral_norm(model, include=include, coefficient=2.0)
+        with pytest.raises(UserError, match="norm cannot be changed"):
+            add_spectral_norm(model, include=include, norm="bidirectional")
+        model(torch.randn(2, 3))
+        assert [norm_of(layer) for layer in model] == pytest.approx([2, 2], rel=1e-4)
 
     def test_tied_weights_share_one_normalization(self):
         model = nn.Sequential(nn.LazyLinear(3, bias=False), nn.LazyLinear(3, bias=False))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils import parametrize
 
 import spectralnorm as sn
 from spectralnorm import UserError, spectral_norm
@@ -91,6 +93,27 @@ def test_given_input_size_is_nearer_and_another_one_is_refused(device):
         copy.deepcopy(layer)(torch.ones(1, 3, 6, 7, device=device))
     assert type(sn.remove_spectral_norm(layer)) is nn.Conv2d
     layer(torch.ones(1, 3, 6, 7, device=device))
+
+
+@pytest.mark.parametrize(
+    "options", [{"strict": True, "input_size": (6, 6)}, {"norm": "operator"}], ids=["given", "first"]
+)
+@pytest.mark.parametrize("has_other", [False, True])
+def test_torchs_own_removal_ends_the_interest_in_images(options, has_other):
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    if has_other:
+        torch_parametrizations.weight_norm(layer, "bias", dim=None)
+    spectral_norm(layer, **options)
+    parametrize.remove_parametrizations(layer, "weight")
+    layer(torch.ones(1, 2, 5, 5))
+    if not has_other:
+        assert type(layer) is nn.Conv2d
+        assert not layer._forward_pre_hooks
+        assert not layer._load_state_dict_pre_hooks
+    spectral_norm(layer, strict=True, input_size=(5, 5))
+    layer(torch.ones(1, 2, 5, 5))
+    with pytest.raises(UserError, match=r"is normalized for inputs of size \(5, 5\), got \(6, 6\)"):
+        layer(torch.ones(1, 2, 6, 6))
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])

@@ -104,6 +104,12 @@ class TestAdd:
         assert normalization_of(layer) is None
 
 
+READ_DIFFERENTLY = {
+    "map": ((nn.Conv1d(4, 4, 3), {"strict": True}), nn.Conv1d(4, 4, 3, stride=2)),
+    "matrix": ((nn.Linear(4, 4), {"dim": 1}), nn.Linear(4, 4)),
+}
+
+
 class TestTiedWeights:
     @staticmethod
     def tied() -> nn.Sequential:
@@ -144,6 +150,97 @@ class TestTiedWeights:
         with pytest.raises(UserError, match="0 and 1 share a weight"):
             add_spectral_norm(model)
         assert not any(parametrize.is_parametrized(layer) for layer in model)
+
+    @pytest.mark.parametrize(("normalized", "partner"), READ_DIFFERENTLY.values(), ids=READ_DIFFERENTLY)
+    def test_normalization_that_is_not_right_for_a_partner_is_not_joined(self, normalized, partner):
+        layer, options = copy.deepcopy(normalized)
+        model = nn.Sequential(layer, copy.deepcopy(partner))
+        model[1].weight = layer.weight
+        sn.spectral_norm(layer, **options)
+        with pytest.raises(UserError, match="0 and 1 share a weight"):
+            add_spectral_norm(model, n_power_iterations=2)
+        assert not is_normalized(model[1])
+        assert normalization_of(layer).n_power_iterations == 1
+        add_spectral_norm(model, include="0", n_power_iterations=2)
+        assert normalization_of(layer).n_power_iterations == 2
+
+    def test_lazy_layers_that_will_read_their_weight_differently_are_refused(self):
+        model = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyConvTranspose1d(4, 3))
+        model[1].weight = model[0].weight
+        with pytest.raises(UserError, match="0 and 1 share a weight"):
+            add_spectral_norm(model)
+        assert not any(is_normalized(layer) for layer in model)
+
+    def test_each_of_two_normalizations_of_a_weight_is_changed(self):
+        model = self.tied()
+        sn.spectral_norm(model[0], coefficient=1.0)
+        sn.spectral_norm(model[1], coefficient=2.0)
+        add_spectral_norm(model, n_power_iterations=3)
+        found = [normalization_of(layer) for layer in model]
+        assert [(each.coefficient, each.n_power_iterations) for each in found] == [(1.0, 3), (2.0, 3)]
+
+
+class Sealed(nn.Linear):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no class may come from this one")
+
+
+def described(model: nn.Module) -> list[object]:
+    """All that adding a normalization could change."""
+    hooks = ("_forward_pre_hooks", "_load_state_dict_pre_hooks", "_state_dict_hooks")
+    return [
+        [
+            *(name, module, type(module), repr(module), module.training),
+            *map(list, (module._parameters, module._buffers, module._modules)),
+            *(list(getattr(module, kind).values()) for kind in hooks),
+            *map(id, module.parameters()),
+        ]
+        for name, module in model.named_modules()
+    ]
+
+
+LATE = {  # refused when the last layer is reached
+    "update of a map's norm": (lambda: nn.Conv2d(3, 3, 3), {"norm": "operator", "update": "manual"}, UserError),
+    "complex convolution": (lambda: nn.Conv1d(2, 2, 3, dtype=torch.complex64), {"strict": True}, UserError),
+    "class that cannot be derived": (lambda: Sealed(2, 2), {}, TypeError),
+}
+EARLIER = {
+    "plain": lambda: nn.Linear(3, 3),
+    "P": lambda: torch_parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "O": lambda: nn.utils.spectral_norm(nn.Linear(3, 3)),
+    "recurrent": lambda: nn.GRU(3, 3),
+    "lazy": lambda: nn.LazyLinear(3),
+    "lazy that waits": lambda: sn.spectral_norm(nn.LazyLinear(3)),
+}
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(("make", "options", "error"), LATE.values(), ids=LATE)
+    @pytest.mark.parametrize("earlier", EARLIER.values(), ids=EARLIER)
+    def test_leaves_the_model_as_it_was(self, earlier, make, options, error):
+        model = nn.Sequential(earlier(), make()).eval()
+        before = described(model)
+        with pytest.raises(error):
+            add_spectral_norm(model, coefficient=2.0, **options)
+        assert described(model) == before
+
+    def test_leaves_a_single_layer_as_it_was(self):
+        layer = Sealed(2, 2)
+        before = described(layer)
+        with pytest.raises(TypeError):
+            sn.spectral_norm(layer)
+        assert described(layer) == before
+
+    def test_leaves_options_and_the_function_as_they_were(self):
+        under_hook = nn.utils.spectral_norm(nn.Linear(3, 3))
+        model = nn.Sequential(sn.spectral_norm(nn.Linear(3, 3), mode="learnable"), under_hook, Sealed(3, 3)).eval()
+        before, state = model(torch.ones(1, 3)), copy.deepcopy(model.state_dict())
+        with pytest.raises(TypeError):
+            add_spectral_norm(model, coefficient=2.0, n_power_iterations=3)
+        assert torch.equal(model(torch.ones(1, 3)), before)
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert normalization_of(model[0]).n_power_iterations == 1
 
 
 class TestTakingOverFromTorch:

@@ -282,6 +282,15 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"0\.weight has no values"):
             export_state_dict(model, "plain")
 
+    @pytest.mark.parametrize("format", TARGETS)
+    def test_lazy_weight_that_was_loaded_and_waits_for_its_first_forward(self, format):
+        model = add_spectral_norm(nn.Sequential(nn.LazyLinear(3)))
+        model.load_state_dict(nn.Sequential(nn.Linear(4, 3)).state_dict())
+        with pytest.raises(UserError, match="0 is normalized from its first forward on; run one"):
+            export_state_dict(model, format)
+        model(torch.ones(1, 4))
+        assert export_state_dict(model, format)
+
     @pytest.mark.parametrize("by", ["torch", "torch-hook"])
     def test_weight_that_torch_normalizes_is_not_written_in_another_format(self, by):
         model = nn.Sequential(TARGETS[by](nn.Linear(4, 3)))

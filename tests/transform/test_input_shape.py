@@ -85,6 +85,49 @@ def test_convolution_that_is_not_used_holds_for_all_sizes():
     assert normalization_of(model.unused).input_size is None
 
 
+def test_layers_that_wait_for_their_first_images_learn_nothing_of_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    sn.spectral_norm(model[0], norm="operator")
+    part = normalization_of(model[0])
+    weight = model[0].weight.detach().clone()
+    add_spectral_norm(model, include="1", norm="operator", input_shape=(3, 32, 32))
+    assert part.learned_size is None
+    with pytest.raises(UserError, match="input_size cannot be changed"):
+        add_spectral_norm(model, include="0", norm="operator", input_shape=(3, 32, 32))
+    assert part.learned_size is None
+    assert torch.equal(model[0].weight, weight)
+    model[0](torch.randn(1, 3, 8, 8))
+    assert part.learned_size == (8, 8)
+
+
+def test_what_a_forward_leaves_in_the_model_is_not_left_by_that_without_values():
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 3)
+            self.seen, self.grids = [], {}
+
+        def forward(self, images):
+            grid = self.grids.setdefault(images.shape[-1], torch.ones(images.shape[-1], device=images.device))
+            self.last = self.layer(images * grid)
+            self.seen.append(self.last.shape)
+            return self.last
+
+    model = add_spectral_norm(Remembering(), strict=True, input_shape=(1, 9, 9))
+    assert not hasattr(model, "last")
+    assert (model.seen, model.grids) == ([], {})
+    model(torch.ones(1, 1, 9, 9))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_stays_of_layers_that_keep_theirs_elsewhere(training):
+    scripted = torch.jit.script(nn.Sequential(nn.Dropout()))
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), scripted).train(training)
+    add_spectral_norm(model, strict=True, input_shape=(1, 9, 9))
+    assert [module.training for module in scripted.modules()] == [training, training]
+
+
 class _Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

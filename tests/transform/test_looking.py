@@ -125,6 +125,20 @@ def test_update_advances_a_weight_that_has_not_changed():
     torch.testing.assert_close(layer.weight, before, rtol=1e-4, atol=1e-5)
 
 
+def test_update_advances_a_weight_that_layers_share_once():
+    weight, change = torch.randn(30, 30), torch.randn(30, 30)
+    vectors = []
+    for num_layers in (1, 2):
+        layers = nn.Sequential(*(nn.Linear(30, 30) for _ in range(num_layers)))
+        layers[0].weight = layers[-1].weight = nn.Parameter(weight.clone())
+        sn.add_spectral_norm(layers, update="manual")
+        with torch.no_grad():
+            layers[0].parametrizations.weight.original.add_(change)
+        sn.update_(layers)
+        vectors.append(layers[0].parametrizations.weight[0]._u)
+    assert torch.equal(*vectors)
+
+
 def test_importing_the_library_imports_nothing_heavy_and_the_trainer_on_demand():
     import subprocess
     import sys

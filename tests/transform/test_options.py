@@ -121,6 +121,35 @@ class TestWhichWeights:
         assert norms[2] == pytest.approx(1, rel=1e-4)
 
 
+class TestLayerAtTwoPlaces:
+    """It has two names, and each of them is meant."""
+
+    @staticmethod
+    def made() -> nn.ModuleDict:
+        encoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        return nn.ModuleDict({"encoder": encoder, "decoder": nn.Sequential(encoder[0], nn.Linear(2, 2))})
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"include": "decoder.*"}, ["encoder.0", "decoder.1"]),
+            ({"include": "decoder.0.weight"}, ["encoder.0"]),
+            ({"include": "decoder.0.bias"}, ["encoder.0.bias"]),
+            ({"include": lambda name, layer: name == "decoder.0"}, ["encoder.0"]),
+            ({"exclude": "decoder.0"}, ["encoder.1", "decoder.1"]),
+            ({"exclude": lambda name, layer: name.startswith("decoder")}, ["encoder.1"]),
+        ],
+        ids=["glob", "weight", "vector", "predicate", "exclude", "excluding predicate"],
+    )
+    def test_is_chosen_by_either(self, options, expected):
+        model = add_spectral_norm(self.made(), **options)
+        assert [name for name, *_ in normalized_weights(model)] == expected
+
+    def test_gets_the_coefficient_of_either(self):
+        model = add_spectral_norm(self.made(), coefficient={"decoder.0": 2.0, "*": 1.0})
+        assert coefficients(model) == {"encoder.0": 2.0, "encoder.1": 1.0, "decoder.1": 1.0}
+
+
 class TestCoefficientPerLayer:
     def test_first_glob_that_fits_wins_and_the_rest_gets_one(self):
         model = add_spectral_norm(

@@ -1,9 +1,10 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from spectralnorm import add_spectral_norm
+from spectralnorm import UserError, add_spectral_norm
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 
@@ -47,3 +48,20 @@ def test_layers_that_are_not_named_find_their_norms_anew(device: torch.device):
     load_tracking_state(model, {})
     weight = model[3].weight.detach()
     assert abs(torch.linalg.matrix_norm(weight.double(), 2).item() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("other", [{"size": 5}, {"norm": "bidirectional"}], ids=["shape", "norm"])
+def test_state_of_another_model_is_refused_before_anything_is_restored(other):
+    def made(size: int = 3, norm: str = "matrix") -> nn.Module:
+        layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(size, 3))
+        return add_spectral_norm(add_spectral_norm(layers, include="0"), norm=norm, exclude="0")
+
+    torch.manual_seed(0)
+    state = tracking_state(made())
+    model = made(**other)
+    before = [layer.weight.detach().clone() for layer in model]
+    with pytest.raises(
+        UserError, match="The tracking state has vectors of 1 for a weight of another shape, or another"
+    ):
+        load_tracking_state(model, state)
+    assert [torch.equal(layer.weight, kept) for layer, kept in zip(model, before, strict=True)] == [True, True]

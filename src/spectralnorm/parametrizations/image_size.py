@@ -14,14 +14,14 @@ from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per
 from spectralnorm.linalg.patches import patches_of_any_size
 
 __all__ = [
-    "InputSizeCheck",
-    "InputSizeLearner",
     "forget_input_size",
     "gain_of",
     "geometry_of",
+    "look_at_input",
     "require_input_size_of",
     "takes_input_size",
     "usual_input_size",
+    "watch_input_size",
 ]
 
 # Where no image has been seen: so large that most of it is far from the edges.
@@ -84,10 +84,12 @@ class InputSizeLearner:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the first image."""
-        if self.normalization.learned_size is None and torch._C._get_tracing_state() is None:
+        is_awaited = self.normalization.learned_size is None and _is_on(module)
+        if is_awaited and torch._C._get_tracing_state() is None:
             images = args[0] if args else kwargs["input"]
             size = images.shape[-self.num_axes :]
-            if all(type(each) is int for each in size):  # what is exported may have sizes that are no numbers
+            # What is exported may have sizes that are no numbers, and what has no values is only tried out.
+            if all(type(each) is int for each in size) and not images.is_meta:
                 self.normalization.learn_size(tuple(map(int, size)))
 
 
@@ -109,6 +111,8 @@ class InputSizeCheck:
         Raises:
             UserError: its size is another, or the layer is asked for a size of its output.
         """
+        if not _is_on(module):
+            return
         images = args[0] if args else kwargs["input"]
         size = tuple(images.shape[-self.geometry.num_axes :])
         if size != self.input_size:
@@ -123,9 +127,46 @@ class InputSizeCheck:
             )
 
 
+def watch_input_size(module: nn.Module, normalization: Any) -> None:
+    """Put the one of this module's two classes on a convolution that its normalization needs; of others none.
+
+    Args:
+        module: the layer.
+        normalization: a `SpectralNorm`.
+    """
+    geometry = normalization.geometry
+    if geometry is None:
+        return
+    forget_input_size(module)  # of an earlier normalization
+    if normalization.input_size is not None:
+        module.register_forward_pre_hook(InputSizeCheck(geometry, normalization.input_size), with_kwargs=True)
+    elif normalization.follows_map:
+        module.register_forward_pre_hook(InputSizeLearner(normalization, geometry.num_axes), with_kwargs=True)
+
+
+def look_at_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """What the hooks of this module's two classes do, for a forward that has begun without them."""
+    for hook in _hooks(module).values():
+        hook(module, args, kwargs)
+
+
 def forget_input_size(module: nn.Module) -> None:
     """Take the hooks of this module's two classes off a convolution."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, (InputSizeCheck, InputSizeLearner)):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in _hooks(module):
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _hooks(module: nn.Module) -> dict[int, InputSizeCheck | InputSizeLearner]:
+    return {
+        key: hook
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, (InputSizeCheck, InputSizeLearner))
+    }
+
+
+def _is_on(module: nn.Module) -> bool:
+    """Whether the weight is still normalized: torch's own function takes that off, and no hooks."""
+    lists: Any = module._modules.get("parametrizations")
+    parts = () if lists is None or "weight" not in lists else lists["weight"]
+    return any(getattr(part, "geometry", None) is not None for part in parts)

@@ -12,6 +12,7 @@ from spectralnorm.parametrizations import foreign
 from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of
 from spectralnorm.parametrizations.options import KeywordOptions, refuse_unknown, require_module
 from spectralnorm.parametrizations.registration import normalization_of, register
+from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
 __all__ = ["is_normalized", "spectral_norm"]
@@ -70,7 +71,8 @@ def spectral_norm(
             f"{name!r} of this {type(module).__name__} is computed and not a parameter, as under the hook "
             "torch.nn.utils.weight_norm; take that off first."
         )
-    register(module, name, normalization)
+    with unchanged_on_failure(module):
+        register(module, name, normalization)
     return module
 
 

@@ -26,6 +26,7 @@ from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.state_dict import forget_other_formats
 
 __all__ = ["can_be_handed_over", "plain_class", "share_class"]
 
@@ -82,6 +83,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
         methods: dict[str, Any] = {
             # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
             "__module__": base.__module__,
+            "__delattr__": _delattr_of(base),
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
             "__setstate__": _set_state_of(base),
@@ -180,6 +182,18 @@ def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
     return register_parameter
 
 
+def _delattr_of(base: type[nn.Module]) -> Callable[..., None]:
+    """The method that torch calls when it has taken the last parametrization off, whoever asked it to."""
+
+    def delete(self: Any, name: str) -> None:
+        base.__delattr__(self, name)
+        if name == "parametrizations":
+            forget_input_size(self)
+            forget_other_formats(self)
+
+    return delete
+
+
 _module_call = nn.Module.__call__
 # Not `is_compiling`, which asks for more: where an export does without Dynamo, the weight is another than the one
 # of which a value is kept.
@@ -271,7 +285,6 @@ def _baked(self: nn.Module) -> nn.Module:
     plain = deepcopy(self)
     for name in list(plain.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(plain, name)
-    forget_input_size(plain)
     recurrent.restore_flat_weights(plain)
     return plain
 

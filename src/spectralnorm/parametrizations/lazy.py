@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from spectralnorm.parametrizations.image_size import look_at_input
 from spectralnorm.parametrizations.options import Options, check_dim, check_options
 from spectralnorm.parametrizations.registration import register
+from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["PendingNorm", "can_wait", "pending_of", "pending_of_module"]
+__all__ = ["PendingNorm", "can_wait", "pending_of", "pending_of_module", "with_shape"]
 
 
 class PendingNorm:
@@ -32,20 +36,40 @@ class PendingNorm:
     def __init__(self, name: str, dim: int | None, options: Options[float]) -> None:
         self.name = name
         self.dim = dim
-        self.options: Options[float] = {}
+        self.options: Options[float] = {**options}
         check_dim(dim)
-        self.set_options(options)
         self._loaded: dict[str, Tensor] = {}
         self._normalization: SpectralNorm | None = None
 
-    def set_options(self, changes: Options[float]) -> None:
-        """Change options; those that are not given stay."""
-        check_options(**changes)
+    def check_change(self, module: nn.Module, **changes: Unpack[Options[float]]) -> None:
+        """Raise what the first forward of ``module`` would with these options changed, as far as is known by now.
+
+        Raises:
+            UserError: the options cannot be changed to these.
+            IndexError: ``dim`` will not be a dimension of the weight.
+        """
+        if self._normalization is not None:
+            return self._normalization.check_change(**changes)
+        merged: Options[float] = {**self.options, **changes}
+        check_options(**merged)
+        layer = with_shape(module, self.name)
+        if layer is not None:
+            SpectralNorm(layer, self.name, dim=self.dim, **merged)
+
+    def set_options(self, **changes: Unpack[Options[float]]) -> None:
+        """Change options, which `check_change` has let pass; those that are not given stay."""
         self.options = {**self.options, **changes}
+        if self._normalization is not None:
+            self._normalization.set_options(**changes)
 
     def wait(self, module: nn.Module) -> None:
-        """Normalize the weight of ``module`` as soon as it has a shape."""
-        module.register_forward_pre_hook(self)
+        """Normalize the weight of ``module`` as soon as it has a shape.
+
+        Raises:
+            UserError, IndexError: as `check_change`.
+        """
+        self.check_change(module)
+        module.register_forward_pre_hook(self, with_kwargs=True)
         if not _load_hooks(module):
             module._register_load_state_dict_pre_hook(_load, with_module=True)
 
@@ -54,19 +78,35 @@ class PendingNorm:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is self:
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         if not pending_of_module(module):
             for key in _load_hooks(module):
                 del module._load_state_dict_pre_hooks[key]
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Normalize the weight now, before it is used for the first time."""
+        if self.has_shape(module):  # else the first forward failed, and torch has told why
+            self.normalize(module)
+            look_at_input(module, args, kwargs)
+
+    def has_shape(self, module: nn.Module) -> bool:
+        """Whether the weight of ``module`` has its shape by now: of a forward, or of a state dict that was loaded."""
         parameter: Any = module._parameters[self.name]
-        if is_lazy(parameter):  # the first forward failed, and torch has told why
-            return
-        self.cancel(module)
-        if self._normalization is None:
-            self._normalization = SpectralNorm(module, self.name, dim=self.dim, **self.options)
-            self._normalization.load_state_dict(self._loaded, strict=False)
-        register(module, self.name, self._normalization)
+        return not is_lazy(parameter)
+
+    def normalize(self, module: nn.Module) -> None:
+        """Put the normalization on ``module``, whose weight has its shape.
+
+        Raises:
+            UserError, IndexError: as `check_change`. It goes on waiting then.
+        """
+        if self._normalization is None:  # until this succeeds, every forward fails
+            normalization = SpectralNorm(module, self.name, dim=self.dim, **self.options)
+            normalization.load_state_dict(self._loaded, strict=False)
+            self._normalization = normalization
+        with unchanged_on_failure(module):
+            self.cancel(module)
+            register(module, self.name, self._normalization)
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Let the layer load the state of one that is normalized already; what belongs to the norm is put by."""
@@ -101,6 +141,25 @@ def pending_of(module: nn.Module, name: str = "weight") -> PendingNorm | None:
 def pending_of_module(module: nn.Module) -> list[PendingNorm]:
     """The normalizations that wait for weights of one layer."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PendingNorm)]
+
+
+def with_shape(module: nn.Module, name: str) -> nn.Module | None:
+    """The layer as one channel for each group would make it, without values; None where only a forward can tell."""
+    layer: Any = module
+    if name != "weight":
+        return None
+    if isinstance(module, nn.Linear):
+        shape = (layer.out_features, 1)
+    elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        shape = (layer.groups, layer.out_channels // layer.groups, *layer.kernel_size)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        shape = (layer.out_channels, 1, *layer.kernel_size)
+    else:
+        return None
+    weight = torch.empty(shape, dtype=layer.weight.dtype, device="meta")
+    shaped = type(module).__new__(type(module))
+    vars(shaped).update({**vars(module), "_parameters": {name: nn.Parameter(weight)}})
+    return shaped
 
 
 def _load_hooks(module: nn.Module) -> list[int]:

@@ -10,11 +10,11 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import foreign, fsdp, recurrent
 from spectralnorm.parametrizations.arithmetic import without_autocast
-from spectralnorm.parametrizations.image_size import InputSizeCheck, InputSizeLearner, forget_input_size
+from spectralnorm.parametrizations.image_size import forget_input_size, watch_input_size
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
-from spectralnorm.parametrizations.state_dict import accept_other_formats, forget_other_formats
+from spectralnorm.parametrizations.state_dict import accept_other_formats
 
 __all__ = ["normalization_of", "register", "unregister"]
 
@@ -41,12 +41,7 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
         index = next(i for i, part in enumerate(parts) if part is foreign.parametrization_of(module, name))
         normalization.train(module.training)
         parts[index] = normalization
-    if normalization.geometry is not None and normalization.input_size is not None:
-        check = InputSizeCheck(normalization.geometry, normalization.input_size)
-        module.register_forward_pre_hook(check, with_kwargs=True)
-    elif normalization.follows_map and normalization.geometry is not None:
-        learner = InputSizeLearner(normalization, normalization.geometry.num_axes)
-        module.register_forward_pre_hook(learner, with_kwargs=True)
+    watch_input_size(module, normalization)
     if normalization._kept is not None:
         normalization._kept.forget_graphs()  # torch has read the weight to see that it fits
     share_class(module)
@@ -78,6 +73,4 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     fsdp.move((parts, "original"), (module, name))
     if name == "weight":
         forget_input_size(module)
-    if not parametrize.is_parametrized(module):
-        forget_other_formats(module)
     recurrent.restore_flat_weights(module)

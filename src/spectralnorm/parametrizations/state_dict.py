@@ -21,7 +21,7 @@ from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations.arithmetic import without_autocast
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats"]
+__all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats", "in_eval_mode"]
 
 PARAMETRIZATION, HOOK, PLAIN = FORMATS = ("torch", "torch-hook", "plain")
 
@@ -137,7 +137,7 @@ class Writer:
             label, own = prefix + name, f"{prefix}parametrizations.{name}."
             if any(tensor.is_meta for tensor in parts.parameters()):
                 raise UserError(f"{label} has no values yet, it is on the meta device; load or initialize it first.")
-            with torch.no_grad(), without_autocast(next(parts.parameters())), _in_eval_mode(parts):
+            with torch.no_grad(), without_autocast(next(parts.parameters())), in_eval_mode(parts):
                 if self._format == PLAIN:
                     baked = self._baked_weight(parts, normalization)
                     _drop(state_dict, own)
@@ -198,7 +198,7 @@ def _input_of(parts: Any, index: int) -> Tensor:
 
 
 @contextmanager
-def _in_eval_mode(parts: nn.Module) -> Iterator[None]:
+def in_eval_mode(parts: nn.Module) -> Iterator[None]:
     """Nothing advances."""
     modes = [(part, part.training) for part in parts.modules()]
     parts.eval()

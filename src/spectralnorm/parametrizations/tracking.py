@@ -17,7 +17,7 @@ from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.promise import shorter_vectors
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["restore_tracking", "tracking_of"]
+__all__ = ["fits_tracking", "restore_tracking", "tracking_of"]
 
 
 def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor]:
@@ -50,13 +50,24 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
     return state
 
 
+def fits_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether what `tracking_of` returned is of a weight of this shape, read as the same matrices."""
+    kept = _kept(normalization, weight)
+    triplets = () if kept is None else kept.triplets
+    return all(
+        f"{number}.{name}" in state and state[f"{number}.{name}"].shape == part.shape
+        for number, triplet in enumerate(triplets)
+        for name, part in (("u", triplet.u), ("v", triplet.v))
+    )
+
+
 def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[str, Tensor]) -> None:
     """Go on from what `tracking_of` returned, for the same weight as then.
 
     Args:
         normalization: of the weight.
         weight: the raw weight, already loaded.
-        state: as saved; on any device.
+        state: as saved, and found to fit by `fits_tracking`; on any device.
     """
     if _kept(normalization, weight) is None:
         return

@@ -1,31 +1,31 @@
-"""Normalizing the weights of a whole model, and undoing it."""
+"""Normalizing the weights of a whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import view_of
-from spectralnorm.parametrizations import SpectralNorm, foreign, normalization_of
-from spectralnorm.parametrizations.image_size import geometry_of, require_input_size_of, takes_input_size
-from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module
+from spectralnorm.linalg import ConvolutionGeometry, MatrixView, view_of
+from spectralnorm.parametrizations import SpectralNorm, foreign, fsdp, normalization_of
+from spectralnorm.parametrizations.image_size import geometry_of, takes_input_size
+from spectralnorm.parametrizations.lazy import PendingNorm, can_wait, pending_of, pending_of_module, with_shape
 from spectralnorm.parametrizations.options import (
     Options,
-    check_options,
     checked_input_size,
     refuse_unknown,
     require_module,
 )
-from spectralnorm.parametrizations.registration import register, unregister
+from spectralnorm.parametrizations.registration import register
+from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
-__all__ = ["add_spectral_norm", "remove_spectral_norm"]
+__all__ = ["add_spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,7 +71,7 @@ def add_spectral_norm(
         UserError: an option has a value that is not offered or cannot be changed in place, no layer takes the
             ``input_size``, a glob of ``include``, ``exclude`` or ``coefficient`` matches nothing, layers share a weight
             that they read as different matrices, or the model cannot be run on one tensor of ``input_shape`` without
-            values. Nothing has been changed then.
+            values. Nothing has been changed then, nor after any other error.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1))
     >>> model = add_spectral_norm(model, coefficient={"0": 2.0, "*": 1.0})
@@ -90,38 +90,54 @@ def add_spectral_norm(
     else:
         sizes = _sizes_of_each(model, chosen, input_shape, options)
     wanted = _options_of_each(options, chosen, sizes)
-    _refuse_disagreeing_views(chosen, of_maps=bool(options.get("strict")) or options.get("norm") == "operator")
+    _refuse_disagreeing_views(model, chosen, options)
+    to_change: dict[int, tuple[SpectralNorm | PendingNorm, Options[float]]] = {}
     for candidate in chosen:
-        changes = wanted[id(candidate.weight)]
-        existing = by_weight.get(id(candidate.weight))
-        if isinstance(existing, SpectralNorm):
+        existing, changes = _present(candidate, by_weight), wanted[id(candidate.weight)]
+        if _own(candidate) is None:
+            fsdp.require_sharded(candidate.module, candidate.tensor_name)
+        if existing is None:
+            continue
+        if isinstance(existing, PendingNorm):
+            existing.check_change(candidate.module, **changes)
+        else:
             existing.check_change(**changes)
-        else:
-            check_options(**changes)
-            _check_input_size(candidate, changes.get("input_size"))
+        to_change[id(existing)] = existing, changes
 
-    for candidate in chosen:
-        # One normalization per parameter: layers that share a weight share the value that is kept of it.
-        changes = wanted.pop(id(candidate.weight), {})
-        existing = by_weight.get(id(candidate.weight))
-        if isinstance(existing, SpectralNorm):
-            existing.set_options(**changes)
-        elif existing is not None:
-            existing.set_options(changes)
-        else:
-            existing = by_weight[id(candidate.weight)] = _made(candidate, changes)
-        _put_on(candidate, existing)
+    with unchanged_on_failure(model):
+        for candidate in chosen:
+            # One normalization per parameter: layers that share a weight share the value that is kept of it.
+            normalization = _present(candidate, by_weight)
+            if normalization is None:
+                normalization = by_weight[id(candidate.weight)] = _made(candidate, wanted[id(candidate.weight)])
+            _put_on(candidate, normalization)
+    for existing, changes in to_change.values():  # last: it writes into tensors, and nothing is refused any more
+        existing.set_options(**changes)
     return model
 
 
 def _existing(model: nn.Module) -> dict[int, SpectralNorm | PendingNorm]:
     """The normalizations in the model, by the id of the parameter."""
     found: dict[int, SpectralNorm | PendingNorm] = {
-        id(raw_weight(module, name)): normalization for _, module, name, normalization in normalized_weights(model)
+        id(module._parameters[pending.name]): pending
+        for module in model.modules()
+        for pending in pending_of_module(module)
     }
-    for module in model.modules():
-        found |= {id(module._parameters[pending.name]): pending for pending in pending_of_module(module)}
+    for _, module, name, normalization in normalized_weights(model):
+        found[id(raw_weight(module, name))] = normalization
     return found
+
+
+def _own(candidate: Candidate) -> SpectralNorm | PendingNorm | None:
+    module, name = candidate.module, candidate.tensor_name
+    return normalization_of(module, name) or pending_of(module, name)
+
+
+def _present(
+    candidate: Candidate, by_weight: Mapping[int, SpectralNorm | PendingNorm]
+) -> SpectralNorm | PendingNorm | None:
+    """The normalization that a weight has, or else joins because another layer shares the weight."""
+    return _own(candidate) or by_weight.get(id(candidate.weight))
 
 
 def _sizes_of_each(
@@ -151,7 +167,7 @@ def _same_size_for_each(
         return {}
     found = {}
     for candidate in chosen:
-        existing = by_weight.get(id(candidate.weight))
+        existing = _present(candidate, by_weight)
         before: Any = existing.options if isinstance(existing, PendingNorm) else vars(existing) if existing else {}
         norm = options.get("norm", before.get("norm", "matrix"))
         strict = options.get("strict", before.get("strict", False))
@@ -162,13 +178,6 @@ def _same_size_for_each(
             'input_size is for convolutions with strict=True or norm="operator", and here is none; leave it out.'
         )
     return found
-
-
-def _check_input_size(candidate: Candidate, size: tuple[int, ...] | None) -> None:
-    if size is not None and not is_lazy(candidate.weight):
-        geometry = geometry_of(candidate.module, candidate.tensor_name, candidate.weight)
-        if geometry is not None:
-            require_input_size_of(geometry, size)
 
 
 def _options_of_each(
@@ -212,53 +221,48 @@ def _made(candidate: Candidate, options: Options[float]) -> SpectralNorm | Pendi
 
 
 def _put_on(candidate: Candidate, normalization: SpectralNorm | PendingNorm) -> None:
-    module, name = candidate.module, candidate.tensor_name
-    if normalization_of(module, name) is not None or pending_of(module, name) is not None:
+    if _own(candidate) is not None:
         return
     if isinstance(normalization, PendingNorm):
-        normalization.wait(module)
+        normalization.wait(candidate.module)
     else:
-        register(module, name, normalization)
+        register(candidate.module, candidate.tensor_name, normalization)
 
 
-def remove_spectral_norm(model: M) -> M:
-    """Take the normalization off all weights of a model and write the normalized weights into the parameters.
+class _Reading(NamedTuple):
+    """How a layer reads its weight.
 
-    The model computes the same function as before, and its parameters are the same objects.
-
-    Returns:
-        The model.
-
-    >>> import torch
-    >>> model = add_spectral_norm(nn.Sequential(nn.Linear(4, 4)))
-    >>> inputs = torch.ones(1, 4)
-    >>> before = model(inputs)
-    >>> torch.equal(remove_spectral_norm(model)(inputs), before)
-    True
+    Attributes:
+        label: how the weight is called in messages.
+        view: the matrix.
+        map: that of images whose norm is meant; None if it is that of the matrix.
     """
-    for module in model.modules():
-        for pending in pending_of_module(module):
-            pending.cancel(module)
-    baked: set[int] = set()
-    for _, module, name, _ in list(normalized_weights(model)):
-        weight = raw_weight(module, name)
-        unregister(module, name, bake=id(weight) not in baked)
-        baked.add(id(weight))
-    return model
+
+    label: str
+    view: MatrixView
+    map: ConvolutionGeometry | None
 
 
-def _refuse_disagreeing_views(chosen: list[Candidate], *, of_maps: bool) -> None:
-    first_by_weight: dict[int, Candidate] = {}
+def _refuse_disagreeing_views(
+    model: nn.Module, chosen: list[Candidate], options: Options[float | Mapping[str, float]]
+) -> None:
+    """Layers with one normalization must read their weight as the same matrix, and as the same map if it is of that."""
+    of_maps = bool(options.get("strict")) or options.get("norm") == "operator"
+    first_by_weight = {
+        id(raw_weight(module, name)): _Reading(label, normalization.view, normalization.geometry)
+        for label, module, name, normalization in normalized_weights(model)
+    }
     for candidate in chosen:
-        if is_lazy(candidate.weight):
+        name, weight, layer = candidate.tensor_name, candidate.weight, candidate.module
+        if is_lazy(weight):
+            layer = with_shape(layer, name)
+            weight = None if layer is None else layer._parameters[name]
+        if layer is None or weight is None or normalization_of(layer, name) is not None:
             continue
-        first = first_by_weight.setdefault(id(candidate.weight), candidate)
-        views = [
-            view_of(each.module, each.weight, foreign.foreign_dim(each.module, each.tensor_name))
-            for each in (first, candidate)
-        ]
-        maps = [geometry_of(each.module, each.tensor_name, each.weight) for each in (first, candidate)]
-        if views[0] != views[1] or (of_maps and maps[0] != maps[1]):
+        view, geometry = view_of(layer, weight, foreign.foreign_dim(layer, name)), geometry_of(layer, name, weight)
+        own = _Reading(candidate.label, view, geometry if of_maps else None)
+        first = first_by_weight.setdefault(id(candidate.weight), own)
+        if first.view != view or first.map not in (None, geometry):
             raise UserError(
                 f"{first.label} and {candidate.label} share a weight but read it as different matrices, so no one norm "
                 "is right for both; exclude one of them."

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign, normalization_of
+from spectralnorm.parametrizations.lazy import pending_of_module
 from spectralnorm.parametrizations.state_dict import FORMATS, HOOK, PARAMETRIZATION, Writer
 from spectralnorm.transform.upkeep import weight_label
 
@@ -32,8 +33,8 @@ def export_state_dict(model: nn.Module, format: str) -> dict[str, Tensor]:
 
     Raises:
         UserError: the format is not one of these; a weight has a setting that it cannot express (torch knows no
-            coefficient, no cap above the norm and no weight without a norm: ``"plain"`` takes them all), or torch's own
-            functions normalize a weight in another format.
+            coefficient, no cap above the norm and no weight without a norm: ``"plain"`` takes them all), torch's own
+            functions normalize a weight in another format, or a lazy layer has loaded its weight and not run yet.
 
     >>> from spectralnorm import add_spectral_norm
     >>> model = add_spectral_norm(nn.Sequential(nn.Linear(3, 2)))
@@ -44,6 +45,7 @@ def export_state_dict(model: nn.Module, format: str) -> dict[str, Tensor]:
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     _refuse_foreign(model, format)
+    _refuse_waiting(model)
     writer = Writer(format)
     layers = [module for module in model.modules() if _is_ours(module)]
     handles = [layer.register_state_dict_post_hook(writer) for layer in layers]
@@ -72,3 +74,13 @@ def _refuse_foreign(model: nn.Module, format: str) -> None:
                 f"{weight_label(path, name)} is normalized by torch, so it cannot be written as {format!r}; "
                 "add_spectral_norm(model) takes it over."
             )
+
+
+def _refuse_waiting(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for pending in pending_of_module(module):
+            if pending.has_shape(module):
+                raise UserError(
+                    f"{weight_label(path, pending.name)} is normalized from its first forward on; run one before the "
+                    "model is written."
+                )

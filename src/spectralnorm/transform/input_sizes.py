@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations.image_size import geometry_of
+from spectralnorm.parametrizations.snapshot import Snapshot
 from spectralnorm.transform.selection import Candidate
 
 __all__ = ["input_sizes"]
@@ -35,7 +36,6 @@ def input_sizes(
     if not is_shape or not all(isinstance(size, int) and size > 0 for size in input_shape):
         raise UserError(f"input_shape must be positive integers, (channels, height, width), got {input_shape!r}.")
     found: dict[int, tuple[int, ...]] = {}
-    handles = []
     candidates = list(candidates)
     for candidate in candidates:
         if is_lazy(candidate.weight):
@@ -43,19 +43,15 @@ def input_sizes(
                 f"input_shape needs weights that have shapes, and {candidate.label} has none yet; run one forward with "
                 "real inputs first."
             )
-    for candidate in candidates:
-        if geometry_of(candidate.module, candidate.tensor_name, candidate.weight) is not None:
-            look = _Look(candidate, found)
-            handles.append(candidate.module.register_forward_pre_hook(look, with_kwargs=True))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # so that no statistics are made of a batch
+    before = Snapshot(model)
     try:
+        for candidate in candidates:
+            if geometry_of(candidate.module, candidate.tensor_name, candidate.weight) is not None:
+                candidate.module.register_forward_pre_hook(_Look(candidate, found), with_kwargs=True)
+        model.eval()  # so that no statistics are made of a batch
         _run_without_values(model, tuple(input_shape))
     finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
+        before.restore()  # hooks, modes, and what the model keeps of a forward
     return found
 
 

@@ -45,7 +45,7 @@ class Candidate:
     """One parameter of a model.
 
     Attributes:
-        path: the layer's name in the model.
+        paths: the layer's name in the model; of one that stands at several places all its names, in order.
         module: the layer.
         tensor_name: the parameter's name in it.
         weight: the raw parameter.
@@ -53,7 +53,7 @@ class Candidate:
         reason: why it is not unless it is named; None if it is.
     """
 
-    path: str
+    paths: tuple[str, ...]
     module: nn.Module
     tensor_name: str
     weight: Tensor
@@ -66,9 +66,14 @@ class Candidate:
         return weight_label(self.path, self.tensor_name)
 
     @property
-    def full_name(self) -> str:
-        """Its name among the parameters of the model before anything was normalized."""
-        return f"{self.path}.{self.tensor_name}".removeprefix(".")
+    def path(self) -> str:
+        """The layer's first name."""
+        return self.paths[0]
+
+    @property
+    def full_names(self) -> list[str]:
+        """Its names among the parameters of the model before anything was normalized."""
+        return [f"{path}.{self.tensor_name}".removeprefix(".") for path in self.paths]
 
     @property
     def is_bias(self) -> bool:
@@ -78,17 +83,20 @@ class Candidate:
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """Every parameter of ``model`` in order."""
-    for path, module in model.named_modules():
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    for module, paths in places.items():
         if isinstance(module, parametrize.ParametrizationList):
             continue
         for tensor_name, weight in _raw_weights(module):
             obstacle = _obstacle(module, tensor_name, weight)
-            yield Candidate(path, module, tensor_name, weight, obstacle, _reason(module, tensor_name, weight))
+            yield Candidate(tuple(paths), module, tensor_name, weight, obstacle, _reason(module, tensor_name, weight))
 
 
 def names(glob: str, candidate: Candidate) -> bool:
     """Whether a glob fits the layer's name or the weight's own."""
-    return fnmatchcase(candidate.path, glob) or fnmatchcase(candidate.full_name, glob)
+    return any(fnmatchcase(name, glob) for name in (*candidate.paths, *candidate.full_names))
 
 
 def _asks_for(glob: str, candidate: Candidate) -> bool:
@@ -101,9 +109,9 @@ def _asks_for(glob: str, candidate: Candidate) -> bool:
     if candidate.reason is None:
         return names(glob, candidate)
     if _is_vector(candidate.weight):
-        return glob == candidate.full_name
+        return glob in candidate.full_names
     layer_glob, _, tensor_name = glob.rpartition(".")
-    return tensor_name == candidate.tensor_name and fnmatchcase(candidate.path, layer_glob)
+    return tensor_name == candidate.tensor_name and any(fnmatchcase(path, layer_glob) for path in candidate.paths)
 
 
 def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -> list[Candidate]:
@@ -118,7 +126,7 @@ def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -
     if include is None:
         chosen = [candidate for candidate in chosen if candidate.reason is None]
     elif _is_predicate(include, "include"):
-        chosen = [each for each in chosen if each.reason is None and include(each.path, each.module)]
+        chosen = [each for each in chosen if each.reason is None and _is_meant(include, each)]
         if not chosen:
             raise UserError(_nothing_matches(None, everything))
     else:
@@ -130,7 +138,7 @@ def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -
     if exclude is None:
         return chosen
     if _is_predicate(exclude, "exclude"):
-        return [candidate for candidate in chosen if not exclude(candidate.path, candidate.module)]
+        return [candidate for candidate in chosen if not _is_meant(exclude, candidate)]
     globs = _globs("exclude", exclude)
     for glob in globs:
         if not any(names(glob, candidate) for candidate in everything):
@@ -139,6 +147,10 @@ def select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -
                 f"exclude={glob!r} matches no layer; those that can be normalized are: {present or 'none'}."
             )
     return [candidate for candidate in chosen if not any(names(glob, candidate) for glob in globs)]
+
+
+def _is_meant(predicate: Callable[[str, nn.Module], bool], candidate: Candidate) -> bool:
+    return any(predicate(path, candidate.module) for path in candidate.paths)
 
 
 def _is_predicate(pattern: Pattern, option: str) -> TypeGuard[Callable[[str, nn.Module], bool]]:
@@ -166,7 +178,7 @@ def _nothing_matches(glob: str | None, everything: list[Candidate]) -> str:
         if glob is not None and candidate.obstacle is not None and _asks_for(glob, candidate):
             return f"include matches only what cannot be normalized: {candidate.label} {candidate.obstacle}."
     known = [each.label for each in everything if each.obstacle is None and each.reason is None]
-    others = [each.full_name for each in everything if each.obstacle is None and each.reason and not each.is_bias]
+    others = [each.full_names[0] for each in everything if each.obstacle is None and each.reason and not each.is_bias]
     which = "include" if glob is None else f"include={glob!r}"
     message = f"{which} matches no layer that can be normalized; those are: {', '.join(known) or 'none'}"
     return message + (f"; by their full names also: {', '.join(others)}." if others else ".")

@@ -96,7 +96,8 @@ def summary(model: nn.Module) -> Summary:
         note = candidate.obstacle or candidate.reason or "not normalized"
         if pending is not None:
             options = pending.options
-            note = f"{options.get('mode', 'normalize')} to {options.get('coefficient', 1):g} once it has a shape"
+            when = "from its first forward on" if pending.has_shape(module) else "once it has a shape"
+            note = f"{options.get('mode', 'normalize')} to {options.get('coefficient', 1):g} {when}"
         if normalization is not None:
             sigma = float(normalization.sigma(weight))
             norm = _norm(getattr(module, name), normalization)

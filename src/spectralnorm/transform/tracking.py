@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spectralnorm.parametrizations.tracking import restore_tracking, tracking_of
+from spectralnorm.errors import UserError
+from spectralnorm.parametrizations.tracking import fits_tracking, restore_tracking, tracking_of
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
 __all__ = ["load_tracking_state", "tracking_state"]
@@ -32,9 +33,21 @@ def load_tracking_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     Args:
         model: with the weights that were saved together with ``state``.
         state: what `tracking_state` returned; layers it does not name are left to find their norms anew.
+
+    Raises:
+        UserError: it is of another model. Nothing has been changed then.
     """
+    of_each = []
     for name, module, tensor_name, normalization in normalized_weights(model):
         prefix = f"{name}/"
         parts = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        weight = raw_weight(module, tensor_name)
+        if parts and not fits_tracking(normalization, weight, parts):
+            raise UserError(
+                f"The tracking state has vectors of {name} for a weight of another shape, or another norm of it; make "
+                "the model as it was when it was saved."
+            )
+        of_each.append((normalization, weight, parts))
+    for normalization, weight, parts in of_each:
         if parts:
-            restore_tracking(normalization, raw_weight(module, tensor_name), parts)
+            restore_tracking(normalization, weight, parts)

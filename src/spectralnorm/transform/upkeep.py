@@ -134,5 +134,10 @@ def update_(model: nn.Module) -> None:
     >>> from spectralnorm import spectral_norm
     >>> update_(spectral_norm(nn.Linear(2, 2), update="manual"))
     """
-    for _, module, tensor_name, normalization in normalized_weights(model):
-        normalization.advance(raw_weight(module, tensor_name))
+    # Layers that share a weight share its normalization.
+    found = {
+        id(normalization): (normalization, raw_weight(module, tensor_name))
+        for _, module, tensor_name, normalization in normalized_weights(model)
+    }
+    for normalization, weight in found.values():
+        normalization.advance(weight)
