@@ -21,6 +21,7 @@ from spectralnorm.gan import load, make_config, train
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.metrics import CriticOptions, wasserstein_lower_bound
@@ -132,6 +133,28 @@ def test_a_larger_budget_goes_on_exactly_where_the_run_ended(tmp_path: Path):
     whole = _generator(tmp_path / "whole")
     for name, tensor in _generator(tmp_path / "parts").items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_each_step_size_follows_from_the_step_alone_in_every_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    take = Precision.step
+
+    def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        taken.append(optimizer.param_groups[0]["lr"])
+        take(optimizer, scaler)
+
+    def stop_at_three(trainer: Trainer) -> None:
+        trainer.stop_reason = "interrupted" if trainer.step == 3 else trainer.stop_reason
+
+    monkeypatch.setattr(Precision, "step", staticmethod(step))
+    config = _config(lr_decay_from=0.0, generator_lr=6e-4, discriminator_lr=6e-4)
+    _train(tmp_path, config, observers=[stop_at_three])
+    _train(tmp_path, config)
+    assert taken[::2] == taken[1::2] == pytest.approx([6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    # More steps are another schedule.
+    taken.clear()
+    _train(tmp_path, dataclasses.replace(config, steps=8))
+    assert taken[::2] == taken[1::2] == pytest.approx([1.5e-4, 0.75e-4])
 
 
 def test_a_changed_setting_is_refused_with_the_differing_lines(tmp_path: Path):

@@ -55,7 +55,14 @@ class Averaging:
 
 
 class StepSizeDecay:
-    """Lets both step sizes fall linearly to zero over the last part of the budget."""
+    """Lets both step sizes fall linearly to zero over the last part of the budget.
+
+    Args:
+        trainer: the run, about to begin or to go on; the size of its next step is set at once.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
         config = trainer.config

@@ -181,7 +181,7 @@ def _train(
             checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes)
             watchers: list[Observer] = [
                 Averaging(),
-                StepSizeDecay(),
+                StepSizeDecay(trainer),
                 ScalarLog(log, display.log, trainer=trainer),
                 SampleGrids(folder, log, checkpoints, trainer=trainer, images=images),
                 *_evaluations(trainer, images, extractors, log),
