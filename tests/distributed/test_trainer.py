@@ -245,9 +245,11 @@ def check_errors():
     with pytest.raises(UserError, match="the folder is taken"):
         processes.first_does(refuse)
     with pytest.raises(UserError, match="the folder is taken"):
-        processes.first_before_others(refuse)
+        processes.first_before_others(refuse, lambda told: None, tell=lambda result: None)
     assert processes.first_does(lambda: dist.get_rank() + 5) == 5
-    assert processes.first_before_others(dist.get_rank) == dist.get_rank()
+    assert processes.first_before_others(lambda: "read", lambda told: told + " again", tell=str.upper) == (
+        "READ again" if dist.get_rank() else "read"
+    )
     assert processes.mean({"a": float(dist.get_rank()), "b": 2.0}) == {"a": 0.5, "b": 2.0}
 
 

@@ -32,7 +32,7 @@ from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.distributed import Processes, started
 from spectralnorm.gan.evaluation import extractors_for, require_measurable
 from spectralnorm.gan.final import finish
-from spectralnorm.gan.inputs import GIVEN_DATA, open_data, resolve_device
+from spectralnorm.gan.inputs import GIVEN_DATA, check_run_data, open_data, open_run_data, resolve_device
 from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import (
@@ -151,7 +151,11 @@ def _train(
         config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
     folder = default_folder(config) if out is None else Path(out)
     processes.first_does(partial(check, folder, config))
-    images = processes.first_before_others(partial(open_data, config, data, loading=config.data_loading))
+    images = processes.first_before_others(
+        partial(open_run_data, folder, config, data),
+        lambda loading: open_data(config, data, loading=loading),
+        tell=lambda images: "stream" if images.summary.streamed else "prepare",
+    )
     display.data(images)
     if config.conditional:
         config = _with_classes(config, images)
@@ -170,7 +174,7 @@ def _train(
         processes.first_does(partial(_take, folder, config, held))
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is not None:
-            _check_data(folder / DATA_FILE, images)
+            check_run_data(folder, images, advice="choose another --out")
             trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
             return Run(folder, trainer.step, "already finished", processes.is_first)
@@ -278,19 +282,6 @@ def _is_complete(folder: Path, step: int) -> bool:
         isinstance(record, Ending) and record.step == step and record.reason != "interrupted"
         for record in read_records(records)
     )
-
-
-def _check_data(data_file: Path, images: ImageSet | ImageStream) -> None:
-    """A run goes on only with the images it began with."""
-    try:
-        before = json.loads(data_file.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError):
-        return
-    if before != images.fingerprint:
-        raise UserError(
-            f"The images of {images.name} are not those that {data_file.parent} was trained on; restore them, or "
-            "choose another --out."
-        )
 
 
 @contextmanager
