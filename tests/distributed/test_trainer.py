@@ -186,6 +186,24 @@ def test_a_run_goes_on_with_other_processes(pair, strategy):
     pair.run(check_resume, strategy=strategy)
 
 
+def check_noise(strategy):
+    whole = make(CONFIG, Processes())
+    alone = torch.rand(5)
+    trainer = make(dataclasses.replace(CONFIG, strategy=strategy), together())
+    drawn = [torch.zeros(5), torch.zeros(5)]
+    dist.all_gather(drawn, torch.rand(5))
+    assert torch.equal(drawn[0], alone)
+    assert not torch.equal(drawn[1], alone)
+    expected, found = (each.state()[0] for each in (whole, trainer))
+    for name in [name for name in expected if name.startswith(("generator.", "discriminator."))]:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_begin_with_equal_weights_and_noise_of_their_own(pair, strategy):
+    pair.run(check_noise, strategy=strategy)
+
+
 def check_shares(accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
     sharing, whole = make(config, together()), make(config, together())
