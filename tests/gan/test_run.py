@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from spectralnorm.cli import main
@@ -25,7 +26,7 @@ from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.metrics import CriticOptions, wasserstein_lower_bound
-from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
+from spectralnorm.records import Ending, Evaluation, Metric, Picture, Scalars, Session, Spectra, read_records
 
 TINY = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8, "log_every": 2}
 
@@ -296,6 +297,42 @@ def test_metrics_are_measured_when_the_run_is_long_enough(tmp_path: Path):
     assert [record.final for record in evaluations] == [True]
     assert {metric.name for metric in evaluations[0].metrics} == {"FD-SqueezeNet", "KID-SqueezeNet"}
     assert all(metric.provenance.num_fake == 100 for metric in evaluations[0].metrics)
+
+
+def test_an_evaluation_that_was_killed_is_made_once_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Killed(BaseException):
+        pass
+
+    def measure(*arguments: object, **options: object) -> tuple[Metric, ...]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Killed
+        return ()
+
+    calls = []
+    monkeypatch.setattr("spectralnorm.gan.run._MIN_STEPS_FOR_METRICS", 1)
+    monkeypatch.setattr("spectralnorm.gan.observers.measure", measure)
+    monkeypatch.setattr("spectralnorm.gan.final.measure", lambda *arguments, **options: ())
+    config = _config(steps=8, num_evaluations=4, num_sample_grids=4)
+    with pytest.raises(Killed):
+        _train(tmp_path, config)
+    _train(tmp_path, config)
+    records = list(read_records(tmp_path / "metrics.jsonl"))
+    assert [record.step for record in records if isinstance(record, Evaluation)] == [1, 3, 6, 8]
+    assert [record.step for record in records if isinstance(record, Picture) and record.role == "samples"] == [
+        *(0, 1, 3, 6, 8)
+    ]
+
+
+def test_tensorboard_shows_the_steps_that_the_records_hold(tmp_path: Path):
+    _train(tmp_path)
+    _train(tmp_path, _config(steps=10))
+    records = [record for record in read_records(tmp_path / "metrics.jsonl") if isinstance(record, Scalars)]
+    # Their names hold the second in which they were begun.
+    for number, file in enumerate(sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime)):
+        file.rename(file.with_name(f"events.out.tfevents.{number}"))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/generator")] == [record.step for record in records]
 
 
 @pytest.mark.gpu

@@ -221,8 +221,10 @@ def _take(folder: Path, config: Config, held: ExitStack) -> None:
 
 def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:
     replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
-    file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if resumed else -1)
-    return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step))
+    last_kept = trainer.step if resumed else -1
+    file = RecordFile(folder / RECORDS_FILE, keep_until_step=last_kept)
+    # TensorBoard drops what is of that step too.
+    return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=last_kept + 1))
 
 
 def _with_classes(config: Config, images: ImageSet | ImageStream) -> Config:
