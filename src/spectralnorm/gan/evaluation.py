@@ -10,8 +10,7 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet, ImageStream
-from spectralnorm.gan.data.points import MIXTURES
+from spectralnorm.gan.data import ImageSet, ImageStream, builtin
 from spectralnorm.gan.point_metrics import measure_points
 from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.metrics import (
@@ -35,9 +34,10 @@ PATH_LENGTH = "ppl"
 
 def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> list[FeatureExtractor]:
     """What can judge these images, quickest first: the classifier knows garments only, SqueezeNet sees any image."""
-    if images.name in MIXTURES:  # points are seen as they are
+    # By what they are: names are those of the user's folders.
+    if images.summary.channels == 2:  # points are seen as they are
         return []
-    names = ["classifier", "squeezenet"] if images.name == "fashion-mnist" else ["squeezenet"]
+    names = ["classifier", "squeezenet"] if images.summary.source == builtin.SOURCE else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
 
 
@@ -89,7 +89,7 @@ def measure(
     """
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
-    if images.name in MIXTURES:
+    if generator.makes_points:
         _check_possible_of_points(metrics, extractors)
         return measure_points(
             generator.sample(num, seed=seed),
