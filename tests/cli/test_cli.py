@@ -225,6 +225,25 @@ def test_a_run_is_measured_against_what_it_held_out_and_no_other_data(
     assert len(measured) == 3
 
 
+def test_images_are_compared_with_what_a_training_on_a_large_set_holds_out(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compared = []
+
+    def compare(fake: torch.Tensor, real: torch.Tensor, *, training: torch.Tensor | None, **options: object):
+        compared.append((real, None if training is None else len(training)))
+        return ()
+
+    monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("spectralnorm.gan.data.load._must_stream", lambda *arguments: True)
+    monkeypatch.setattr("spectralnorm.cli.measuring.evaluate", compare)
+    for metrics in ("fd", "fd,copying"):
+        assert main(["evaluate", str(photos[0]), "--data", str(photos[1]), "--metrics", metrics]) == 0
+    held_out = open_images(photos[1], image_size=20, channels=3, loading="stream").held_out
+    assert all(torch.equal(real, held_out) for real, _ in compared)
+    assert [num_training for _, num_training in compared] == [None, 22]
+
+
 def test_report_rebuilds_the_page(run: Path, capsys: pytest.CaptureFixture[str]):
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0

@@ -9,9 +9,9 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, choose
-from spectralnorm.gan.data import ImageSet, ImageStream, load_images
+from spectralnorm.gan.data import ImageSet, ImageStream, open_images
 from spectralnorm.gan.data.points import MIXTURES
-from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure
+from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure, searched
 from spectralnorm.gan.image_folders import all_images, size_of_first
 from spectralnorm.gan.inputs import check_run_data, open_data, open_run_data
 from spectralnorm.gan.run_folder import CONFIG_FILE, recorded_data
@@ -91,8 +91,8 @@ def measure_images(
         class_names: tuple[str, ...] = ()
         extractors = _extractors(options, device) or [load_extractor("squeezenet", device=device)]
     else:
-        images = load_images(options.data, image_size=size, channels=channels)
-        real, training, class_names, split = images.held_out, images.images, images.class_names, "held-out"
+        images = open_images(options.data, image_size=size, channels=channels)
+        real, training, class_names, split = images.held_out, searched(images, names), images.class_names, "held-out"
         extractors = _extractors(options, device) or extractors_for(images, device=device)
     progress("reading images", 2, 2)
     return evaluate(

@@ -24,7 +24,7 @@ from spectralnorm.metrics import (
 )
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of", "require_measurable"]
+__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of", "require_measurable", "searched"]
 
 MOST_SEARCHED = 100_000
 """Training images among which copies are looked for; the first are a fair sample."""
@@ -39,6 +39,11 @@ def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> l
         return []
     names = ["classifier", "squeezenet"] if images.summary.source == builtin.SOURCE else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
+
+
+def searched(images: ImageSet | ImageStream, metrics: Sequence[str]) -> Tensor | None:
+    """Training images among which copies are looked for, which take long to read; None where no metric needs them."""
+    return images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
 
 
 def metrics_of(config: Config) -> tuple[str, ...]:
@@ -99,8 +104,6 @@ def measure(
             modes=not {"default", "all"}.isdisjoint(metrics),
             wasserstein=not {"wasserstein", "all"}.isdisjoint(metrics),
         )
-    # To read what was trained on may take long, and only one metric needs it.
-    searched = images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
     if of_images:
         if progress is not None:
@@ -113,7 +116,7 @@ def measure(
             images.held_out,
             extractors=extractors,
             metrics=of_images,
-            training=searched,
+            training=searched(images, metrics),
             seed=generator.config.seed,
             class_names=images.class_names,
             with_intervals=with_intervals,
