@@ -6,7 +6,7 @@ import torch
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan import checkpoint
-from spectralnorm.gan.checkpoint import latest_checkpoint, save_checkpoint
+from spectralnorm.gan.checkpoint import has_checkpoint, latest_checkpoint, save_checkpoint
 
 
 def _tensors(value: float) -> dict[str, torch.Tensor]:
@@ -80,8 +80,17 @@ def test_a_checkpoint_that_the_system_does_not_give_is_not_taken_for_damaged(tmp
     save_checkpoint(tmp_path, tensors=_tensors(1), numbers={"step": 1})
     newest = tmp_path / "step-000000002.safetensors"
     newest.symlink_to(newest)
-    with pytest.raises(UserError, match=rf"^Cannot read the checkpoint {newest} \(Too many levels of symbolic links\)"):
+    with pytest.raises(UserError, match=rf"^Cannot read {newest} \(Too many levels of symbolic links\)"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["checkpoints", "unmounted/checkpoints"])
+def test_a_folder_that_the_system_does_not_give_is_not_taken_for_empty(tmp_path: Path, target: str):
+    folder = tmp_path / "checkpoints"
+    folder.symlink_to(tmp_path / target)
+    for look in (latest_checkpoint, has_checkpoint):
+        with pytest.raises(UserError, match=rf"^Cannot read {folder} \(.*\); see to its permissions and its disk"):
+            look(folder)
 
 
 def test_a_checkpoint_written_beneath_damaged_ones_takes_their_place(tmp_path: Path):

@@ -90,10 +90,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         except (SafetensorError, KeyError, ValueError) as error:
             damages.append(f"{path.name} ({error})")
         except OSError as error:
-            raise UserError(
-                f"Cannot read the checkpoint {path} ({error.strerror or error}); see to its permissions and its disk, "
-                "and run the same command again."
-            ) from error
+            raise _unreadable(path, error) from error
     if damages:
         raise UserError(
             f"No checkpoint in {folder} is whole: {', '.join(damages)}; put a whole copy of one there, or train anew "
@@ -103,7 +100,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds any checkpoint, be it whole or damaged."""
+    """Whether a folder holds any checkpoint, be it whole or damaged.
+
+    Raises:
+        UserError: the system does not let the folder be read.
+    """
     return bool(_newest_first(folder))
 
 
@@ -157,7 +158,19 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    if not os.path.lexists(folder):
+        return []
+    try:
+        return sorted((path for path in folder.iterdir() if path.match("step-*.safetensors")), reverse=True)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(
+        f"Cannot read {path} ({reason}); see to its permissions and its disk, and run the same command again."
+    )
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
