@@ -72,7 +72,7 @@ class Ours:
         log = RecordLog(RecordFile(Path(folder) / "metrics.jsonl"), SummaryWriter(folder))
         self.observers = [
             Averaging(),
-            StepSizeDecay(),
+            StepSizeDecay(self.trainer),
             ScalarLog(log, lambda trainer, record: None, trainer=self.trainer),
             self.stop,
         ]

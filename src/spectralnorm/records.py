@@ -53,7 +53,9 @@ class Scalars:
 
     Names: ``loss/discriminator``, ``loss/generator``, ``logits/real``, ``logits/fake``,
     ``gradient_norm/discriminator``, ``gradient_norm/generator``, ``images_per_second``, and ``sigma/<layer>``, the
-    largest singular value of the raw weight.
+    largest singular value of the raw weight. Where the settings ask for them: ``penalty/discriminator``,
+    ``penalty/orthonormal``, ``penalty/path_length`` (before they are weighted), and ``augmentation_probability``, which
+    ADA adapts. Once in a session of compiled networks: ``seconds/first_step``, most of which is compiling.
     """
 
     kind: ClassVar[str] = "scalars"
@@ -88,7 +90,8 @@ class Metric:
     interval: tuple[float, float] | None = None
     """Where other draws of as many images would put the number, with 95 % confidence; None: not computed."""
     floor: float | None = None
-    """The same metric between two halves of the real images: what a perfect generator would score."""
+    """The same metric of real images that stand in for generated ones, as many as these but at most half of all, and
+    are compared with the others: what a perfect generator would score. None: they were too few, or it has none."""
     better: str = "lower"
     """``lower``, ``higher`` or ``near 1``."""
     details: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -5,18 +5,21 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from spectralnorm.cli import main
-from spectralnorm.gan.data import ImageSet
-from spectralnorm.gan.inputs import prepare_data
+from spectralnorm.gan.data import ImageSet, ImageStream, open_images
+from spectralnorm.gan.inputs import open_run_data
 from spectralnorm.gan.run_folder import locked
-from spectralnorm.gan.sampling import load, save_generator
-from spectralnorm.records import Evaluation, read_records
+from spectralnorm.gan.sampling import TrainedGenerator, load, save_generator
+from spectralnorm.records import Evaluation, Metric, read_records
 
+SIZE = {"image_size": 32, "channels": 1}
 TINY = "--batch-size 4 --generator-width 2 --discriminator-width 2 --latent-dim 8 --device cpu".split()
 
 
@@ -83,12 +86,13 @@ def test_walks_have_one_row_each(run: Path, tmp_path: Path):
 def few_held_out(monkeypatch: pytest.MonkeyPatch):
     """Of the built-in images 200 of 10,000 are held out, since SqueezeNet takes half a minute for all."""
 
-    def prepare(*arguments: object) -> ImageSet:
-        images = prepare_data(*arguments)
+    def few(*arguments: Any) -> ImageSet:
+        images = open_run_data(*arguments)
+        assert isinstance(images, ImageSet)
         labels = None if images.held_out_labels is None else images.held_out_labels[:200]
         return dataclasses.replace(images, held_out=images.held_out[:200], held_out_labels=labels)
 
-    monkeypatch.setattr("spectralnorm.cli.measuring.prepare_data", prepare)
+    monkeypatch.setattr("spectralnorm.cli.measuring.open_run_data", few)
 
 
 @pytest.mark.usefixtures("few_held_out")
@@ -187,6 +191,57 @@ def test_evaluating_a_run_that_is_being_trained_leaves_its_records_alone(run: Pa
     assert "Not recorded, because another process is training" in printed
     after = (run / "metrics.jsonl").stat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+def test_a_run_is_measured_against_what_it_held_out_and_no_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    measured = []
+
+    def sums(images: ImageSet | ImageStream) -> list[int]:
+        return sorted(images.held_out.sum(dim=(1, 2, 3)).tolist())
+
+    def measure(generator: TrainedGenerator, images: ImageSet | ImageStream, **options: object) -> tuple[Metric, ...]:
+        measured.append(sums(images))
+        return ()
+
+    monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("spectralnorm.cli.measuring.measure", measure)
+    data, moved, run = tmp_path / "noise.npy", tmp_path / "moved" / "noise.npy", tmp_path / "run"
+    np.save(data, np.random.default_rng(0).integers(0, 256, (60, 32, 32), dtype=np.uint8))
+    train = ["train", "--data", str(data), "--data-loading", "stream", "--out", str(run), "--steps", "2", *TINY]
+    assert main(train) == 0
+    held_out = sums(open_images(data, **SIZE, loading="stream"))
+    assert held_out != sums(open_images(data, **SIZE, loading="prepare"))
+    moved.parent.mkdir()
+    shutil.copy(data, moved)
+    for words in ([run], [run, "--data", data], [run / "generator.safetensors", "--data", moved]):
+        assert main(["evaluate", *map(str, words), "--num", "100"]) == 0
+    assert measured == [held_out] * 3
+
+    np.save(data, np.load(data)[::-1])
+    assert main(["evaluate", str(run), "--num", "100"]) == 2
+    assert "not those that" in capsys.readouterr().err
+    assert len(measured) == 3
+
+
+def test_images_are_compared_with_what_a_training_on_a_large_set_holds_out(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compared = []
+
+    def compare(fake: torch.Tensor, real: torch.Tensor, *, training: torch.Tensor | None, **options: object):
+        compared.append((real, None if training is None else len(training)))
+        return ()
+
+    monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("spectralnorm.gan.data.load._must_stream", lambda *arguments: True)
+    monkeypatch.setattr("spectralnorm.cli.measuring.evaluate", compare)
+    for metrics in ("fd", "fd,copying"):
+        assert main(["evaluate", str(photos[0]), "--data", str(photos[1]), "--metrics", metrics]) == 0
+    held_out = open_images(photos[1], image_size=20, channels=3, loading="stream").held_out
+    assert all(torch.equal(real, held_out) for real, _ in compared)
+    assert [num_training for _, num_training in compared] == [None, 22]
 
 
 def test_report_rebuilds_the_page(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -186,6 +186,24 @@ def test_a_run_goes_on_with_other_processes(pair, strategy):
     pair.run(check_resume, strategy=strategy)
 
 
+def check_noise(strategy):
+    whole = make(CONFIG, Processes())
+    alone = torch.rand(5)
+    trainer = make(dataclasses.replace(CONFIG, strategy=strategy), together())
+    drawn = [torch.zeros(5), torch.zeros(5)]
+    dist.all_gather(drawn, torch.rand(5))
+    assert torch.equal(drawn[0], alone)
+    assert not torch.equal(drawn[1], alone)
+    expected, found = (each.state()[0] for each in (whole, trainer))
+    for name in [name for name in expected if name.startswith(("generator.", "discriminator."))]:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_begin_with_equal_weights_and_noise_of_their_own(pair, strategy):
+    pair.run(check_noise, strategy=strategy)
+
+
 def check_shares(accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
     sharing, whole = make(config, together()), make(config, together())
@@ -245,9 +263,11 @@ def check_errors():
     with pytest.raises(UserError, match="the folder is taken"):
         processes.first_does(refuse)
     with pytest.raises(UserError, match="the folder is taken"):
-        processes.first_before_others(refuse)
+        processes.first_before_others(refuse, lambda told: None, tell=lambda result: None)
     assert processes.first_does(lambda: dist.get_rank() + 5) == 5
-    assert processes.first_before_others(dist.get_rank) == dist.get_rank()
+    assert processes.first_before_others(lambda: "read", lambda told: told + " again", tell=str.upper) == (
+        "READ again" if dist.get_rank() else "read"
+    )
     assert processes.mean({"a": float(dist.get_rank()), "b": 2.0}) == {"a": 0.5, "b": 2.0}
 
 

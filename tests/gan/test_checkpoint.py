@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectralnorm.errors import UserError
 from spectralnorm.gan import checkpoint
-from spectralnorm.gan.checkpoint import latest_checkpoint, save_checkpoint
+from spectralnorm.gan.checkpoint import has_checkpoint, latest_checkpoint, save_checkpoint
 
 
 def _tensors(value: float) -> dict[str, torch.Tensor]:
@@ -56,6 +57,54 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     loaded = latest_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded.numbers["step"] == 1
+
+
+def test_where_no_checkpoint_is_whole_the_reason_of_each_is_told(tmp_path: Path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, tensors=_tensors(step), numbers={"step": step})
+    older, newest = sorted(tmp_path.iterdir())
+    content = bytearray(older.read_bytes())
+    content[-20] ^= 1
+    older.write_bytes(content)
+    newest.write_bytes(b"cut")
+    told = (
+        rf"No checkpoint in {tmp_path} is whole: {newest.name} \(Error while deserializing header: .*\), "
+        rf"{older.name} \(its tensors are not those that were written\); "
+    )
+    with pytest.raises(UserError, match=f"^{told}put a whole copy of one there, or train anew in another folder"):
+        latest_checkpoint(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_that_the_system_does_not_give_is_not_taken_for_damaged(tmp_path: Path):
+    save_checkpoint(tmp_path, tensors=_tensors(1), numbers={"step": 1})
+    newest = tmp_path / "step-000000002.safetensors"
+    newest.symlink_to(newest)
+    with pytest.raises(UserError, match=rf"^Cannot read {newest} \(Too many levels of symbolic links\)"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["checkpoints", "unmounted/checkpoints"])
+def test_a_folder_that_the_system_does_not_give_is_not_taken_for_empty(tmp_path: Path, target: str):
+    folder = tmp_path / "checkpoints"
+    folder.symlink_to(tmp_path / target)
+    for look in (latest_checkpoint, has_checkpoint):
+        with pytest.raises(UserError, match=rf"^Cannot read {folder} \(.*\); see to its permissions and its disk"):
+            look(folder)
+
+
+def test_a_checkpoint_written_beneath_damaged_ones_takes_their_place(tmp_path: Path):
+    for step in (1000, 2000):
+        save_checkpoint(tmp_path, tensors=_tensors(step), numbers={"step": step}).write_bytes(b"cut")
+    for step in (5, 6):
+        written = save_checkpoint(tmp_path, tensors=_tensors(step), numbers={"step": step})
+        loaded = latest_checkpoint(tmp_path)
+        assert loaded is not None
+        assert loaded.path == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000005.safetensors",
+        "step-000000006.safetensors",
+    ]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,8 @@
 """Sets that are read while training goes on."""
 
+import dataclasses
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from spectralnorm.gan import make_config, train
 from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.data import Batches, ImageSet, ImageStream, StreamedBatches, load, open_batches, open_images
 from spectralnorm.gan.data.stream import epoch_order
-from spectralnorm.gan.run_folder import CHECKPOINTS
+from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE
 
 from .shards import SIZE, batches_of, encoded, numbered, numbers, stream_of, take, write_shards
 
@@ -352,6 +354,40 @@ def test_a_folder_is_streamed_only_when_there_is_no_room_for_it(tmp_path, monkey
     monkeypatch.setattr(load.cache, "has_room", lambda num_bytes: bool(room))
     monkeypatch.setattr(load.cache, "free_memory", lambda: memory * 10**6)
     assert isinstance(open_images(tmp_path, image_size=SIZE, channels=3), kind)
+
+
+def test_what_is_in_the_cache_is_used_though_no_room_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "STREAM_BYTES", 100)
+    monkeypatch.setattr(load.cache, "free_memory", lambda: 0)
+    write_shards(tmp_path / "tars", [numbered(number) for number in range(100)])
+    open_images(tmp_path / "tars", image_size=SIZE, channels=3, loading="prepare")
+    (tmp_path / "folder").mkdir()
+    for number in range(30):
+        (tmp_path / "folder" / f"{number}.png").write_bytes(encoded(numbered(number)))
+    open_images(tmp_path / "folder", image_size=SIZE, channels=3)
+    monkeypatch.setattr(load.cache, "has_room", lambda num_bytes: False)
+    for name in ("tars", "folder"):
+        assert isinstance(open_images(tmp_path / name, image_size=SIZE, channels=3), ImageSet)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["prepared", "streamed"])
+def test_a_run_goes_on_with_images_loaded_as_when_it_began(tmp_path, monkeypatch, streamed):
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr(load, "STREAM_BYTES", 100)
+    monkeypatch.setattr(load.cache, "free_memory", lambda: 0)
+    config = make_config(
+        "fashion",
+        channels=3,
+        data=str(tmp_path / "noise.npy"),
+        batch_size=4,
+        generator_width=4,
+        discriminator_width=4,
+        device="cpu",
+    )
+    for steps, is_room_left in ((2, not streamed), (4, streamed)):
+        monkeypatch.setattr(load.cache, "has_room", lambda num_bytes, is_left=is_room_left: is_left)
+        assert train(dataclasses.replace(config, steps=steps), out=tmp_path / "run").step == steps
+        assert json.loads((tmp_path / "run" / DATA_FILE).read_text())["streamed"] == streamed
 
 
 def test_one_call_opens_batches_of_either_kind(stream):

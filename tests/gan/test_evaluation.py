@@ -10,8 +10,9 @@ from PIL import Image
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan import make_config
-from spectralnorm.gan.data import ImageSet, from_tensors
-from spectralnorm.gan.evaluation import measure
+from spectralnorm.gan.data import ImageSet, from_tensors, open_images
+from spectralnorm.gan.data.points import open_points
+from spectralnorm.gan.evaluation import extractors_for, measure
 from spectralnorm.gan.image_folders import all_images, size_of_first
 from spectralnorm.gan.sampling import TrainedGenerator, build_generator
 from spectralnorm.metrics import load_extractor
@@ -114,6 +115,24 @@ def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=r"None of the 1 images in .* can be read"):
         size_of_first(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "toy-ring"])
+def test_images_are_seen_as_what_they_are_and_not_as_what_their_folder_is_called(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    for level in range(40):
+        Image.new("L", (32, 32), level).save(tmp_path / name / f"{level}.png")
+    images = open_images(tmp_path / name, image_size=32, channels=1)
+    extractors = extractors_for(images, device=torch.device("cpu"))
+    assert [extractor.name for extractor in extractors] == ["SqueezeNet"]
+    found = measure(generator(), images, extractors=extractors, num=4, metrics=("diversity",))
+    assert [metric.name for metric in found] == ["Diversity-SqueezeNet"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [(None, ["Classifier", "SqueezeNet"]), ("toy-ring", [])])
+def test_what_is_built_in_is_seen_by_what_knows_it(name: str | None, expected: list[str]) -> None:
+    images = open_images(None, image_size=32, channels=1) if name is None else open_points(name)
+    assert [extractor.name for extractor in extractors_for(images, device=torch.device("cpu"))] == expected
 
 
 @pytest.mark.parametrize("num", [1, 120])

@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from spectralnorm.cli import main
 from spectralnorm.errors import UserError
 from spectralnorm.gan import load, make_config, train
+from spectralnorm.gan.checkpoint import latest_checkpoint
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.models import ARCHITECTURES
+from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.run import Display
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.metrics import CriticOptions, wasserstein_lower_bound
-from spectralnorm.records import Ending, Evaluation, Picture, Scalars, Session, Spectra, read_records
+from spectralnorm.records import Ending, Evaluation, Metric, Picture, Scalars, Session, Spectra, read_records
 
 TINY = {"batch_size": 4, "generator_width": 2, "discriminator_width": 2, "latent_dim": 8, "log_every": 2}
 
@@ -89,7 +92,7 @@ def test_every_scalar_is_recorded_and_finite(tmp_path: Path):
     for record in scalars:
         sigmas = {name for name in record.values if name.startswith("sigma/")}
         assert len(sigmas) == 4
-        assert expected <= record.values.keys() | {"images_per_second"}
+        assert expected <= record.values.keys()
         assert all(abs(value) < float("inf") for value in record.values.values())
 
 
@@ -134,6 +137,28 @@ def test_a_larger_budget_goes_on_exactly_where_the_run_ended(tmp_path: Path):
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_each_step_size_follows_from_the_step_alone_in_every_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    take = Precision.step
+
+    def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        taken.append(optimizer.param_groups[0]["lr"])
+        take(optimizer, scaler)
+
+    def stop_at_three(trainer: Trainer) -> None:
+        trainer.stop_reason = "interrupted" if trainer.step == 3 else trainer.stop_reason
+
+    monkeypatch.setattr(Precision, "step", staticmethod(step))
+    config = _config(lr_decay_from=0.0, generator_lr=6e-4, discriminator_lr=6e-4)
+    _train(tmp_path, config, observers=[stop_at_three])
+    _train(tmp_path, config)
+    assert taken[::2] == taken[1::2] == pytest.approx([6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    # More steps are another schedule.
+    taken.clear()
+    _train(tmp_path, dataclasses.replace(config, steps=8))
+    assert taken[::2] == taken[1::2] == pytest.approx([1.5e-4, 0.75e-4])
+
+
 def test_a_changed_setting_is_refused_with_the_differing_lines(tmp_path: Path):
     _train(tmp_path)
     with pytest.raises(UserError, match=r"batch_size: 4 -> 8; seed: 0 -> 1\)"):
@@ -163,6 +188,16 @@ def test_the_weights_of_a_run_without_checkpoints_are_not_written_over(tmp_path:
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="other settings"):
         _train(tmp_path, _config(seed=1))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_stays_as_it_is(tmp_path: Path):
+    _train(tmp_path)
+    for file in (tmp_path / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])  # as by a copy that ended early
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole: step-000000006\.safetensors \(.*; put a whole"):
+        _train(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_changed_images_are_refused(tmp_path: Path):
@@ -265,6 +300,42 @@ def test_metrics_are_measured_when_the_run_is_long_enough(tmp_path: Path):
     assert all(metric.provenance.num_fake == 100 for metric in evaluations[0].metrics)
 
 
+def test_an_evaluation_that_was_killed_is_made_once_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Killed(BaseException):
+        pass
+
+    def measure(*arguments: object, **options: object) -> tuple[Metric, ...]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Killed
+        return ()
+
+    calls = []
+    monkeypatch.setattr("spectralnorm.gan.run._MIN_STEPS_FOR_METRICS", 1)
+    monkeypatch.setattr("spectralnorm.gan.observers.measure", measure)
+    monkeypatch.setattr("spectralnorm.gan.final.measure", lambda *arguments, **options: ())
+    config = _config(steps=8, num_evaluations=4, num_sample_grids=4)
+    with pytest.raises(Killed):
+        _train(tmp_path, config)
+    _train(tmp_path, config)
+    records = list(read_records(tmp_path / "metrics.jsonl"))
+    assert [record.step for record in records if isinstance(record, Evaluation)] == [1, 3, 6, 8]
+    assert [record.step for record in records if isinstance(record, Picture) and record.role == "samples"] == [
+        *(0, 1, 3, 6, 8)
+    ]
+
+
+def test_tensorboard_shows_the_steps_that_the_records_hold(tmp_path: Path):
+    _train(tmp_path)
+    _train(tmp_path, _config(steps=10))
+    records = [record for record in read_records(tmp_path / "metrics.jsonl") if isinstance(record, Scalars)]
+    # Their names hold the second in which they were begun.
+    for number, file in enumerate(sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime)):
+        file.rename(file.with_name(f"events.out.tfevents.{number}"))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/generator")] == [record.step for record in records]
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_is_measured_and_goes_on_on_the_cpu_and_back(tmp_path: Path):
     for steps, device in ((100, "cuda"), (104, "cpu"), (108, "cuda")):
@@ -289,24 +360,26 @@ def test_divergence_ends_the_run_and_names_the_layer(tmp_path: Path):
 
 def test_a_state_with_a_nan_is_never_checkpointed(tmp_path: Path):
     def poison(trainer: Trainer) -> None:
-        if trainer.step == 5:
+        if trainer.step == 4:
             with torch.no_grad():
                 trainer.discriminator.layers[0].bias.fill_(float("nan"))
 
-    with pytest.raises(UserError, match="diverged"):
-        _train(tmp_path, observers=[poison])
-    for path in (tmp_path / "checkpoints").iterdir():
+    # It is saved after each step, before any loss is looked at.
+    with pytest.raises(UserError, match="diverged at step 5: a weight is not finite"):
+        _train(tmp_path, _config(log_every=100, checkpoint_minutes=1e-9), observers=[poison])
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-000000003.safetensors", "step-000000004.safetensors"]
+    for path in saved:
         assert all(tensor.isfinite().all() for tensor in load_file(path).values() if tensor.is_floating_point())
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence_and_a_good_checkpoint(tiny_disk: Path):
     config = _config(steps=10_000, checkpoint_minutes=1e-6, generator_width=4)
-    with pytest.raises(UserError, match=r"is full; .*; free some space and run the same command"):
+    with pytest.raises(UserError, match=r"is full; .*; free some space and run the same command") as told:
         _train(tiny_disk / "run", config)
-    from spectralnorm.gan.checkpoint import latest_checkpoint
-
     loaded = latest_checkpoint(tiny_disk / "run" / "checkpoints")
-    assert loaded is None or loaded.numbers["step"] >= 0
+    assert loaded is not None
+    assert f"the checkpoint of step {loaded.numbers['step']} is intact" in str(told.value)
     assert not list((tiny_disk / "run" / "checkpoints").glob(".*.tmp"))
 
 

@@ -107,17 +107,16 @@ def test_gradients_of_the_generator_take_no_memory_while_the_discriminator_learn
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(device: torch.device):
-    observers = [Averaging(), StepSizeDecay()]
     config = dataclasses.replace(CONFIG, lr_decay_from=0.5)
     whole = _trainer(device, config)
-    whole.run(observers)
+    whole.run([Averaging(), StepSizeDecay(whole)])
 
     first = _trainer(device, config)
 
-    def stop_after_three(trainer: Trainer) -> None:
-        trainer.stop_reason = "interrupted" if trainer.step == 3 else None
+    def stop_after_four(trainer: Trainer) -> None:
+        trainer.stop_reason = "interrupted" if trainer.step == 4 else None
 
-    first.run([*observers, stop_after_three])
+    first.run([Averaging(), StepSizeDecay(first), stop_after_four])
     tensors, numbers = first.state()
     tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
     second = _trainer(device, config)
@@ -125,7 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(device: torch.de
     torch.rand(7)  # what happens between two processes must not matter
     second.random.manual_seed(99)
     second.load_state(tensors, numbers)
-    second.run(observers)
+    second.run([Averaging(), StepSizeDecay(second)])
 
     expected = _weights(whole)
     for name, tensor in _weights(second).items():
@@ -135,9 +134,10 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(device: torch.de
 def test_step_sizes_fall_linearly_to_zero_over_the_last_part(device: torch.device):
     config = dataclasses.replace(CONFIG, steps=10, lr_decay_from=0.5, generator_lr=0.4, discriminator_lr=0.2)
     trainer = _trainer(device, config)
+    decay = StepSizeDecay(trainer)
     sizes = []
     for trainer.step in range(11):
-        StepSizeDecay()(trainer)
+        decay(trainer)
         sizes.append(trainer.generator_optimizer.param_groups[0]["lr"])
         assert trainer.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(sizes[-1] / 2)
     assert sizes == pytest.approx([0.4] * 6 + [0.32, 0.24, 0.16, 0.08, 0.0])
@@ -244,13 +244,13 @@ def test_the_steps_of_a_single_number_are_still_counted_on_the_cpu_after_a_resum
 def test_other_optimizers_and_controls_resume_exactly(settings: dict, device: torch.device):
     config = dataclasses.replace(CONFIG, steps=4, **settings)
     whole = _trainer(device, config)
-    whole.run([StepSizeDecay()])
+    whole.run([StepSizeDecay(whole)])
     first = _trainer(device, dataclasses.replace(config, steps=2))
-    first.run([StepSizeDecay()])
+    first.run([StepSizeDecay(first)])
     tensors, numbers = first.state()
     second = _trainer(device, config)
     second.load_state({name: tensor.cpu().clone() for name, tensor in tensors.items()}, numbers)
-    second.run([StepSizeDecay()])
+    second.run([StepSizeDecay(second)])
     resumed, expected = _weights(second), _weights(whole)
     start = _weights(_trainer(device, config))
     for name in resumed.keys() - {"random.torch"}:  # the line above has drawn from it

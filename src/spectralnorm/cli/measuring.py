@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectralnorm.errors import UserError
-from spectralnorm.gan.config import choose
-from spectralnorm.gan.data import load_images
+from spectralnorm.gan.config import Config, choose
+from spectralnorm.gan.data import ImageSet, ImageStream, open_images
 from spectralnorm.gan.data.points import MIXTURES
-from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure
+from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure, searched
 from spectralnorm.gan.image_folders import all_images, size_of_first
-from spectralnorm.gan.inputs import prepare_data
-from spectralnorm.gan.run_folder import CONFIG_FILE
+from spectralnorm.gan.inputs import check_run_data, open_data, open_run_data
+from spectralnorm.gan.run_folder import CONFIG_FILE, recorded_data
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, load
 from spectralnorm.metrics import MEASURES, FeatureExtractor, Progress, evaluate, load_extractor
 from spectralnorm.records import Metric
@@ -56,7 +56,7 @@ def measure_run(
     generator = load(options.target, device=str(device))
     if generator.makes_points and options.data is not None and str(options.data) not in MIXTURES:
         raise UserError(f"This run makes points, which are compared with {' or '.join(MIXTURES)}; leave out --data.")
-    images = prepare_data(generator.config, options.data)
+    images = _images_for(options, generator.config)
     metrics = measure(
         generator,
         images,
@@ -91,8 +91,8 @@ def measure_images(
         class_names: tuple[str, ...] = ()
         extractors = _extractors(options, device) or [load_extractor("squeezenet", device=device)]
     else:
-        images = load_images(options.data, image_size=size, channels=channels)
-        real, training, class_names, split = images.held_out, images.images, images.class_names, "held-out"
+        images = open_images(options.data, image_size=size, channels=channels)
+        real, training, class_names, split = images.held_out, searched(images, names), images.class_names, "held-out"
         extractors = _extractors(options, device) or extractors_for(images, device=device)
     progress("reading images", 2, 2)
     return evaluate(
@@ -107,6 +107,17 @@ def measure_images(
         with_intervals=options.intervals,
         progress=progress,
     )
+
+
+def _images_for(options: EvaluateOptions, config: Config) -> ImageSet | ImageStream:
+    """What a run is compared with: its own data, parted as when it was trained, or what was given instead."""
+    run = options.target if options.target.is_dir() else options.target.parent
+    if options.data is None:
+        images = open_run_data(run, config)
+        check_run_data(run, images, advice="give what to compare with as --data")
+        return images
+    # The data of a streamed run may have been moved; only a stream holds out the same of them.
+    return open_data(config, options.data, loading="stream" if recorded_data(run).get("streamed") else "auto")
 
 
 def _extractors(options: EvaluateOptions, device: torch.device) -> list[FeatureExtractor]:

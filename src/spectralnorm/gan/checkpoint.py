@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a damaged file; safetensors, never pickles.
 
 A checkpoint is one file. It is written under a temporary name, flushed to the disk and renamed, so its final name
-never stands on half a file; its header carries a SHA-256 of all tensors, checked when it is read; the previous one is
-deleted only after the next is safely there.
+never stands on half a file; its header carries a SHA-256 of all tensors, checked when it is read; the previous one
+stays beside it, and the one before that is deleted only after the next is safely there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from spectralnorm.errors import UserError
 
 __all__ = [
     "Checkpoint",
@@ -44,7 +46,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, *, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> Path:
-    """Write ``step-<step>.safetensors`` into a folder and drop all but the newest two.
+    """Write ``step-<step>.safetensors`` into a folder and drop all others but the one before it.
+
+    Those of later steps are dropped too: a run goes on beneath them only because none of them is whole.
 
     Args:
         folder: made if absent.
@@ -58,8 +62,10 @@ def save_checkpoint(folder: Path, *, tensors: dict[str, Tensor], numbers: dict[s
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path = folder / f"step-{numbers['step']:09d}.safetensors"
     save_tensors(path, tensors, {"numbers": json.dumps(numbers), "sha256": _digest(tensors)})
-    for old in _newest_first(folder)[_NUM_KEPT:]:
-        old.unlink()
+    found = _newest_first(folder)
+    kept = [file for file in found if file.name <= path.name][:_NUM_KEPT]
+    for other in set(found).difference(kept):
+        other.unlink()
     for half_written in folder.glob(".step-*.tmp"):  # by a process that was killed
         half_written.unlink(missing_ok=True)
     return path
@@ -69,20 +75,36 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; a damaged one is passed over for the one before it.
 
     Returns:
-        None if the folder holds no readable checkpoint.
+        None if the folder holds no checkpoint.
+
+    Raises:
+        UserError: none that it holds is whole, or the system does not let one be read, which says nothing of its state.
     """
+    damages = []
     for path in _newest_first(folder):
         try:
             tensors, metadata = read_tensors(path)
-            if metadata["sha256"] == _digest(tensors):
+            if metadata.get("sha256") == _digest(tensors):
                 return Checkpoint(path, tensors, json.loads(metadata["numbers"]))
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
-            continue
+            damages.append(f"{path.name} (its tensors are not those that were written)")
+        except (SafetensorError, KeyError, ValueError) as error:
+            damages.append(f"{path.name} ({error})")
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    if damages:
+        raise UserError(
+            f"No checkpoint in {folder} is whole: {', '.join(damages)}; put a whole copy of one there, or train anew "
+            "in another folder."
+        )
     return None
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds any checkpoint, be it whole or damaged."""
+    """Whether a folder holds any checkpoint, be it whole or damaged.
+
+    Raises:
+        UserError: the system does not let the folder be read.
+    """
     return bool(_newest_first(folder))
 
 
@@ -93,6 +115,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be opened.
         SafetensorError: it is no such file, or damaged.
     """
+    # The library says of any file that it cannot open that there is none.
+    path.open("rb").close()
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
@@ -134,7 +158,19 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    if not os.path.lexists(folder):
+        return []
+    try:
+        return sorted((path for path in folder.iterdir() if path.match("step-*.safetensors")), reverse=True)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(
+        f"Cannot read {path} ({reason}); see to its permissions and its disk, and run the same command again."
+    )
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -58,7 +58,8 @@ class Config:
     """Of what the discriminator sees, real and fake: none; a comma-separated list of shift, cutout, flip, color,
     translation; diffaugment; or ada, whose probability adapts. A constant probability is written ada:p=0.2."""
     data_loading: str = _DATA("auto", resumable=True)
-    """prepare (all images before training begins), stream (read them while it goes on), or auto: by size."""
+    """prepare (all images before training begins), stream (read them while it goes on), or auto: by size. A run that
+    goes on loads them as when it began."""
     stream_cache_gb: float = _DATA(32.0, resumable=True)
     """What decoded images of all sets that are streamed may take in the user's cache folder; 0: keep none."""
     conditional: bool = _DATA(False)

@@ -34,7 +34,8 @@ def discriminator_of_run(run: Path) -> tuple[nn.Module, Config, int]:
         The discriminator, the run's config, and the checkpoint's step.
 
     Raises:
-        UserError: ``run`` is not a run folder or has no checkpoint, or a discriminator of one's own was trained in it.
+        UserError: ``run`` is not a run folder or has no checkpoint that can be read, or a discriminator of one's own
+            was trained in it.
     """
     try:
         config = config_from_json((run / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -44,7 +45,7 @@ def discriminator_of_run(run: Path) -> tuple[nn.Module, Config, int]:
         ) from error
     checkpoint = latest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:
-        raise UserError(f"{run} has no readable checkpoint yet, so there is no discriminator; train for a while first.")
+        raise UserError(f"{run} has no checkpoint yet, so there is no discriminator; train for a while first.")
     discriminator = build_discriminator(config)
     _load(discriminator, under("discriminator.", checkpoint.tensors), checkpoint.path)
     # With what was followed from step to step, its weights are divided by the very numbers of the training.

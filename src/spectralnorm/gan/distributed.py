@@ -117,8 +117,13 @@ class Processes:
         dist.broadcast_object_list(outcome, src=0, group=self._hosts)
         return _result(outcome)
 
-    def first_before_others(self, work: Callable[[], T]) -> T:
-        """Let every process do something, the others once the first one is done: it fills the cache that they read.
+    def first_before_others(self, work: Callable[[], T], follow: Callable[[Any], T], *, tell: Callable[[T], Any]) -> T:
+        """Let the others do something once the first process has done it: it fills the cache that they read.
+
+        Args:
+            work: of the first process.
+            follow: of the others, who are given what the first one tells, so that all do it in the same way.
+            tell: makes of the first one's result what it tells.
 
         Raises:
             UserError: the work has on the first process; then on every one.
@@ -126,11 +131,8 @@ class Processes:
         if self.size == 1:
             return work()
         outcome = _outcome(work) if self.is_first else [None, None]
-        message = [outcome[1]]
-        dist.broadcast_object_list(message, src=0, group=self._hosts)
-        if message[0] is not None:
-            raise UserError(message[0])
-        return _result(outcome) if self.is_first else work()
+        told = self.first_does(lambda: tell(_result(outcome)))
+        return _result(outcome) if self.is_first else follow(told)
 
     def draws(self, rows: int) -> AbstractContextManager[Any]:
         """A context in which what is drawn for each image is this process's part of what one process would draw.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config
-from spectralnorm.gan.data import ImageSet, ImageStream
-from spectralnorm.gan.data.points import MIXTURES
+from spectralnorm.gan.data import ImageSet, ImageStream, builtin
 from spectralnorm.gan.point_metrics import measure_points
 from spectralnorm.gan.sampling import TrainedGenerator
 from spectralnorm.metrics import (
@@ -25,7 +24,7 @@ from spectralnorm.metrics import (
 )
 from spectralnorm.records import Metric, Provenance
 
-__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of", "require_measurable"]
+__all__ = ["MOST_SEARCHED", "PATH_LENGTH", "extractors_for", "measure", "metrics_of", "require_measurable", "searched"]
 
 MOST_SEARCHED = 100_000
 """Training images among which copies are looked for; the first are a fair sample."""
@@ -35,10 +34,16 @@ PATH_LENGTH = "ppl"
 
 def extractors_for(images: ImageSet | ImageStream, *, device: torch.device) -> list[FeatureExtractor]:
     """What can judge these images, quickest first: the classifier knows garments only, SqueezeNet sees any image."""
-    if images.name in MIXTURES:  # points are seen as they are
+    # By what they are: names are those of the user's folders.
+    if images.summary.channels == 2:  # points are seen as they are
         return []
-    names = ["classifier", "squeezenet"] if images.name == "fashion-mnist" else ["squeezenet"]
+    names = ["classifier", "squeezenet"] if images.summary.source == builtin.SOURCE else ["squeezenet"]
     return [load_extractor(name, device=device) for name in names]
+
+
+def searched(images: ImageSet | ImageStream, metrics: Sequence[str]) -> Tensor | None:
+    """Training images among which copies are looked for, which take long to read; None where no metric needs them."""
+    return images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
 
 
 def metrics_of(config: Config) -> tuple[str, ...]:
@@ -89,7 +94,7 @@ def measure(
     """
     seed = generator.config.seed + 1_000_003 if seed is None else seed
     of_images = tuple(name for name in metrics if name != PATH_LENGTH)
-    if images.name in MIXTURES:
+    if generator.makes_points:
         _check_possible_of_points(metrics, extractors)
         return measure_points(
             generator.sample(num, seed=seed),
@@ -99,8 +104,6 @@ def measure(
             modes=not {"default", "all"}.isdisjoint(metrics),
             wasserstein=not {"wasserstein", "all"}.isdisjoint(metrics),
         )
-    # To read what was trained on may take long, and only one metric needs it.
-    searched = images.examples(MOST_SEARCHED)[0] if {"copying", "all"} & set(metrics) else None
     found: tuple[Metric, ...] = ()
     if of_images:
         if progress is not None:
@@ -113,7 +116,7 @@ def measure(
             images.held_out,
             extractors=extractors,
             metrics=of_images,
-            training=searched,
+            training=searched(images, metrics),
             seed=generator.config.seed,
             class_names=images.class_names,
             with_intervals=with_intervals,

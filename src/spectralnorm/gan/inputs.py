@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from spectralnorm.gan.data import ImageSet, ImageStream, from_huggingface, from_
 from spectralnorm.gan.data.huggingface import is_huggingface
 from spectralnorm.gan.data.items import from_items
 from spectralnorm.gan.data.points import MIXTURES, open_points
+from spectralnorm.gan.run_folder import recorded_data
 
-__all__ = ["GIVEN_DATA", "open_data", "prepare_data", "resolve_device"]
+__all__ = ["GIVEN_DATA", "check_run_data", "open_data", "open_run_data", "prepare_data", "resolve_device"]
 
 
 def prepare_data(config: Config, data: Any = None) -> ImageSet:
@@ -67,6 +69,34 @@ def open_data(config: Config, data: Any = None, *, loading: str = "auto") -> Ima
             cache_bytes=round(1e9 * config.stream_cache_gb),
         )
     return prepare_data(config, data)
+
+
+def open_run_data(folder: Path, config: Config, data: Any = None) -> ImageSet | ImageStream:
+    """As `open_data`, and as a run in ``folder`` has loaded them before, on which it depends what is held out.
+
+    Raises:
+        UserError: they cannot be read or used.
+    """
+    streamed = recorded_data(folder).get("streamed")
+    loading = config.data_loading if streamed is None else "stream" if streamed else "prepare"
+    return open_data(config, data, loading=loading)
+
+
+def check_run_data(folder: Path, images: ImageSet | ImageStream, *, advice: str) -> None:
+    """Check that these are the images that a run was trained on, parted as they were.
+
+    Args:
+        folder: of the run.
+        images: opened now.
+        advice: what to do unless they can be restored.
+
+    Raises:
+        UserError: they are others.
+    """
+    if recorded_data(folder).get("fingerprint", images.fingerprint) != images.fingerprint:
+        raise UserError(
+            f"The images of {images.name} are not those that {folder} was trained on; restore them, or {advice}."
+        )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -55,7 +55,14 @@ class Averaging:
 
 
 class StepSizeDecay:
-    """Lets both step sizes fall linearly to zero over the last part of the budget."""
+    """Lets both step sizes fall linearly to zero over the last part of the budget.
+
+    Args:
+        trainer: the run, about to begin or to go on; the size of its next step is set at once.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self(trainer)
 
     def __call__(self, trainer: Trainer) -> None:
         config = trainer.config
@@ -151,12 +158,12 @@ class Milestones:
 
 
 class SampleGrids:
-    """Saves a grid of samples, always from the same latents, and a checkpoint with each.
+    """Saves a grid of samples, always from the same latents, and asks for a checkpoint with each.
 
     Args:
         run: the run folder.
         log: its records.
-        checkpoints: saved with each grid.
+        checkpoints: asked to save after the step of each grid.
         trainer: the run, about to begin or to go on.
         images: the data; points are drawn on top of real ones.
     """
@@ -183,7 +190,7 @@ class SampleGrids:
         if self._milestones.reached(trainer.progress):
             with trainer.clock.paused():
                 self.save(trainer)
-            self._checkpoints.save(trainer)
+            self._checkpoints.ask()
 
     def save(self, trainer: Trainer) -> None:
         if not trainer.processes.is_first:
@@ -250,6 +257,8 @@ class Evaluations:
 class Checkpoints:
     """Saves the state of the run, and the generator for use, at least once in so many minutes of wall time.
 
+    It comes after all that is recorded of a step: what a kill cut off is recorded once the run goes on from before it.
+
     Args:
         run: the run folder.
         minutes: at most so long between two checkpoints.
@@ -259,11 +268,16 @@ class Checkpoints:
         self._run = run
         self._seconds = 60 * minutes
         self._saved_at: float | None = None
+        self._is_asked = False
 
     def __call__(self, trainer: Trainer) -> None:
         self._saved_at = trainer.wall if self._saved_at is None else self._saved_at
-        if trainer.wall - self._saved_at >= self._seconds:
+        if self._is_asked or trainer.wall - self._saved_at >= self._seconds:
             self.save(trainer)
+
+    def ask(self) -> None:
+        """Let this step be saved, whatever time has passed."""
+        self._is_asked = True
 
     def save(self, trainer: Trainer) -> None:
         """Save now; a state with non-finite weights is refused, so that the last good checkpoint stays.
@@ -279,7 +293,7 @@ class Checkpoints:
             tensors, numbers = trainer.state()
             if trainer.processes.is_first:
                 self._write(trainer, tensors, numbers)
-        self._saved_at = trainer.wall
+        self._saved_at, self._is_asked = trainer.wall, False
 
     def _write(self, trainer: Trainer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         # In this order: wherever a run is killed, one that has a checkpoint has a generator to sample from.

@@ -32,7 +32,7 @@ from spectralnorm.gan.data import ImageSet, ImageStream
 from spectralnorm.gan.distributed import Processes, started
 from spectralnorm.gan.evaluation import extractors_for, require_measurable
 from spectralnorm.gan.final import finish
-from spectralnorm.gan.inputs import GIVEN_DATA, open_data, resolve_device
+from spectralnorm.gan.inputs import GIVEN_DATA, check_run_data, open_data, open_run_data, resolve_device
 from spectralnorm.gan.networks import build_discriminator, build_generator
 from spectralnorm.gan.normalizations import normalize
 from spectralnorm.gan.observers import (
@@ -151,7 +151,11 @@ def _train(
         config = dataclasses.replace(config, data=str(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA)
     folder = default_folder(config) if out is None else Path(out)
     processes.first_does(partial(check, folder, config))
-    images = processes.first_before_others(partial(open_data, config, data, loading=config.data_loading))
+    images = processes.first_before_others(
+        partial(open_run_data, folder, config, data),
+        lambda loading: open_data(config, data, loading=loading),
+        tell=lambda images: "stream" if images.summary.streamed else "prepare",
+    )
     display.data(images)
     if config.conditional:
         config = _with_classes(config, images)
@@ -170,7 +174,7 @@ def _train(
         processes.first_does(partial(_take, folder, config, held))
         checkpoint = latest_checkpoint(folder / CHECKPOINTS)
         if checkpoint is not None:
-            _check_data(folder / DATA_FILE, images)
+            check_run_data(folder, images, advice="choose another --out")
             trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
             return Run(folder, trainer.step, "already finished", processes.is_first)
@@ -181,7 +185,7 @@ def _train(
             checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes)
             watchers: list[Observer] = [
                 Averaging(),
-                StepSizeDecay(),
+                StepSizeDecay(trainer),
                 ScalarLog(log, display.log, trainer=trainer),
                 SampleGrids(folder, log, checkpoints, trainer=trainer, images=images),
                 *_evaluations(trainer, images, extractors, log),
@@ -217,8 +221,10 @@ def _take(folder: Path, config: Config, held: ExitStack) -> None:
 
 def _open_log(folder: Path, images: ImageSet | ImageStream, trainer: Trainer, *, resumed: bool) -> RecordLog:
     replace_text(folder / DATA_FILE, json.dumps(images.summary.to_json(), indent=2, ensure_ascii=False) + "\n")
-    file = RecordFile(folder / RECORDS_FILE, keep_until_step=trainer.step if resumed else -1)
-    return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step))
+    last_kept = trainer.step if resumed else -1
+    file = RecordFile(folder / RECORDS_FILE, keep_until_step=last_kept)
+    # TensorBoard drops what is of that step too.
+    return RecordLog(file, SummaryWriter(str(folder / "tensorboard"), purge_step=last_kept + 1))
 
 
 def _with_classes(config: Config, images: ImageSet | ImageStream) -> Config:
@@ -278,19 +284,6 @@ def _is_complete(folder: Path, step: int) -> bool:
         isinstance(record, Ending) and record.step == step and record.reason != "interrupted"
         for record in read_records(records)
     )
-
-
-def _check_data(data_file: Path, images: ImageSet | ImageStream) -> None:
-    """A run goes on only with the images it began with."""
-    try:
-        before = json.loads(data_file.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError):
-        return
-    if before != images.fingerprint:
-        raise UserError(
-            f"The images of {images.name} are not those that {data_file.parent} was trained on; restore them, or "
-            "choose another --out."
-        )
 
 
 @contextmanager

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_from_json, config_to_json, differing_lines
 from spectralnorm.records import replace_text
 
-__all__ = ["CHECKPOINTS", "CONFIG_FILE", "DATA_FILE", "RECORDS_FILE", "check", "claimed", "default_folder", "locked"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG_FILE",
+    "DATA_FILE",
+    "RECORDS_FILE",
+    "check",
+    "claimed",
+    "default_folder",
+    "locked",
+    "recorded_data",
+]
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -91,6 +103,15 @@ def locked(folder: Path) -> Iterator[None]:
                 f"Another process is training in {folder}; wait for it, or choose another --out."
             ) from error
         yield
+
+
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """What ``data.json`` says of the images that a run was trained on; {} where it says nothing, or none was saved."""
+    try:
+        said = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) and _holds_weights(folder) else {}
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -141,6 +141,8 @@ class Trainer:
         self._is_first_step = True
         self.wall = time.monotonic()
         """A clock that never stands still, in seconds, the same on all processes at every step."""
+        # The networks are made, from the same random numbers everywhere.
+        self.processes.vary_noise(config.seed)
 
     def run(self, observers: Sequence[Observer]) -> None:
         """Train until the budget is spent or an observer sets `stop_reason`.

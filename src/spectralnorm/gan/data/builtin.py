@@ -17,6 +17,7 @@ __all__ = ["LICENCE", "NAME", "SOURCE", "open_builtin"]
 
 NAME = "fashion-mnist"
 SOURCE = "https://github.com/zalandoresearch/fashion-mnist"
+"""In the summary it tells these images from all others: no path is written so."""
 LICENCE = "MIT, Copyright 2017 Zalando SE"
 
 _TILE = 28

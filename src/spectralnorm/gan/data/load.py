@@ -69,7 +69,8 @@ def open_images(
         channels: 1 (gray) or 3 (RGB).
         loading: ``prepare``: decode all once, into memory or the cache; ``stream``: decode while training goes on, and
             keep what was decoded in the cache as far as it may grow; ``auto``: stream tars that would be larger than
-            8 GB when prepared, and whatever is so large that neither memory nor the disk of the cache has room for it.
+            8 GB when prepared, and whatever is so large that neither memory nor the disk of the cache has room for it;
+            but what the cache holds prepared is used.
         cache_bytes: what the kept images of all streamed sets may take together on the disk; 0: none are kept.
         progress: called with the number of images read so far and their total while images are decoded.
 
@@ -99,17 +100,15 @@ def open_images(
         if stored is not None:
             return image_set_of(stored, name=name, source_text=source_text)
     source = open_source(path)
-    streamed = loading == "stream" or (
-        loading == "auto" and _must_stream(source, len(source) * channels * image_size**2)
-    )
-    if streamed:
+    key = cache.cache_key(path, source.files, image_size=image_size, channels=channels)
+    if loading == "stream" or (loading == "auto" and _must_stream(source, key, len(source) * channels * image_size**2)):
         return open_stream(
             source,
             name=name,
             source_text=source_text,
             image_size=image_size,
             channels=channels,
-            key=cache.cache_key(path, source.files, image_size=image_size, channels=channels),
+            key=key,
             cache_bytes=cache_bytes,
             progress=progress,
         )
@@ -145,8 +144,9 @@ def from_huggingface(data: Any, *, image_size: int, channels: int, progress: Pro
     )
 
 
-def _must_stream(source: Source, num_bytes: int) -> bool:
-    if num_bytes <= STREAM_BYTES:
+def _must_stream(source: Source, key: cache.CacheKey, num_bytes: int) -> bool:
+    # A set that was prepared has itself taken up room that there was for it.
+    if num_bytes <= STREAM_BYTES or cache.find(key) is not None:
         return False
     return isinstance(source, TarSource) or not (cache.has_room(num_bytes) or num_bytes < cache.free_memory() / 2)
 
