@@ -345,6 +345,21 @@ def test_weight_can_be_read_and_written_outside_of_forward(pair):
     pair.run(check_weight_outside_of_forward)
 
 
+def check_written_and_kept_waiting(look):
+    model = sharded("normalized first")
+    nn.init.constant_(model.hidden.weight, 0.5)
+    {"keep_values": sn.keep_values, "invalidate": sn.invalidate}[look](model)
+    model(batches(1)[0, 0])
+    model.hidden.reshard()
+    raw = model.hidden.parametrizations.weight.original.full_tensor()
+    assert torch.equal(raw, torch.full_like(raw, 0.5))
+
+
+@pytest.mark.parametrize("look", ["keep_values", "invalidate"])
+def test_what_was_written_outside_of_forward_waits_for_it(pair, look):
+    pair.run(check_written_and_kept_waiting, look=look)
+
+
 def check_written_then_used():
     model, reference = sharded("normalized first"), normalized()
     images = batches(1)[0, 0]

@@ -65,6 +65,19 @@ def test_training_equals_that_in_one_process(pair, order, options):
     pair.run(check_training, order=order, options=options)
 
 
+def check_initialized_before():
+    model = sn.add_spectral_norm(plain())
+    nn.init.constant_(model[0].weight, 0.5)
+    model = parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
+    model(inputs()[0])
+    raw = whole(model[0].parametrizations.weight.original.detach())
+    assert torch.equal(raw, torch.full_like(raw, 0.5))
+
+
+def test_initialization_before_distribution_is_distributed(pair):
+    pair.run(check_initialized_before)
+
+
 def check_part(order):
     model = parallel(order)
     for index, dim, size in ((0, 0, (16, 24)), (2, 1, (20, 16))):

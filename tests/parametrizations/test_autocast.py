@@ -57,10 +57,11 @@ def test_gradients_are_those_of_a_weight_that_is_rounded_at_every_use(name, devi
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("update", ["step", "forward"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_vectors_of_a_training_under_autocast_are_not_rounded(name, dtype, device):
+def test_vectors_of_a_training_under_autocast_are_not_rounded(name, update, dtype, device):
     make, shape = LAYERS[name]
-    layer = spectral_norm(make().to(device))
+    layer = spectral_norm(make().to(device), update=update)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()

@@ -145,6 +145,26 @@ def test_what_is_set_after_a_step_holds_from_the_next_use_on(are_all: bool, devi
 
 
 @pytest.mark.usefixtures("with_kernels")
+def test_graph_of_before_an_option_was_set_after_a_step_can_still_be_used(device: torch.device) -> None:
+    layer = sn.spectral_norm(nn.Linear(40, 30, bias=False).to(device))
+    raw = layer.parametrizations.weight.original
+    optimizer, direction = torch.optim.SGD(layer.parameters(), lr=0.1), torch.randn(30, 40, device=device)
+
+    def step() -> None:
+        raw.grad = torch.randn_like(raw)
+        optimizer.step()
+
+    layer.weight  # noqa: B018 - a use
+    step()
+    loss = (layer.weight * direction).sum()
+    before = torch.autograd.grad(loss, raw, retain_graph=True)[0].clone()
+    step()
+    sn.add_spectral_norm(layer, coefficient=2.0)
+    layer.weight  # noqa: B018 - a use
+    torch.testing.assert_close(torch.autograd.grad(loss, raw)[0], before)
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_weights_are_found_at_once_again_after_others_came_and_went(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
     sn.add_spectral_norm(model)

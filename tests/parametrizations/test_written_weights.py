@@ -100,6 +100,15 @@ def test_what_was_written_is_what_an_optimizer_steps_from(layer):
     assert torch.equal(raw(layer).detach().cpu(), WANTED - 1)
 
 
+def test_a_write_after_the_weight_was_changed_and_used_is_not_dropped(layer):
+    for _ in range(2):
+        layer.load_state_dict({**layer.state_dict(), KEY: torch.randn(4, 6)})
+        layer(torch.ones(1, 6, device=raw(layer).device))
+        write(layer)
+        layer.weight  # noqa: B018 - a use
+        assert is_written(layer)
+
+
 def test_norm_after_a_write_and_an_update_by_hand_is_that_of_what_was_written():
     layer = spectral_norm(nn.Linear(6, 4, bias=False), update="manual")
     with torch.no_grad():
@@ -150,6 +159,17 @@ def test_initialization_that_is_applied_may_write_through_data(layer):
     def initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             module.weight.data.copy_(WANTED)
+
+    nn.Sequential(layer).apply(initialize)
+    layer.weight  # noqa: B018 - a use
+    assert is_written(layer)
+
+
+def test_initialization_that_is_applied_may_write_through_data_twice(layer):
+    def initialize(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.copy_(WANTED / 2)
+            module.weight.data.mul_(2)
 
     nn.Sequential(layer).apply(initialize)
     layer.weight  # noqa: B018 - a use

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["holds_numbers", "is_capturing", "is_eager", "is_plain", "plain_arithmetic", "without_autocast"]
+__all__ = [
+    "holds_numbers",
+    "is_capturing",
+    "is_eager",
+    "is_plain",
+    "plain_arithmetic",
+    "without_autocast",
+    "without_rounding",
+]
 
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
@@ -36,6 +44,13 @@ def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
     """Where autocast rounds nothing, and layers hand out their weight as it is."""
     kind = weight.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def without_rounding(weight: Tensor) -> AbstractContextManager[Any]:
+    """As `without_autocast`, but nothing at all where autocast is off: what is traced has no context in it then."""
+    kind = weight.device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def is_eager(weight: Tensor) -> bool:

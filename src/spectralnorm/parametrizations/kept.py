@@ -182,6 +182,7 @@ class Kept:
         index: this one's place in it.
         rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
+        has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
     """
 
     moment: Moment
@@ -195,6 +196,7 @@ class Kept:
     index: int
     rounded: Rounded | None = None
     own_quotient: Quotient | None = None
+    has_left: bool = False
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -226,6 +228,7 @@ class Kept:
     def leave_others(self) -> None:
         """Be renewed anew and not as one of those that were renewed together."""
         self.own_quotient, self.followed = self.quotient, Alone(self.triplets, self.index)
+        self.has_left = True
 
     @property
     def triplets(self) -> tuple[TrackedTriplet, ...]:
@@ -335,7 +338,7 @@ def free_memory(kept: Kept) -> tuple[Tensor | None, Tensor | None]:
 
     ``kept`` has no quotient afterwards. Of one that is not its own nothing is said.
     """
-    if kept.own_quotient is None:
+    if kept.own_quotient is None or kept.has_left:
         return None, None
     value, gradient, quotient = kept.value, kept.own_quotient.gradient_memory, ref(kept.own_quotient)
     kept.own_quotient = kept.value = None  # type: ignore[assignment]

@@ -454,6 +454,9 @@ class SpectralNorm(VectorBuffers):
             norm_alone.refuse_sharded(weight, 'mode="learnable"')
         sees_writes = self.sees_writes(weight)
         if sees_writes:
+            handed = self.handed_out
+            if handed is not None and handed.was_changed_unseen():
+                return handed.value  # being initialized, in several writes
             self.settle()
         value = self._divided(weight)
         if self.scale is not None:
@@ -478,7 +481,9 @@ class SpectralNorm(VectorBuffers):
             self.handed_out = None
             return
         numbers = value.detach().clone() if self.remembers_numbers else None
-        self.handed_out = HandedOut(value.detach(), value._version, self.watched(weight).now(), numbers)
+        clock = self.watched(weight)
+        clock.observe()
+        self.handed_out = HandedOut(value.detach(), value._version, clock.now(), numbers)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -566,7 +571,10 @@ class SpectralNorm(VectorBuffers):
     def invalidate(self) -> None:
         """Forget the kept value: the next use computes it anew from the weight."""
         self.settle()
+        state = self._norm_alone
         self.forget()
+        if state is not None and state.was_written_to():  # of a part of the weight alone, which settles at the next use
+            self._norm_alone = state
 
     def forget(self) -> None:
         """As `invalidate`, with what may have been written into the value."""

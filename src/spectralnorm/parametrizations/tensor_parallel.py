@@ -23,7 +23,12 @@ def _begin(self: nn.Module) -> bool:
     applied = self.__dict__.get(_MARK, False)
     caller = sys._getframe(1).f_code.co_name
     if not applied and caller == "distribute_module":
-        lists: Any = self._modules.pop("parametrizations")
+        lists: Any = self._modules["parametrizations"]
+        for parts in lists.values():
+            for part in parts:
+                if hasattr(part, "settle"):
+                    part.settle()  # what is written afterwards is distributed
+        del self._modules["parametrizations"]
         self.__dict__[_NORMALIZED] = type(self), lists
         for name, parts in lists.items():
             self._parameters[name] = parts.original
@@ -37,8 +42,8 @@ def _end(self: nn.Module, applied: bool) -> None:
     for name, parts in lists.items():
         parts.register_parameter("original", self._parameters.pop(name))
         for part in parts:
-            if hasattr(part, "invalidate"):
-                part.invalidate()  # it holds the whole weight
+            if hasattr(part, "forget"):
+                part.forget()  # it holds the whole weight
     self._modules["parametrizations"] = lists
     self.__dict__[_MARK] = applied
 
