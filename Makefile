@@ -50,9 +50,10 @@ oldest:  ## The tests with the oldest torch that is supported, in .venv-oldest (
 docs: $(VENV)/docs.stamp  ## Build the documentation into site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-benchmark: $(VENV)/dev.stamp  ## Measure on this machine what README and docs claim (about half an hour).
+# Every other number has its script in benchmarks/ too, named where the number stands.
+benchmark: $(VENV)/dev.stamp  ## Measure here what README claims of speed and samples (half an hour or more).
 	$(BIN)/python benchmarks/normalization.py
-	$(BIN)/python benchmarks/trainer_overhead.py
+	$(BIN)/python benchmarks/trainer.py --parts speed --rounds 3
 	$(BIN)/python benchmarks/default_recipe.py
 
 clean:  ## Remove the environment and everything built; run folders stay.

@@ -5,8 +5,8 @@
     python benchmarks/metrics.py --coverage                      # how often the intervals hold, and the result page
 
 Generated images are those of an untrained generator: how long metrics take does not depend on how good they are. The
-cache is empty at first, so features of the 60,000 training and 10,000 held-out images are part of the first time; the
-second evaluation finds them. Coverage is measured on normal distributions, whose distances are known: how often does
+cache is empty at first, so features of all training and held-out images are part of the first time; the second
+evaluation finds them. Coverage is measured on normal distributions, whose distances are known: how often does
 the interval of 95 % hold what it is about?
 """
 
@@ -78,7 +78,8 @@ def duration(num, extractor_name, device):
             "",
             f"`python benchmarks/metrics.py --num {num} --extractor {extractor_name} --device {device}`: "
             f"{len(found)} metrics ({', '.join(metric.name for metric in found)}), with intervals. "
-            "With an empty cache the features of the 60,000 training and 10,000 held-out images are part of it."
+            f"With an empty cache the features of the {images.num_training:,} training and {len(images.held_out):,} "
+            "held-out images are part of it."
             f"{judged} Peak memory: {', '.join(memory)}.",
             "",
             *lines,

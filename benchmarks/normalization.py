@@ -277,7 +277,7 @@ class Page:
 
 
 def told(section, *arguments):
-    """The lines of a section, or one that says how it failed: what else a borrowed GPU has measured is kept."""
+    """The lines of a section, or one that says how it failed: what else was measured is kept."""
     try:
         return section(*arguments)
     except Exception as error:
@@ -390,7 +390,7 @@ def main():
         return
     try:
         measure_all(page, repeats, device)
-    except KeyboardInterrupt:  # a machine may be lent for so long and no longer
+    except KeyboardInterrupt:  # what was measured until then is kept
         page.lines += ["", "Interrupted: what would follow was not measured."]
     page.write(device)
 

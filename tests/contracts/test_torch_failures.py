@@ -11,6 +11,7 @@ finds, `tools/write_failures_page.py` makes the table in docs/library/torchs-fai
 import copy
 import io
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,15 +48,27 @@ P = Contender("P", torch_parametrizations.spectral_norm, *NAMES)
 O = Contender("O", nn.utils.spectral_norm, "weight_orig", "weight_u")  # noqa: E741
 
 
-def contenders(*failing: str, reason: str = "known to fail"):
-    """Ours and torch's two; the ones named are known to fail, in the torch that the tests are for."""
-    known = pytest.mark.xfail(strict=torch.__version__.startswith("2.13."), raises=Exception, reason=reason)
+def contenders(*failing: str, error: str | None = None, reason: str = "known to fail"):
+    """Ours and torch's two; the ones named are known to fail, in the torch that the tests are for.
+
+    There an assertion fails, or torch raises what ``error`` tells, a regular expression: any other exception is a slip
+    of the test. How another torch fails is not asked.
+    """
+    is_theirs = torch.__version__.startswith("2.13.")
+
+    def is_meant(raised: BaseException) -> bool:
+        return isinstance(raised, AssertionError) or (error is not None and bool(re.search(error, str(raised))))
+
+    raises = pytest.RaisesExc(Exception, check=is_meant) if is_theirs else Exception
+    known = pytest.mark.xfail(strict=is_theirs, raises=raises, reason=reason)
     cases = [pytest.param(each, id=each.name, marks=[known] if each.name in failing else []) for each in (OURS, P, O)]
     return pytest.mark.parametrize("sn", cases)
 
 
 def norm_of(weight: Tensor) -> float:
-    return torch.linalg.matrix_norm(weight.detach().double().flatten(1), 2).item()
+    """By SVD; NaN of a matrix that is not finite, which has none."""
+    matrix = weight.detach().double().flatten(1)
+    return torch.linalg.matrix_norm(matrix, 2).item() if matrix.isfinite().all() else math.nan
 
 
 def norm_in_use(layer: nn.Module) -> float:
@@ -330,7 +343,7 @@ def test_15_average_of_models_has_the_norm(sn):
     assert norm_in_use(average.module) == pytest.approx(1, rel=1e-3)
 
 
-@contenders("O")
+@contenders("O", error="support the deepcopy protocol")
 def test_16a_model_can_be_copied_after_a_forward(sn):
     """A model can be deep-copied after a forward."""
     layer = sn.normalize(linear())
@@ -338,7 +351,7 @@ def test_16a_model_can_be_copied_after_a_forward(sn):
     assert copy.deepcopy(layer) is not layer
 
 
-@contenders("P")
+@contenders("P", error="Serialization of parametrized modules is only supported through state_dict")
 def test_16b_whole_model_can_be_saved_and_read(sn):
     """torch.save takes a whole model, and torch.load gives it back."""
     file, layer = io.BytesIO(), sn.normalize(linear())
@@ -355,7 +368,7 @@ FORMATS = {P: "torch", O: "torch-hook", PLAIN: "plain"}
 each_other = pytest.mark.parametrize("other", FORMATS, ids=lambda other: other.name)
 
 
-@contenders("P", "O")
+@contenders("P", "O", error="in loading state_dict")
 @each_other
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_17_checkpoints_of_the_others_load(sn, other, strict):
@@ -367,7 +380,7 @@ def test_17_checkpoints_of_the_others_load(sn, other, strict):
     assert torch.equal(sn.raw(layer), other.raw(source))
 
 
-@contenders("P", "O")
+@contenders("P", "O", error="in loading state_dict")
 @each_other
 def test_17b_checkpoints_can_be_written_for_the_others(sn, other):
     """Checkpoints can be written for torch's two functions and for plain layers, which then compute the same."""
@@ -380,7 +393,7 @@ def test_17b_checkpoints_can_be_written_for_the_others(sn, other):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:torch.jit.script compiles:UserWarning")
-@contenders("P", "O")
+@contenders("P", "O", error="'SpectralNorm' object has no attribute '__name__'|Comprehension ifs are not supported")
 def test_18_model_can_be_scripted(sn):
     """torch.jit.script takes a model."""
     layer = sn.normalize(nn.Sequential(linear())[0])
@@ -389,7 +402,7 @@ def test_18_model_can_be_scripted(sn):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@contenders("P")
+@contenders("P", error="Exporting the operator 'aten::vdot' to ONNX")
 def test_18b_tracing_onnx_exporter_takes_a_model(sn, tmp_path):
     """The tracing ONNX exporter takes a model, and onnxruntime computes the same."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -403,7 +416,7 @@ def test_18b_tracing_onnx_exporter_takes_a_model(sn, tmp_path):
     torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-5, atol=1e-5)
 
 
-@contenders("P", "O")
+@contenders("P", "O", error="Batching rule not implemented|Expected all models to be of the same class")
 def test_19_models_can_be_stacked_and_run_under_vmap(sn):
     """Models can be stacked and run under vmap, with the outputs of each."""
     layers = [sn.normalize(nn.Linear(4, 3)) for _ in range(3)]

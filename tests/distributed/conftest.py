@@ -1,6 +1,7 @@
 """Two processes that run the bodies of tests together."""
 
 import pickle
+import re
 import selectors
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Where `processes` and `rank_checks` are, for test modules here and in the ranks.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +20,14 @@ from processes import NUM_RANKS, Rank
 
 # What a test may take.
 TASK_TIMEOUT_SECONDS = 120
+# What torch 2.6 says of what it cannot do: FSDP2 on a CPU, splitting a layer whose parameters have longer names or
+# whose weight is computed, and DDP that leaves the ranks as they are.
+NOT_IN_2_6 = (
+    "'Stream' object has no attribute 'record_event'",
+    "parameter name can.+t contain",
+    "should be used to distribute leaf tensors",
+    "unexpected keyword argument 'init_sync'",
+)
 NO_ANSWER = "no answer in time"
 ENDED = "the process has ended"
 
@@ -35,6 +45,8 @@ class Pair:
             function: of a test module's top level. It starts under the same seed on every rank.
             arguments: what can be pickled without the test module.
 
+        Where torch 2.6 cannot do it, the test is marked as one that is expected to fail.
+
         Raises:
             AssertionError: it failed on a rank; with the traceback of each that did.
         """
@@ -46,6 +58,10 @@ class Pair:
             # do so again; what does not is told at the end of the test run.
             warnings.warn(f"{function.__qualname__}: a rank was ended by signal {signals}; run again", stacklevel=2)
             failures = self._attempt(task)
+        if torch.__version__.startswith("2.6."):
+            for words in NOT_IN_2_6:
+                if any(re.search(words, text) for text in failures.values()):
+                    pytest.xfail(f"torch 2.6 cannot do it: {words}")
         if failures:
             raise AssertionError("\n".join(f"On rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
 

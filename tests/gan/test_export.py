@@ -44,10 +44,14 @@ def _of_kind(architecture: str, conditional: bool) -> TrainedGenerator:
 @pytest.mark.slow
 @every_kind
 def test_an_onnx_file_makes_the_same_images_of_any_batch_and_class(
-    architecture: str, conditional: bool, tmp_path: Path
+    architecture: str, conditional: bool, tmp_path: Path, request: pytest.FixtureRequest
 ):
     onnxruntime = pytest.importorskip("onnxruntime")
     generator = _of_kind(architecture, conditional)
+    has_batch_norm = any(isinstance(each, nn.BatchNorm2d) for each in generator.modules())
+    if torch.__version__.startswith("2.6.") and has_batch_norm:
+        reason = "the exporter of torch 2.6 does not translate batch normalization with today's onnxscript"
+        request.applymarker(pytest.mark.xfail(raises=UserError, strict=True, reason=reason))
     assert 0 <= export_onnx(generator, tmp_path / "generator.onnx") <= MAX_DIFFERENCE
     assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]
     session = onnxruntime.InferenceSession(str(tmp_path / "generator.onnx"))

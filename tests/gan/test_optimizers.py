@@ -1,5 +1,7 @@
 """Optimizers by name."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -73,11 +75,22 @@ def test_an_option_that_can_be_is_taken(setting: str):
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
-def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, int]):
+@pytest.mark.parametrize("smallest", [0.0025, 0.1, 1.0])
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_vectors(smallest: float, shape: tuple[int, int]):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
-    assert values.min() > 0.3
-    assert values.max() < 1.3
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(math.log(smallest), 0, min(shape), dtype=torch.float64).exp()
+    matrix = left @ values.diag() @ right
+    assert values[0] >= 0.002 * matrix.norm()
+    assert_near_orthogonal(left.T @ orthogonalize(matrix) @ right.T)
+
+
+def assert_near_orthogonal(diagonal: torch.Tensor, tolerance: float = 1e-9) -> None:
+    """What is written in the singular vectors of the matrix that it is made of."""
+    values = diagonal.diag()
+    torch.testing.assert_close(diagonal, values.diag(), rtol=0, atol=tolerance)
+    assert values.min() > 0.68
+    assert values.max() < 1.21
 
 
 def test_muon_steps_on_vectors_are_adams():
@@ -93,11 +106,11 @@ def test_muon_steps_on_vectors_are_adams():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_muon_moves_a_kernel_by_an_orthogonal_step_of_its_size():
+@pytest.mark.parametrize(("outputs", "size"), [(8, 0.5), (48, 1.0)], ids=["wide", "tall"])
+def test_muon_moves_a_kernel_by_an_orthogonal_step_of_its_size(outputs: int, size: float):
     torch.manual_seed(0)
-    kernel = nn.Parameter(torch.zeros(8, 3, 2, 2))
+    kernel = nn.Parameter(torch.zeros(outputs, 3, 2, 2))
     kernel.grad = torch.randn_like(kernel)
+    left, _, right = torch.linalg.svd(kernel.grad.flatten(1), full_matrices=False)
     Muon([kernel], lr=0.1, muon_lr=0.5).step()
-    values = torch.linalg.svdvals(kernel.detach().flatten(1) / 0.5)
-    assert values.min() > 0.3
-    assert values.max() < 1.3
+    assert_near_orthogonal(left.T @ (-kernel.detach().flatten(1) / size) @ right.T, tolerance=1e-5)

@@ -95,14 +95,28 @@ def test_wheel_imports_from_its_own_environment(elsewhere: Path, wheel: Path, tm
     assert version == wheel.name.split("-")[1]
 
 
-def test_import_loads_torch_and_nothing_heavier(elsewhere: Path, tmp_path: Path):
+def test_import_loads_no_module_of_the_package_and_not_even_torch(elsewhere: Path, tmp_path: Path):
     code = """
-        import json, sys, torch
+        import json, sys
         before = set(sys.modules)
         import spectralnorm
         print(json.dumps(sorted(set(sys.modules) - before)))
     """
     added = json.loads(_run(elsewhere / "python", "-c", _dedent(code), cwd=tmp_path).stdout)
+    assert [name for name in added if name.partition(".")[0] not in sys.stdlib_module_names] == ["spectralnorm"]
+
+
+def test_every_name_of_the_library_loads_torch_and_nothing_heavier(elsewhere: Path, tmp_path: Path):
+    code = """
+        import json, sys, torch
+        before = set(sys.modules)
+        import spectralnorm as sn
+        names = [getattr(sn, name).__name__ for name in sn.__all__ if not name.startswith("_")]
+        print(json.dumps([names, sorted(set(sys.modules) - before)]))
+    """
+    names, added = json.loads(_run(elsewhere / "python", "-c", _dedent(code), cwd=tmp_path).stdout)
+    assert {"add_spectral_norm", "certify"} <= set(names)
+    assert {"spectralnorm.transform", "spectralnorm.lipschitz"} <= set(added)
     packages = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert packages <= {"spectralnorm", "torch"}
     # torch's compiler takes longer to import than the rest of torch.

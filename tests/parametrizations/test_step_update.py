@@ -568,19 +568,30 @@ class TestWhereNothingIsKept:
 
 
 def test_compiled_model_is_one_graph_and_agrees_with_eager():
-    eager = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.ReLU(), spectral_norm(nn.Conv1d(8, 4, 1, groups=2)))
-    eager = nn.Sequential(eager[0], nn.ReLU(), nn.Unflatten(1, (8, 1)), eager[2], nn.Flatten())
-    compiled_model = copy.deepcopy(eager)
-    compiled = torch.compile(compiled_model, fullgraph=True, backend="aot_eager")
-    optimizer = torch.optim.SGD(compiled_model.parameters(), lr=0.1)
+    linear, convolution = nn.Linear(6, 8), nn.Conv1d(8, 4, 1, groups=2)
+    plain = nn.Sequential(linear, nn.ReLU(), nn.Unflatten(1, (8, 1)), convolution, nn.Flatten())
+    eager = copy.deepcopy(plain)
+    for part in (eager[0], eager[3]):
+        spectral_norm(part)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs = torch.randn(5, 6)
-    torch.testing.assert_close(compiled(inputs), eager(inputs), rtol=1e-3, atol=1e-4)
+    for each in (compiled, eager):
+        each(inputs).square().sum().backward()
+    for mine, its in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-4)
     for _ in range(3):
+        optimizer.step()
         optimizer.zero_grad()
         compiled(inputs).square().sum().backward()
-        optimizer.step()
-    for part in (compiled_model[0], compiled_model[3]):
-        assert norm_of(part.weight[:2].flatten(1) if part.weight.ndim > 2 else part.weight) < 1 + 1e-3
-    compiled_model.eval()
+    for _ in range(30):  # a use in training is one power iteration there, which large steps may leave behind
+        compiled(inputs)
+    model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(inputs), compiled_model(inputs), rtol=2e-2, atol=2e-2)
+        for part, trained in ((linear, model[0]), (convolution, model[3])):
+            blocks = raw(trained).flatten(1).chunk(getattr(trained, "groups", 1))
+            part.weight.copy_(raw(trained) / max(map(norm_of, blocks)))
+            part.bias.copy_(trained.bias)
+        for each in (compiled, model):
+            torch.testing.assert_close(each(inputs), plain(inputs), rtol=1e-3, atol=1e-4)

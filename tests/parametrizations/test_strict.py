@@ -135,14 +135,21 @@ class TestOtherWays:
     def test_in_place_writes_loads_and_copies(self, dtype, device):
         layer = spectral_norm(nn.Linear(30, 20).to(device, dtype), strict=True)
         for change in (
-            lambda: nn.init.orthogonal_(raw(layer).data.float(), 3.0),
-            lambda: raw(layer).detach().mul_(17),
+            lambda: nn.init.uniform_(layer.weight, -3.0, 3.0),
+            lambda: raw(layer).detach().mul_(17).add_(1),
+            lambda: (raw(layer).data.normal_(std=5.0), sn.invalidate(layer)),
             lambda: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}),
             lambda: setattr(layer, "weight", torch.randn_like(raw(layer))),
         ):
+            before = layer.weight.detach().clone()
             change()
-            for module in (layer, copy.deepcopy(layer), layer.eval()):
+            for make in (lambda: layer, lambda: copy.deepcopy(layer), layer.eval):
+                module = make()
                 assert 0.9 < exact_norm(module.weight) <= 1
+                # It is seen: the value is that of the numbers which are there now.
+                assert not torch.equal(module.weight, before)
+                expected = raw(module).double() / exact_norm(raw(module))
+                torch.testing.assert_close(module.weight.double(), expected, rtol=2e-2, atol=2e-3)
 
     def test_averaged_model(self, dtype, device):
         layer = spectral_norm(nn.Linear(30, 20).to(device, dtype), strict=True)

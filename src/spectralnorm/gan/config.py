@@ -72,9 +72,9 @@ class Config:
     architecture: str = _NETWORKS("dcgan")
     """dcgan, sncnn, sndcgan, resnet, sagan, stylegan2, r3gan, mlp, or points (dense networks for the plane)."""
     generator_width: int = _NETWORKS(64)
-    """Of the generator: 64 gives the published channels, another number scales them."""
+    """Of the generator: 64 gives the published channels (stylegan2: 16384 / image-size; r3gan: none), others scale."""
     discriminator_width: int = _NETWORKS(64)
-    """Of the discriminator: 64 gives the published channels, another number scales them."""
+    """Of the discriminator, as of the generator."""
     latent_dim: int = _NETWORKS(128)
     """Dimensions of the latent z ~ N(0, I)."""
     initialization: str = _NETWORKS("published")

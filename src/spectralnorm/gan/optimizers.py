@@ -108,9 +108,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, *, num_steps: int = 5) -> Tensor:
-    """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a quintic Newton-Schulz iteration.
+    """Bring the singular values of a matrix near 1 (0.68 to 1.21) by a quintic Newton-Schulz iteration.
 
-    The coefficients of Jordan et al. 2024, which trade exactness for speed.
+    The coefficients of Jordan et al. 2024, which trade exactness for speed. After 5 iterations the range holds for all
+    that are at least 0.002 of the matrix's Frobenius norm; smaller ones stay smaller.
 
     Args:
         matrix: (m, n).

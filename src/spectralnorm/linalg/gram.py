@@ -1,7 +1,7 @@
 """A guaranteed upper bound of the 2-norm of a matrix, cheap enough for every training step.
 
 Gram iteration (Delattre et al. 2023): with G = A A^H and G <- G G^H, ||A||^(2^t) <= ||G||_F. In floating point that is
-no bound: it falls below the norm in two matrices of five. Here every product's rounding error is bounded and carried
+no bound: it falls below the norm of some matrices. Here every product's rounding error is bounded and carried
 back, powers of two keep the range, and a deflated bound of ||G|| takes the place of ||G||_F. The proof of the constants
 is in docs/library/rigorous-bounds.md.
 """

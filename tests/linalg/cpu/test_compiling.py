@@ -1,5 +1,6 @@
 """The library that the kernels are compiled into: where it is found, and what happens where it cannot be made."""
 
+import copy
 import shutil
 import tempfile
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parametrizations.kernel_runs import are_kept_by_kernels, trained
+from tests.parametrizations.kernel_runs import are_kept_by_kernels, assert_equal_runs, trained
 from torch import nn
 
 import spectralnorm as sn
@@ -41,16 +42,20 @@ def test_a_change_in_any_file_gives_another_library(tmp_path: Path, monkeypatch:
 def test_without_a_compiler_torch_does_the_work_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
 ) -> None:
+    plain = nn.Sequential(nn.Linear(12, 10), nn.Flatten(0))
+    # By the kernels, where there is a compiler.
+    usual = trained(sn.add_spectral_norm(copy.deepcopy(plain)), 2, torch.device("cpu"))
+    forget_kernels()
     monkeypatch.setenv("SPECTRALNORM_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not cpu.is_trusted()
-        model = sn.add_spectral_norm(nn.Linear(12, 10))
-        trained_alone = trained(nn.Sequential(model, nn.Flatten(0)), 2, torch.device("cpu"))
-    assert trained_alone
+        model = sn.add_spectral_norm(plain)
+        alone = trained(model, 2, torch.device("cpu"))
     assert not any(are_kept_by_kernels(model))
+    assert_equal_runs(alone, usual, 2e-4, of_vectors=2e-3)
 
 
 @pytest.mark.parametrize("script", ["exit 3", "echo 'no such target' >&2; exit 1", "touch $7"])

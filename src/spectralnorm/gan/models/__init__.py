@@ -3,8 +3,9 @@
 A generator maps latents ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]; a discriminator
 maps images to logits ``(batch,)``; those of conditional architectures take labels ``(batch,)`` as a second argument if
 they were built with ``num_classes``. Neither is normalized here (`spectralnorm.gan.normalizations`). ``width=64`` gives
-the published number of channels everywhere. A part that makes a logit depend on the other images of the batch has
-the attribute ``mixes_images = True``.
+the published number of channels, but for ``stylegan2``, where ``16384 / image_size`` does, and ``r3gan``, which doubles
+them where its public code does not. A part that makes a logit depend on the other images of the batch has the attribute
+``mixes_images = True``.
 
 Every discriminator takes ``lipschitz=``: a number asks for the form whose parts without weights have norm at most 1, so
 that dividing every weight by a guaranteed bound of its norm makes that number a Lipschitz constant of the whole.
