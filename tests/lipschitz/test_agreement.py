@@ -48,8 +48,8 @@ def _after_use(model: Model, inputs: Tensor) -> Tensor:
     return outputs * factor
 
 
-def _with_numpy(draw: Callable[[Any], float]) -> Callable[[Model, Tensor], Tensor]:
-    return lambda model, inputs: inputs * draw(pytest.importorskip("numpy").random)
+def _with_numpy(factor: Callable[[Any, Tensor], Any]) -> Callable[[Model, Tensor], Tensor]:
+    return lambda model, inputs: inputs * factor(pytest.importorskip("numpy"), inputs)
 
 
 _calls = iter(range(1000))
@@ -64,8 +64,10 @@ REFUSED = {
     "constant that is changed after its use": (_after_use, "mul.*changed in place afterwards"),
     "number of calls": (lambda model, x: x * (1 + next(_calls)), "mul.*something else"),
     "Python's random numbers": (lambda model, x: x * random.random(), "random numbers"),
-    "numpy's random numbers": (_with_numpy(lambda random: float(random.rand())), "random numbers"),
-    "numpy's own generator": (_with_numpy(lambda random: random.default_rng().random()), "something else"),
+    "numpy's random numbers": (_with_numpy(lambda np, x: float(np.random.rand())), "random numbers"),
+    "numpy's own generator": (_with_numpy(lambda np, x: np.random.default_rng().random()), "something else"),
+    "size of the batch by numpy": (_with_numpy(lambda np, x: np.prod(x.shape)), "mul.*something else"),
+    "size of the batch by numpy, in float32": (_with_numpy(lambda np, x: np.float32(len(x))), "mul.*something else"),
     "generator": (lambda model, x: x + torch.rand(4, generator=_generator), "add.*numbers that it draws"),
     "model's own generator": (lambda model, x: x + torch.rand(4, generator=model.generator), "add.*something else"),
     "size of the batch": (lambda model, x: x * len(x), "mul.*11 samples in place of 7.*size of the batch"),
@@ -103,6 +105,14 @@ def _keeping(model: Model, inputs: Tensor) -> Tensor:
     return inputs * model.number
 
 
+def _indexed_by_numpy(model: Model, inputs: Tensor) -> Tensor:
+    np = pytest.importorskip("numpy")
+    return (
+        inputs[:, np.int64(1)].unflatten(0, (-1, 1)) * np.float32(2)
+        + inputs[:, : np.int64(2)].sum(np.int64(1))[:, None]
+    )
+
+
 CERTIFIED = {
     "reshaped": (lambda model, x: 2 * x.view(len(x), 2, 2).reshape(-1, 4), 2),
     "expanded": (lambda model, x: (x[:, None].expand(len(x), 4, 4) / 2).flatten(1), 1),
@@ -112,6 +122,7 @@ CERTIFIED = {
     "layer of a constant": (lambda model, x: x + model.layer(torch.ones(len(x), 4)), 1),
     "buffer that counts calls": (_counting, 2),
     "tensor made in the first call": (_keeping, 2),
+    "numbers of numpy": (_indexed_by_numpy, 2 + 2**0.5),
     "constant that is not a number": (lambda model, x: 2 * x.to(dtype=torch.float32, memory_format=None), 2),
 }
 

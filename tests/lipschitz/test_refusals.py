@@ -65,6 +65,7 @@ REFUSED = {
             "leaky_relu": lambda x: F.leaky_relu(x, math.nan),
             "clamp": lambda x: x.clamp(min=math.nan),
             "pad": lambda x: F.pad(x, (1, 1), value=math.nan),
+            "add": lambda x: x + pytest.importorskip("numpy").float32("nan"),
         }.items()
     },
     "residual layer with softplus that jumps": (
@@ -194,6 +195,26 @@ def test_layer_whose_step_is_out_of_range_is_refused(kind: type[nn.Module]):
     assert not bool(layer(torch.randn(2, 4)).isfinite().all())
     with pytest.raises(sn.UserError, match=f"{kind.__name__}.*beyond the range of torch.float32"):
         sn.certify(layer, (4,))
+
+
+def test_layer_with_a_rule_that_is_given_what_may_hide_a_tensor_is_refused():
+    class Sum(nn.Module):
+        def forward(self, inputs, other):
+            return inputs + other.tensor
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sum = Sum()
+
+        def forward(self, inputs):
+            return self.sum(inputs, SimpleNamespace(tensor=inputs))
+
+    assert sn.certify(Model(), (4,), ascent_steps=0).upper_bound == pytest.approx(2)
+    sn.register_rule(Sum, lambda call: 1.0)
+
+    with pytest.raises(sn.UserError, match="look into the SimpleNamespace that Sum at 'sum' is given; give"):
+        sn.certify(Model(), (4,), ascent_steps=0)
 
 
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():

@@ -88,26 +88,26 @@ def _same(one: Any, other: Any, compared: _Compared, *, may_count: bool = False)
         return False
     if isinstance(one, Tensor):
         return _same_constant(one, other, compared)
-    if isinstance(one, int | float | complex | str):
+    ours, theirs = _parts(one), _parts(other)
+    if ours is None or theirs is None:
         is_count = may_count and type(one) is int and compared.counts_samples(one, other)
         return one == other or is_count or (one != one and other != other)
-    ours, theirs = _parts(one), _parts(other)
-    # What else there may be is no number: a layer, a dtype, a function.
     if len(ours) != len(theirs):
         return False
     return all(_same(*pair, compared, may_count=may_count) for pair in zip(ours, theirs, strict=True))
 
 
-def _parts(structure: Any) -> list[Any]:
+def _parts(structure: Any) -> list[Any] | None:
+    """None of what has none."""
     if isinstance(structure, slice):
         return [structure.start, structure.stop, structure.step]
     if isinstance(structure, tuple | list):
         return list(structure)
     if isinstance(structure, dict):
         return [*structure, *structure.values()]
-    if is_dataclass(structure):
+    if is_dataclass(structure) and not isinstance(structure, type):
         return [getattr(structure, each.name) for each in fields(structure)]
-    return []
+    return None
 
 
 def _same_constant(one: Tensor, other: Tensor, compared: _Compared) -> bool:

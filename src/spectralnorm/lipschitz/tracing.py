@@ -9,10 +9,13 @@ one.
 from __future__ import annotations
 
 import copy
+import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,7 +25,17 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.agreement import refuse_disagreement
-from spectralnorm.lipschitz.graph import FILLED, METADATA, TEMPLATED, Graph, Node, canonical, map_structure, with_maxima
+from spectralnorm.lipschitz.graph import (
+    FILLED,
+    METADATA,
+    TEMPLATED,
+    Graph,
+    Node,
+    canonical,
+    leaves,
+    map_structure,
+    with_maxima,
+)
 from spectralnorm.lipschitz.random_numbers import without_random_numbers
 
 __all__ = ["trace"]
@@ -33,6 +46,8 @@ _BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
 
 # What may stand beside the tensors that a model returns: none of it can be made of values.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+# What else an operation may be given: what is not here may hold a tensor that nobody sees, or change unseen.
+_OPTIONS = (EllipsisType, torch.layout, torch.memory_format, Enum, type)
 
 
 class _Traced(torch.Tensor):
@@ -100,6 +115,7 @@ class _Tracer:
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One torch function with at least one traced argument."""
         name, in_place = canonical(func)
+        args, kwargs = _with_numbers((args, kwargs))
         if name in METADATA:
             if name in ("device", "is_cuda", "is_cpu", "is_meta"):
                 return {
@@ -207,6 +223,12 @@ class _Tracer:
         self, name: str, func: Any, args: Any, kwargs: Any, shape: Any, sample: Tensor, module: nn.Module | None
     ) -> Node:
         node = Node(self._unused_name(name), name, func, args, kwargs, shape, module, sample.is_floating_point())
+        for each in leaves((args, kwargs)):
+            if not isinstance(each, (Tensor, Node, *_CONSTANTS, *_OPTIONS)):
+                raise UserError(
+                    f"certify cannot look into the {type(each).__name__} that {name} at {node.name!r} is given; give "
+                    "it numbers and tensors, also in tuples, lists, dictionaries or dataclasses."
+                )
         self.nodes.append(node)
         map_structure((args, kwargs), Tensor, lambda read: self.constants.append((node, read, _version(read))))
         return node
@@ -236,6 +258,7 @@ class _Tracer:
             try:
                 if pristine is None or not found:
                     return forward(*args, **kwargs)
+                args, kwargs = _with_numbers((args, kwargs))
                 try:
                     outcome = _on_meta(copy.deepcopy(pristine).to("meta"), args, kwargs)
                 except Exception:
@@ -246,6 +269,20 @@ class _Tracer:
                 self._stack.pop()
 
         return recorded
+
+
+def _with_numbers(structure: Any) -> Any:
+    """With Python's numbers in place of numpy's and of tensors in slices: rules and records read no others."""
+    numpy = sys.modules.get("numpy")  # not imported: it may not be there
+
+    def number(given: Any) -> Any:
+        if not isinstance(given, slice):
+            return given.item()
+        return slice(
+            *(None if part is None else operator.index(part) for part in (given.start, given.stop, given.step))
+        )
+
+    return map_structure(structure, (slice, numpy.generic) if numpy else slice, number)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -454,7 +491,15 @@ def _refuse_changed(buffers: Sequence[tuple[Tensor, Tensor]], tracers: Sequence[
 
 def _returned(result: Any) -> list[Tensor]:
     """All tensors of what the model returned."""
-    tensors = list(_tensors_in(result))
+    tensors: list[Tensor] = []
+    for each in leaves(result):
+        if isinstance(each, Tensor):
+            tensors.append(each)
+        elif not isinstance(each, _CONSTANTS):
+            raise UserError(
+                f"certify cannot look into the {type(each).__name__} that the model returns; let forward return a "
+                "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
+            )
     if not tensors:
         raise UserError(
             f"certify found no tensor in what the model returns ({type(result).__name__}); let forward return the "
@@ -463,22 +508,3 @@ def _returned(result: Any) -> list[Tensor]:
     if any(tensor.is_meta and not isinstance(tensor, _Traced) for tensor in tensors):
         raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
     return tensors
-
-
-def _tensors_in(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for each in result:
-            yield from _tensors_in(each)
-    elif is_dataclass(result) and not isinstance(result, type):
-        for each in fields(result):
-            yield from _tensors_in(getattr(result, each.name))
-    elif isinstance(result, dict):
-        for each in result.values():
-            yield from _tensors_in(each)
-    elif not isinstance(result, _CONSTANTS):
-        raise UserError(
-            f"certify cannot look into the {type(result).__name__} that the model returns; let forward return a "
-            "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
-        )
