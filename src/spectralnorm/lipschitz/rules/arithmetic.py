@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.rounding import gamma
-from spectralnorm.lipschitz.bounds import frobenius
+from spectralnorm.lipschitz.bounds import largest_frobenius
 from spectralnorm.lipschitz.graph import Node
 from spectralnorm.lipschitz.maps import DenseMap, ScaleMap
 from spectralnorm.lipschitz.registry import Call, Path, Step, rule
@@ -82,11 +82,11 @@ def _dense(call: Call, node: Node, source: Node, factor: float, relative: float)
         if size > _MAX_IDENTITY or len(source.shape) < 2:
             return None
         diagonal = factor * torch.eye(size, dtype=torch.float64, device=call.graph.device)
-        return DenseMap(diagonal, mul_up(2 * relative, frobenius(diagonal)))
+        return DenseMap(diagonal, mul_up(2 * relative, largest_frobenius(diagonal)))
     if path is None or path.source is not source or not isinstance(path.map, DenseMap):
         return None
     scaled = factor * path.map.matrix
-    error = add_up(mul_up(abs(factor), path.map.error), mul_up(gamma(2) + 2 * relative, frobenius(scaled)))
+    error = add_up(mul_up(abs(factor), path.map.error), mul_up(gamma(2) + 2 * relative, largest_frobenius(scaled)))
     return DenseMap(scaled, error)
 
 
@@ -173,7 +173,7 @@ def _sum(call: Call) -> Step:
     if len(shape) == 2 and dims == (1,):
         entry = 1 / count if mean else 1.0
         row = torch.full((1, count), entry, dtype=torch.float64, device=call.graph.device)
-        matrix = DenseMap(row, mul_up(gamma(2), frobenius(row)) if mean else 0.0)
+        matrix = DenseMap(row, mul_up(gamma(2), largest_frobenius(row)) if mean else 0.0)
     return Step(factor, map=matrix, is_linear=True)
 
 
