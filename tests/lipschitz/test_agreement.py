@@ -19,6 +19,7 @@ class Model(nn.Module):
         self.function = function
         self.register_buffer("buffer", torch.ones(1))
         self.tensor = torch.ones(1)
+        self.parameter = nn.Parameter(torch.ones(4))
         self.number = 1
         self.generator = torch.Generator().manual_seed(0)
         self.layer = nn.Linear(4, 4)
@@ -41,6 +42,31 @@ def _in_data(model: Model, inputs: Tensor) -> Tensor:
     return inputs * model.buffer
 
 
+def _clipped(model: Model, inputs: Tensor) -> Tensor:
+    model.layer.weight.data.clamp_(-0.1, 0.1)
+    return model.layer(inputs)
+
+
+def _growing(model: Model, inputs: Tensor) -> Tensor:
+    model.layer.weight.data *= 1.5
+    return model.layer(inputs)
+
+
+def _put_back(name: str) -> Callable[[Model, Tensor], Tensor]:
+    def function(model: Model, inputs: Tensor) -> Tensor:
+        tensor = getattr(model, name)
+        tensor.data *= 2
+        outputs = inputs * tensor
+        tensor.data /= 2
+        return outputs
+
+    return function
+
+
+def _nearly_one(inputs: Tensor) -> Tensor:
+    return torch.full((4,), 1 + 2.0**-20 * len(inputs))
+
+
 def _after_use(model: Model, inputs: Tensor) -> Tensor:
     factor = torch.ones(4)
     outputs = inputs * factor
@@ -59,7 +85,13 @@ REFUSED = {
     "buffer changed in place": (_changing("buffer", lambda buffer: buffer.add_(1)), "mul.*changed in place afterwards"),
     "buffer replaced": (_changing("buffer", lambda buffer: buffer + 1), "mul.*something else"),
     "data of a buffer": (_in_data, "mul.*changed in place afterwards"),
+    "data of a parameter": (_growing, "linear.*changed in place afterwards.*weights"),
+    **{
+        f"data of a {name}, put back after its use": (_put_back(name), "mul.*changed in place afterwards")
+        for name in ("buffer", "tensor", "parameter")
+    },
     "tensor changed in place": (_changing("tensor", lambda tensor: tensor.add_(1)), "mul.*changed in place afterwards"),
+    "tensor that grows a little": (_changing("tensor", lambda tensor: tensor * 1.0002), "mul.*something else"),
     "number": (_changing("number", lambda number: number + 1), "mul.*something else"),
     "constant that is changed after its use": (_after_use, "mul.*changed in place afterwards"),
     "number of calls": (lambda model, x: x * (1 + next(_calls)), "mul.*something else"),
@@ -72,9 +104,19 @@ REFUSED = {
     "model's own generator": (lambda model, x: x + torch.rand(4, generator=model.generator), "add.*something else"),
     "size of the batch": (lambda model, x: x * len(x), "mul.*11 samples in place of 7.*size of the batch"),
     "size of the batch as a tensor": (lambda model, x: x * torch.tensor(float(len(x))), "mul.*something else"),
+    "size of the batch beside a large number": (
+        lambda model, x: x * torch.tensor([1e6] * 3 + [len(x)]),
+        "something else",
+    ),
+    "size of the batch in the last digits": (lambda model, x: x * _nearly_one(x), "mul.*something else"),
     "root of the batch": (lambda model, x: x / len(x) ** 0.5, "div.*something else"),
     "branch on the batch": (lambda model, x: x if len(x) < 10 else 2 * x, "something else"),
     "place in the batch": (lambda model, x: x * torch.arange(len(x))[:, None], "mul.*something else"),
+    "steps by the batch": (lambda model, x: x[:, :: len(x)].sum(1), "getitem.*something else"),
+    "slice up to the batch": (lambda model, x: x[:, : len(x)], "getitem.*something else"),
+    "slice from the batch": (lambda model, x: torch.cat([x, x[:, len(x) :]], 1), "getitem.*something else"),
+    "pieces by the batch": (lambda model, x: sum(x.split(len(x), 1)), "split.*something else"),
+    "part from the batch": (lambda model, x: x.repeat(1, 8).narrow(1, len(x), 4), "narrow.*something else"),
     "slice by the batch": (lambda model, x: x[:, : len(x) % 3 + 1], "getitem.*something else"),
     "one size alone": (lambda model, x: x * torch.ones(11, 1), "11 samples and on no other number"),
 }
@@ -117,6 +159,8 @@ CERTIFIED = {
     "reshaped": (lambda model, x: 2 * x.view(len(x), 2, 2).reshape(-1, 4), 2),
     "expanded": (lambda model, x: (x[:, None].expand(len(x), 4, 4) / 2).flatten(1), 1),
     "slice of all": (lambda model, x: 2 * x[: len(x)], 2),
+    "slice of all, of some entries": (lambda model, x: 2 * x[: len(x), 1:3], 2),
+    "addend that differs by rounding": (lambda model, x: 2 * (x + _nearly_one(x)), 2),
     "constant for each sample": (lambda model, x: x + torch.full((len(x), 4), 3.0), 1),
     "samples in several places": (lambda model, x: (x.reshape(-1, 2) * torch.ones(2 * len(x), 2)).view(len(x), 4), 1),
     "layer of a constant": (lambda model, x: x + model.layer(torch.ones(len(x), 4)), 1),
@@ -132,6 +176,25 @@ def test_what_has_the_size_of_the_batch_and_does_not_depend_on_it_is_certified(n
     function, constant = CERTIFIED[name]
 
     assert sn.certify(Model(function), (4,), ascent_steps=0).upper_bound == pytest.approx(constant, rel=1e-9)
+
+
+def test_weights_that_forward_changes_behind_a_parametrization_are_refused():
+    def scaled(model: Model, inputs: Tensor) -> Tensor:
+        model.layer.parametrizations.weight.original0.data *= 1.5
+        return model.layer(inputs)
+
+    model = Model(scaled)
+    nn.utils.parametrizations.weight_norm(model.layer)
+
+    with pytest.raises(sn.UserError, match=r"linear at 'layer'.*something else"):
+        sn.certify(model, (4,), ascent_steps=0)
+
+
+def test_weights_are_those_that_forward_computes_with():
+    model = Model(_clipped)
+    nn.init.constant_(model.layer.weight, 1)
+
+    assert sn.certify(model, (4,), ascent_steps=0).upper_bound == pytest.approx(0.4)
 
 
 def test_constants_of_labels_come_again_with_them():

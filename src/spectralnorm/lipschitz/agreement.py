@@ -8,6 +8,7 @@ what was recorded is not the function of one sample that a certificate is about.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -19,11 +20,10 @@ from spectralnorm.lipschitz.graph import Graph, Node
 
 __all__ = ["refuse_disagreement"]
 
-# Operations whose sizes and positions may count samples: they move entries, whatever these numbers are.
-_MOVING = frozenset(
-    "view reshape unflatten expand broadcast_to repeat tile narrow split split_with_sizes tensor_split getitem "
-    "as_strided".split()
-)
+# Operations whose numbers may count samples: the shapes of argument and result, which are compared, say what they do.
+_SHAPED = frozenset("view reshape unflatten expand broadcast_to repeat tile".split())
+# Operations of whose constants no bound depends on the values: these may differ by rounding.
+_ADDING = frozenset("add sub rsub".split())
 
 
 def refuse_disagreement(first: Graph, second: Graph, *, num_classes: int) -> None:
@@ -76,25 +76,52 @@ def _agree(node: Node, twin: Node, compared: _Compared) -> bool:
     return (
         (node.name, node.op) == (twin.name, twin.op)
         and _same(node.shape, twin.shape, compared, may_count=True)
-        and _same((node.args, node.kwargs), (twin.args, twin.kwargs), compared, may_count=node.op in _MOVING)
+        and _same(
+            (_arguments(node), node.kwargs),
+            (_arguments(twin), twin.kwargs),
+            compared,
+            may_count=node.op in _SHAPED,
+            may_round=node.op in _ADDING,
+        )
     )
 
 
-def _same(one: Any, other: Any, compared: _Compared, *, may_count: bool = False) -> bool:
-    """Whether two arguments are the same; with ``may_count`` numbers may count the samples, each of its own batch."""
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """Positional ones; where an index takes all samples, without their number."""
+    if node.op != "getitem" or not isinstance(node.args[0], Node):
+        return node.args
+    inputs, index = node.args
+    first, *others = index if isinstance(index, tuple) and index else (index,)
+    if isinstance(first, slice) and first.start in (None, 0) and first.step in (None, 1):
+        is_whole = first.stop is None or first.stop >= inputs.shape[0]
+        first = slice(None) if is_whole else first
+    return inputs, first, *others
+
+
+def _same(one: Any, other: Any, compared: _Compared, *, may_count: bool = False, may_round: bool = False) -> bool:
+    """Whether two arguments are the same.
+
+    Args:
+        one: of the first record.
+        other: of the second.
+        compared: the two records.
+        may_count: numbers may count the samples, each of its own batch.
+        may_round: tensors may differ by rounding, which in sums depends on the size of the batch.
+    """
     if isinstance(one, Node):
         return compared.twins.get(one) is other
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return _same_constant(one, other, compared)
+        return _same_constant(one, other, compared, _close if may_round else _equal)
     ours, theirs = _parts(one), _parts(other)
     if ours is None or theirs is None:
         is_count = may_count and type(one) is int and compared.counts_samples(one, other)
         return one == other or is_count or (one != one and other != other)
     if len(ours) != len(theirs):
         return False
-    return all(_same(*pair, compared, may_count=may_count) for pair in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    return all(_same(*pair, compared, may_count=may_count, may_round=may_round) for pair in pairs)
 
 
 def _parts(structure: Any) -> list[Any] | None:
@@ -110,15 +137,16 @@ def _parts(structure: Any) -> list[Any] | None:
     return None
 
 
-def _same_constant(one: Tensor, other: Tensor, compared: _Compared) -> bool:
+def _same_constant(one: Tensor, other: Tensor, compared: _Compared, is_same: Callable[[Tensor, Tensor], bool]) -> bool:
     if one.dtype != other.dtype or one.ndim != other.ndim:
         return False
     if one.is_meta or other.is_meta:  # what escaped the record: it has no values, and no rule takes it
         return one.is_meta and other.is_meta
     dims = [dim for dim, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if sizes[0] != sizes[1]]
     if not dims:
-        is_one = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()  # a weight, as a rule
-        return is_one or _close(one, other)
+        # A weight, as a rule, and found unchanged since.
+        is_one = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+        return is_one or is_same(one, other)
     if len(dims) > 1 or not compared.counts_samples(one.shape[dims[0]], other.shape[dims[0]]):
         return False
     # Sample by sample, or all samples several times: each must have what the first with its label has.
@@ -134,15 +162,19 @@ def _same_constant(one: Tensor, other: Tensor, compared: _Compared) -> bool:
             else each.unflatten(0, (times, -1, compared.num_classes)).movedim(0, 2)
             for each in (ours, theirs)
         )
-        if _close(mine, mine[:1].expand_as(mine)) and _close(yours, mine[:1].expand_as(yours)):
+        if is_same(mine, mine[:1].expand_as(mine)) and is_same(yours, mine[:1].expand_as(yours)):
             return True
     return False
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by rounding alone, which in sums depends on the size of the batch."""
+    """Whether two tensors differ by no more than half of the digits of the largest entry."""
     if not one.is_floating_point() and not one.is_complex():
-        return torch.equal(one, other)
+        return _equal(one, other)
     finite = one[one.isfinite()].abs()
     size = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=0, atol=math.sqrt(torch.finfo(one.dtype).eps) * size, equal_nan=True)

@@ -37,6 +37,7 @@ from spectralnorm.lipschitz.graph import (
     with_maxima,
 )
 from spectralnorm.lipschitz.random_numbers import without_random_numbers
+from spectralnorm.lipschitz.values import digest_of
 
 __all__ = ["trace"]
 
@@ -76,7 +77,8 @@ class _Tracer:
 
     Attributes:
         nodes: all operations so far.
-        constants: tensors that they read, each with the node and with the number of changes in place it had seen.
+        constants: tensors that they read, each with the node, the number of changes in place it had seen and a digest
+            of its values: what is changed through ``.data`` is not counted.
         ambiguous: where another dimension than the first looks like the batch.
     """
 
@@ -86,7 +88,7 @@ class _Tracer:
         self.is_whole = is_whole
         self.nodes: list[Node] = []
         self.active = True
-        self.constants: list[tuple[Node, Tensor, int | None]] = []
+        self.constants: list[tuple[Node, Tensor, int | None, bytes | None]] = []
         self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
@@ -230,7 +232,9 @@ class _Tracer:
                     "it numbers and tensors, also in tuples, lists, dictionaries or dataclasses."
                 )
         self.nodes.append(node)
-        map_structure((args, kwargs), Tensor, lambda read: self.constants.append((node, read, _version(read))))
+        for read in leaves((args, kwargs)):
+            if isinstance(read, Tensor):
+                self.constants.append((node, read, _version(read), digest_of(read)))
         return node
 
     def _unused_name(self, op: str) -> str:
@@ -288,14 +292,6 @@ def _with_numbers(structure: Any) -> Any:
 def _version(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; it is not counted of one from inference mode."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _rebuilt(outcome: Any, items: list[Any]) -> Any:
@@ -358,30 +354,28 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     model = _copied(model, mode)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     records: list[tuple[Graph, _Tracer]] = []
     chosen: Graph | None = None
     refused: Exception | None = None
-    with parametrize.cached():
-        for base in batch_sizes:
-            try:
-                graph, tracer = _trace_once(model, input_shape, base * (num_classes or 1), num_classes, is_whole)
-            except UserError:
-                raise
-            except Exception as error:
-                # Some layers want whole groups of samples: another batch size may do.
-                refused = refused or error
-                continue
-            if is_known:
-                return graph
-            records.append((graph, tracer))
-            if chosen is None and tracer.ambiguous is None:
-                chosen = graph
-            if chosen is not None and len(records) > 1:
-                _refuse_changed(buffers, [tracer for _, tracer in records])
-                other = next(graph for graph, _ in reversed(records) if graph is not chosen)
-                refuse_disagreement(chosen, other, num_classes=num_classes or 1)
-                return chosen
+    for base in batch_sizes:
+        try:
+            graph, tracer = _trace_once(model, input_shape, base * (num_classes or 1), num_classes, is_whole)
+        except UserError:
+            raise
+        except Exception as error:
+            # Some layers want whole groups of samples: another batch size may do.
+            refused = refused or error
+            continue
+        if is_known:
+            return graph
+        records.append((graph, tracer))
+        if chosen is None and tracer.ambiguous is None:
+            chosen = graph
+        if chosen is not None and len(records) > 1:
+            _refuse_changed([tracer for _, tracer in records])
+            other = next(graph for graph, _ in reversed(records) if graph is not chosen)
+            refuse_disagreement(chosen, other, num_classes=num_classes or 1)
+            return chosen
     if chosen is not None:
         raise UserError(
             f"certify could run the model on {chosen.batch_size} samples and on no other number that it tried, so what "
@@ -472,20 +466,15 @@ def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
                 object.__setattr__(module, "forward", forward)
 
 
-def _refuse_changed(buffers: Sequence[tuple[Tensor, Tensor]], tracers: Sequence[_Tracer]) -> None:
-    """What was read must still have the values that it had: they are what is certified.
-
-    Args:
-        buffers: each with the values that it had before.
-        tracers: of all runs.
-    """
-    changed = {_memory(buffer) for buffer, value in buffers if not _is_equal(buffer, value)}
+def _refuse_changed(tracers: Sequence[_Tracer]) -> None:
+    """What was read must still have the values that it had: they are what is certified."""
     for tracer in tracers:
-        for node, tensor, version in tracer.constants:
-            if _version(tensor) != version or (changed and _memory(tensor) in changed):
+        for node, tensor, version, digest in tracer.constants:
+            if _version(tensor) != version or digest_of(tensor) != digest:
                 raise UserError(
                     f"certify refuses {node.op} at {node.name!r}: a tensor that it reads is changed in place "
-                    "afterwards, in this call or the next; use operations not in place, and keep buffers still."
+                    "afterwards, in this call or the next; use operations not in place, and keep weights and buffers "
+                    "still."
                 )
 
 
