@@ -389,3 +389,126 @@ def test_registered_rule_is_used_and_checked():
         sn.certify(Broken(), (4,))
     with pytest.raises(sn.UserError, match="takes a torch function"):
         sn.register_rule(3, lambda call: 1.0)
+
+
+def _hooked(layer: nn.Module) -> nn.Module:
+    layer.activation.register_forward_hook(lambda module, inputs, outputs: 10 * outputs)
+    return layer
+
+
+def _hooked_before(layer: nn.Module) -> nn.Module:
+    layer.activation.register_forward_pre_hook(lambda module, inputs: 10 * inputs[0])
+    return layer
+
+
+def _replaced_within(layer: nn.Module) -> nn.Module:
+    layer.activation.forward = lambda inputs: 10 * inputs.relu()
+    return layer
+
+
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced_within])
+def test_layer_within_which_something_was_replaced_is_looked_into(kind: type[nn.Module], change):
+    layer = change(kind(1))
+    nn.init.ones_(layer.weight)
+    model = nn.Sequential(layer)
+    quotient = (model(torch.ones(1, 1)) - model(torch.zeros(1, 1))).abs().item()
+
+    assert quotient > 18
+    assert sn.certify(model, (1,), ascent_steps=0).upper_bound >= quotient
+
+
+def test_layer_within_which_a_hook_for_all_modules_runs_is_looked_into():
+    layer = SLLLinear(1)
+    nn.init.ones_(layer.weight)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, outputs: 10 * outputs if isinstance(module, nn.ReLU) else outputs
+    )
+    try:
+        assert sn.certify(nn.Sequential(layer), (1,), ascent_steps=0).upper_bound > 18
+    finally:
+        hook.remove()
+
+
+class _Scaled(nn.Module):
+    """Times a number, with a rule that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+        self.weight = nn.Parameter(torch.ones(()))
+        self.kept = None
+
+    def forward(self, inputs):
+        return inputs * self.scale * self.weight
+
+
+sn.register_rule(_Scaled, lambda call: call.module.scale * call.module.weight.item())
+
+
+class _Of(nn.Module):
+    """A function of itself and the input, with a layer that has a rule."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.layer = _Scaled()
+
+    def forward(self, inputs):
+        return self.function(self.layer, inputs)
+
+
+def _before_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.scale = 5.0
+    outputs = layer(inputs)
+    layer.scale = 1.0
+    return outputs
+
+
+def _in_data_before_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.weight.data *= 5
+    outputs = layer(inputs)
+    layer.weight.data /= 5
+    return outputs
+
+
+def test_layer_with_a_rule_is_bounded_as_it_is_when_it_is_called():
+    for function in (_before_its_use, _in_data_before_its_use):
+        assert sn.certify(_Of(function), (3,), ascent_steps=0).upper_bound == 5
+
+
+def _number_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.scale *= 2
+    return outputs
+
+
+def _weight_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.weight.data *= 2
+    return outputs
+
+
+def _forward_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.forward = lambda inputs: 10 * inputs
+    return outputs
+
+
+def _keeps_a_value(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.kept = [inputs]
+    return layer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_number_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_weight_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_forward_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_keeps_a_value, "layer 'layer': it keeps a tensor.*as an argument"),
+    ],
+)
+def test_layer_with_a_rule_that_is_another_in_the_next_call_is_refused(function, message: str):
+    with pytest.raises(sn.UserError, match=message):
+        sn.certify(_Of(function), (3,), ascent_steps=0)

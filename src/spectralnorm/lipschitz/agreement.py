@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
-from spectralnorm.lipschitz.graph import Graph, Node
+from spectralnorm.lipschitz.graph import Graph, Node, leaves
 
 __all__ = ["refuse_disagreement"]
 
@@ -83,6 +83,20 @@ def _agree(node: Node, twin: Node, compared: _Compared) -> bool:
             may_count=node.op in _SHAPED,
             may_round=node.op in _ADDING,
         )
+        and _same_layer(node.module, twin.module, compared)
+    )
+
+
+def _same_layer(one: nn.Module | None, other: nn.Module | None, compared: _Compared) -> bool:
+    """Whether two copies of a layer have the same tensors and numbers: of what else they have, rules read the kind."""
+    if one is None or other is None:
+        return one is other
+    ours, theirs = ([leaf for each in layer.modules() for leaf in leaves(vars(each))] for layer in (one, other))
+    return len(ours) == len(theirs) and all(
+        _same(*pair, compared)
+        if isinstance(pair[0], Tensor | int | float | complex | str)
+        else type(pair[0]) is type(pair[1])
+        for pair in zip(ours, theirs, strict=True)
     )
 
 

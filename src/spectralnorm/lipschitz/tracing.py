@@ -37,6 +37,7 @@ from spectralnorm.lipschitz.graph import (
     with_maxima,
 )
 from spectralnorm.lipschitz.random_numbers import without_random_numbers
+from spectralnorm.lipschitz.registry import hooks_of
 from spectralnorm.lipschitz.values import digest_of
 
 __all__ = ["trace"]
@@ -93,6 +94,7 @@ class _Tracer:
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
         self._names: dict[str, int] = {}
+        self._stand_ins: dict[int, Any] = {}
 
     def wrap(self, meta: Tensor, node: Node) -> _Traced:
         traced = torch.Tensor._make_subclass(_Traced, meta)
@@ -247,11 +249,9 @@ class _Tracer:
     def _place(self) -> str:
         return f"layer {self._stack[-1][0]!r}" if self._stack and self._stack[-1][0] else "the model"
 
-    def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], pristine: nn.Module | None) -> Any:
+    def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], *, is_whole: bool) -> Any:
         """What stands in for the ``forward`` of a module while the model is recorded."""
-        is_leaf = name != "" and (
-            pristine is not None or all(child == "parametrizations" for child, _ in module.named_children())
-        )
+        is_leaf = name != "" and (is_whole or all(child == "parametrizations" for child, _ in module.named_children()))
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
@@ -260,19 +260,42 @@ class _Tracer:
             map_structure((args, kwargs), _Traced, found.append)
             self._stack.append((name, is_leaf))
             try:
-                if pristine is None or not found:
+                if not is_whole or not found:
                     return forward(*args, **kwargs)
                 args, kwargs = _with_numbers((args, kwargs))
+                kept = self._kept(module)
                 try:
-                    outcome = _on_meta(copy.deepcopy(pristine).to("meta"), args, kwargs)
+                    outcome = _on_meta(copy.deepcopy(kept).to("meta"), args, kwargs)
                 except Exception:
                     # It computes something of its weights that needs their values; of its input it gets zeros.
-                    outcome = _on_zeros(pristine, args, kwargs, self.device)
-                return self._remember(type(module).__name__, pristine, args, kwargs, outcome, pristine)
+                    outcome = _on_zeros(copy.deepcopy(kept), args, kwargs, self.device)
+                return self._remember(type(module).__name__, kept, args, kwargs, outcome, kept)
             finally:
                 self._stack.pop()
 
+        self._stand_ins[id(recorded)] = recorded
         return recorded
+
+    def is_stand_in(self, forward: Any) -> bool:
+        """Whether a module's own ``forward`` is what `run_module` gave."""
+        return id(forward) in self._stand_ins
+
+    def _kept(self, module: nn.Module) -> nn.Module:
+        """A copy of a layer as it is now, without its own hooks: they are recorded beside it."""
+        for each in module.modules():
+            if any(isinstance(leaf, _Traced) for leaf in leaves(vars(each))):
+                raise UserError(
+                    f"certify cannot follow {self._place()}: it keeps a tensor that depends on the input and that it "
+                    "is not given; give it as an argument."
+                )
+        kept = copy.deepcopy(module)
+        for each in kept.modules():
+            if self.is_stand_in(vars(each).get("forward")):
+                vars(each).pop("forward")
+        for key in hooks_of(kept):
+            kept._forward_pre_hooks.pop(key, None)
+            kept._forward_hooks.pop(key, None)
+        return kept
 
 
 def _with_numbers(structure: Any) -> Any:
@@ -439,31 +462,24 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
     return copied
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """Those of a layer are recorded beside it; the ones of torch that set its weight stay."""
-    module._forward_hooks.clear()
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if not type(hook).__module__.startswith("torch.nn.utils"):
-            del module._forward_pre_hooks[key]
-    return module
-
-
 @contextmanager
 def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Let every module of ``model``, a copy, tell the tracer when it runs."""
     modules = list(model.named_modules())
     own = [vars(module).get("forward") for _, module in modules]
-    for name, module in modules:
-        pristine = _without_hooks(copy.deepcopy(module)) if tracer.is_whole(module) else None
-        object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, pristine))
+    whole = [tracer.is_whole(module) for _, module in modules]
+    for (name, module), is_whole in zip(modules, whole, strict=True):
+        object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, is_whole=is_whole))
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for (_, module), forward in zip(modules, own, strict=True):
-            vars(module).pop("forward")
-            if forward is not None:
-                object.__setattr__(module, "forward", forward)
+            # What the model put there stays for its next call.
+            if tracer.is_stand_in(vars(module).get("forward")):
+                vars(module).pop("forward")
+                if forward is not None:
+                    object.__setattr__(module, "forward", forward)
 
 
 def _refuse_changed(tracers: Sequence[_Tracer]) -> None:
