@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from spectralnorm.linalg.rigorous_convolution import rigorous_convolution_bound
 from spectralnorm.linalg.rounding import gamma, norm_above
 from spectralnorm.lipschitz.upward import add_up, mul_up
 
-__all__ = ["convolution_bound", "frobenius", "largest_frobenius", "largest_norm", "matrix_bound"]
+__all__ = ["convolution_bound", "frobenius", "largest_frobenius", "largest_norm", "matrix_bound", "underflow"]
 
 _MAX_EXPLICIT = 1e9  # multiplications for the square of the explicit matrix
 
@@ -70,3 +71,8 @@ def largest_norm(tensor: Tensor, dims: tuple[int, ...]) -> float:
     # Division by a power of two keeps squares in range and rounds nothing.
     power = 2.0 ** (math.frexp(scale)[1] - 1)
     return mul_up(float(norm_above(tensor / power, dims).max()), power)
+
+
+def underflow(products: int) -> float:
+    """Above the length of what underflow takes from so many products, also where denormal numbers become zero."""
+    return mul_up(float(products), sys.float_info.min)

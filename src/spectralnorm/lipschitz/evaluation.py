@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectralnorm.linalg.rounding import gamma
+from spectralnorm.linalg.rounding import gamma, norm_above
 from spectralnorm.lipschitz.graph import Graph, Node, last_reads, map_structure
 from spectralnorm.lipschitz.registry import Call, Step, Value, rule_of
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_of_sum_up
@@ -143,7 +143,7 @@ def _size(value: Any, graph: Graph) -> float:
     for each in tensors:
         if each.is_floating_point() and each.numel():
             flat = each.detach().reshape(graph.batch_size, -1)
-            squares += float(torch.linalg.vector_norm(flat, dim=1).max()) ** 2 * (1 + 2 * gamma(flat.shape[1] + 8))
+            squares += float(norm_above(flat, 1).max()) ** 2
     return math.sqrt(squares) * (1 + 1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
 from spectralnorm.linalg.rounding import gamma, product_gamma
-from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, largest_frobenius, matrix_bound
+from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, largest_frobenius, matrix_bound, underflow
 from spectralnorm.lipschitz.composition import compose_convolutions
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
 
@@ -56,11 +57,14 @@ class ScaleMap:
         """This after ``first``, as one map; None where that has no explicit form."""
         relative = self.relative + gamma(2)
         if isinstance(first, ScaleMap):
-            return ScaleMap(self.scale * first.scale, relative + 1.01 * first.relative)
+            product = self.scale * first.scale
+            # What underflows is off by more than a share of itself.
+            small = (product.abs() < sys.float_info.min) & (self.scale != 0) & (first.scale != 0)
+            return None if bool(small.any()) else ScaleMap(product, relative + 1.01 * first.relative)
         if isinstance(first, DenseMap) and first.matrix.shape[-2] == self.scale.shape[-1]:
             scaled = self.scale[..., :, None] * first.matrix
-            error = mul_up(self.bound(), first.error)
-            return DenseMap(scaled, add_up(error, mul_up(1.01 * relative, largest_frobenius(scaled))))
+            rounding = add_up(mul_up(1.01 * relative, largest_frobenius(scaled)), underflow(scaled.numel()))
+            return DenseMap(scaled, add_up(mul_up(self.bound(), first.error), rounding))
         if isinstance(first, ConvolutionMap) and self.scale.ndim == 1:
             shape = self.scale.reshape(-1, *[1] * (first.weight.ndim - 1))
             if first.geometry.transposed:
@@ -110,7 +114,7 @@ class DenseMap:
         if isinstance(first, ScaleMap) and self.matrix.shape[-1] == first.scale.shape[-1]:
             scaled = self.matrix * first.scale[..., None, :]
             relative = 1.01 * (first.relative + gamma(1))
-            rounding = mul_up(relative, largest_frobenius(scaled))
+            rounding = add_up(mul_up(relative, largest_frobenius(scaled)), underflow(scaled.numel()))
             return DenseMap(scaled, add_up(mul_up(self.error, first.bound()), rounding))
         if isinstance(first, DenseMap) and self.matrix.shape[-1] == first.matrix.shape[-2]:
             inner = self.matrix.shape[-1]
@@ -124,7 +128,7 @@ class DenseMap:
             second_size, first_size = largest_frobenius(self.matrix), largest_frobenius(first.matrix)
             rounding = mul_up(product_gamma(inner, torch.float64), second_size, first_size)
             crossed = add_up(mul_up(second_size, first.error), mul_up(self.error, add_up(first_size, first.error)))
-            return DenseMap(self.matrix @ first.matrix, add_up(rounding, crossed))
+            return DenseMap(self.matrix @ first.matrix, add_up(rounding, crossed, underflow(entries * inner)))
         return None
 
     def plus(self, other: DenseMap, *, sign: float = 1.0) -> DenseMap:
@@ -232,6 +236,6 @@ class ConvolutionMap:
         """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""
         # |conv| <= sqrt(patches per pixel) ||weight||_F, also of the difference.
         patches = max_patches_per_pixel(self.geometry, self.read_size)
-        own = mul_up(1.01 * relative, root_up(float(patches)), frobenius(weight))
-        error = add_up(own, mul_up(self.error, growth))
+        own = add_up(mul_up(1.01 * relative, frobenius(weight)), underflow(weight.numel()))
+        error = add_up(mul_up(root_up(float(patches)), own), mul_up(self.error, growth))
         return replace(self, weight=weight, error=error, known_bound=None)

@@ -1,4 +1,7 @@
-"""Arithmetic of floats that are not negative, rounded so that the result is never below the exact one."""
+"""Arithmetic of floats that are not negative, rounded so that the result is never below the exact one.
+
+No result is a denormal number, which may count as zero: it is the least normal one then.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ __all__ = ["add_up", "ldexp_up", "mul_up", "root_of_sum_up", "root_up"]
 
 
 def _up(number: float) -> float:
-    return math.nextafter(number, math.inf)
+    return max(math.nextafter(number, math.inf), sys.float_info.min)
 
 
 def mul_up(*factors: float) -> float:
@@ -41,7 +44,7 @@ def ldexp_up(number: float, exponent: int) -> float:
         scaled = math.ldexp(number, exponent)
     except OverflowError:
         return math.inf
-    # Only denormal numbers are rounded.
+    # Nothing else is rounded.
     return scaled if scaled >= sys.float_info.min or number == 0 else _up(scaled)
 
 
