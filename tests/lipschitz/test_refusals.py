@@ -123,6 +123,7 @@ REFUSED = {
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "overflow of two outputs together": (Lambda(lambda x: (1.5e308 * x, 1.5e308 * x)), "outputs.*beyond the range"),
     "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
     "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
     "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
