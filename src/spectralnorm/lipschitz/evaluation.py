@@ -30,7 +30,7 @@ __all__ = ["Evaluated", "evaluate", "perform", "rounding_of"]
 
 _EXACT = frozenset(
     "item view reshape flatten unflatten squeeze unsqueeze contiguous clone detach to float double half bfloat16 type "
-    "type_as cpu cuda view_as reshape_as alias positive requires_grad_ data permute transpose swapaxes swapdims "
+    "type_as cpu cuda view_as reshape_as alias positive data permute transpose swapaxes swapdims "
     "movedim moveaxis t T mT pixel_shuffle pixel_unshuffle channel_shuffle flip roll getitem narrow select chunk split "
     "split_with_sizes tensor_split unbind index_select expand expand_as broadcast_to repeat tile repeat_interleave cat "
     "concat concatenate stack hstack vstack pad relu relu6 hardtanh identity abs absolute neg clamp clip clamp_min "

@@ -120,6 +120,8 @@ class _Tracer:
         """One torch function with at least one traced argument."""
         name, in_place = canonical(func)
         args, kwargs = _with_numbers((args, kwargs))
+        if name == "requires_grad" and in_place:
+            return args[0]
         if name in METADATA:
             if name in ("device", "is_cuda", "is_cpu", "is_meta"):
                 return {
