@@ -205,3 +205,28 @@ def test_constants_of_labels_come_again_with_them():
     largest = model.layer(model.embedding.weight).abs().max().item()
 
     assert sn.certify(model, (4,), num_classes=3).upper_bound == pytest.approx(largest, rel=1e-5)
+
+
+OF_OTHER_LABELS = {
+    "the first": lambda model, x, labels: x * model.embedding(labels[:1]),
+    "the last": lambda model, x, labels: x * model.embedding(labels[-1]),
+    "the largest": lambda model, x, labels: x / (1 + labels.max()),
+    "their number": lambda model, x, labels: x if len(labels.unique()) > 1 else 5 * x,
+    "one among them": lambda model, x, labels: x if (labels == 1).any() else 5 * x,
+}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("name", OF_OTHER_LABELS)
+def test_labels_of_other_samples_are_refused(name: str, num_classes: int):
+    with pytest.raises(sn.UserError, match=r"all of one label.*labels of other samples"):
+        sn.certify(Model(OF_OTHER_LABELS[name]), (4,), num_classes=num_classes, ascent_steps=0)
+
+
+def test_model_that_cannot_run_on_samples_of_one_label_is_told():
+    def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
+        first, second = labels.unique()
+        return inputs * (second - first)
+
+    with pytest.raises(sn.UserError, match="could not run the model on samples that all have the label 0: ValueError"):
+        sn.certify(Model(scaled), (4,), num_classes=2, ascent_steps=0)

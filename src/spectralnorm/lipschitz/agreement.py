@@ -8,7 +8,7 @@ what was recorded is not the function of one sample that a certificate is about.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -26,28 +26,31 @@ _SHAPED = frozenset("view reshape unflatten expand broadcast_to repeat tile".spl
 _ADDING = frozenset("add sub rsub".split())
 
 
-def refuse_disagreement(first: Graph, second: Graph, *, num_classes: int) -> None:
+def refuse_disagreement(first: Graph, second: Graph, labels: Sequence[Tensor]) -> None:
     """See that two records of one model are of the same function of a sample.
 
     Args:
-        first: recorded with labels 0, 1, ..., ``num_classes`` - 1, 0, ... .
+        first: recorded with labels 0, 1, ..., 0, 1, ... .
         second: the same, with another batch size.
-        num_classes: 1 for a model without labels.
+        labels: (batch,) of each of the two, whole numbers; zeros for a model without.
 
     Raises:
         UserError: they differ in an operation or a constant; the message names the first one.
     """
-    compared = _Compared(first, second, num_classes, dict(zip(first.nodes, second.nodes, strict=False)))
+    compared = _Compared(first, second, labels, dict(zip(first.nodes, second.nodes, strict=False)))
     differs = next((node for node, twin in compared.twins.items() if not _agree(node, twin, compared)), None)
     if differs is None and len(first.nodes) != len(second.nodes):
         differs = max(first.nodes, second.nodes, key=len)[-1]
     if differs is None and not _same(first.outputs, second.outputs, compared):
         differs = first.nodes[-1]
     if differs is not None:
+        is_labelled = len(labels[0].unique()) > 1
+        others = ", all of one label" if is_labelled and len(labels[1].unique()) == 1 else ""
         raise UserError(
             f"certify refuses {differs.op} at {differs.name!r}: in a second run, with {second.batch_size} samples in "
-            f"place of {first.batch_size}, it computes something else; let forward use neither the size of the batch "
-            "nor a state that it changes nor numbers that it draws."
+            f"place of {first.batch_size}{others}, it computes something else; let forward use neither the size of the "
+            f"batch{' or the labels of other samples' if is_labelled else ''} nor a state that it changes nor numbers "
+            "that it draws."
         )
 
 
@@ -58,13 +61,13 @@ class _Compared:
     Attributes:
         first: the one.
         second: the other.
-        num_classes: after so many samples labels come again.
+        labels: of each; that of a sample of the first is its place, as long as none came before.
         twins: the node of the second that has the place of a node of the first.
     """
 
     first: Graph
     second: Graph
-    num_classes: int
+    labels: Sequence[Tensor]
     twins: dict[Node, Node]
 
     def counts_samples(self, one: int, other: int) -> bool:
@@ -169,14 +172,13 @@ def _same_constant(one: Tensor, other: Tensor, compared: _Compared, is_same: Cal
     times, rest = divmod(len(ours), sizes[0])
     if rest:
         return False
+    places = [labels.to(one.device) for labels in compared.labels]
     for by_sample in (True, False):
         mine, yours = (
-            each.unflatten(0, (-1, compared.num_classes, times))
-            if by_sample
-            else each.unflatten(0, (times, -1, compared.num_classes)).movedim(0, 2)
+            each.unflatten(0, (-1, times)) if by_sample else each.unflatten(0, (times, -1)).transpose(0, 1)
             for each in (ours, theirs)
         )
-        if is_same(mine, mine[:1].expand_as(mine)) and is_same(yours, mine[:1].expand_as(yours)):
+        if is_same(mine, mine[places[0]]) and is_same(yours, mine[places[1]]):
             return True
     return False
 

@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import sys
 import weakref
@@ -365,6 +366,8 @@ def trace(
 ) -> Graph:
     """Run a copy of ``model`` without values and record what it does: twice, to see that it does the same every time.
 
+    With labels also on samples that all have the first one, or the last.
+
     Args:
         model: stays as it is.
         input_shape: of one sample.
@@ -379,12 +382,14 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     model = _copied(model, mode)
-    records: list[tuple[Graph, _Tracer]] = []
+    run = functools.partial(_trace_once, model, input_shape, is_whole=is_whole, is_labelled=num_classes is not None)
+    records: list[tuple[Graph, _Tracer, Tensor]] = []
     chosen: Graph | None = None
     refused: Exception | None = None
     for base in batch_sizes:
+        labels = torch.arange(base * (num_classes or 1)) % (num_classes or 1)
         try:
-            graph, tracer = _trace_once(model, input_shape, base * (num_classes or 1), num_classes, is_whole)
+            graph, tracer = run(labels)
         except UserError:
             raise
         except Exception as error:
@@ -393,13 +398,26 @@ def trace(
             continue
         if is_known:
             return graph
-        records.append((graph, tracer))
+        records.append((graph, tracer, labels))
         if chosen is None and tracer.ambiguous is None:
             chosen = graph
         if chosen is not None and len(records) > 1:
-            _refuse_changed([tracer for _, tracer in records])
-            other = next(graph for graph, _ in reversed(records) if graph is not chosen)
-            refuse_disagreement(chosen, other, num_classes=num_classes or 1)
+            of_one_label = [torch.full_like(labels, label) for label in sorted({0, (num_classes or 1) - 1})]
+            for same in of_one_label if num_classes not in (None, 1) else []:
+                try:
+                    records.append((*run(same), same))
+                except UserError:
+                    raise
+                except Exception as error:
+                    raise UserError(
+                        f"certify could not run the model on samples that all have the label {int(same[0])}: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+            _refuse_changed([tracer for _, tracer, _ in records])
+            first = next(labels for graph, _, labels in records if graph is chosen)
+            for other, _, labels in records:
+                if other.batch_size != chosen.batch_size:
+                    refuse_disagreement(chosen, other, (first, labels))
             return chosen
     if chosen is not None:
         raise UserError(
@@ -420,10 +438,13 @@ def trace(
 def _trace_once(
     model: nn.Module,
     input_shape: Sequence[int],
-    batch_size: int,
-    num_classes: int | None,
+    labels: Tensor,
+    *,
     is_whole: Callable[[nn.Module], bool],
+    is_labelled: bool,
 ) -> tuple[Graph, _Tracer]:
+    """On as many samples as there are labels, which the model is given if it takes any."""
+    batch_size = len(labels)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.get_default_dtype())
@@ -431,8 +452,8 @@ def _trace_once(
     start = Node("input", "input", None, shape=(batch_size, *input_shape))
     tracer.nodes.append(start)
     inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
-    if num_classes is not None:
-        inputs.append(torch.arange(batch_size, device=device) % num_classes)
+    if is_labelled:
+        inputs.append(labels.to(device))
     with _recorded(model, tracer), without_random_numbers(device), torch.no_grad():
         result = model(*inputs)
     tensors = _returned(result)
