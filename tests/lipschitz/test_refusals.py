@@ -47,6 +47,14 @@ def _branch(inputs: Tensor) -> Tensor:
     return inputs if inputs.sum() > 0 else -inputs
 
 
+def _maybe_view(inputs: Tensor) -> Tensor:
+    # Of an input in the memory format channels_last it is one.
+    images = inputs.unflatten(1, (2, 2, 1))
+    view = torch.flatten(input=images.permute(0, 2, 3, 1), start_dim=1)
+    view *= 3
+    return images
+
+
 REFUSED = {
     "layer norm": (nn.LayerNorm(4), "layer_norm at '0'.*spectral normalization"),
     "batch norm, statistics of the batch": (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm at '0'.*mixes"),
@@ -102,6 +110,7 @@ REFUSED = {
     "values": (Lambda(lambda x: x * x.max().item()), "needs the values"),
     "random numbers": (Lambda(lambda x: x + torch.randn(4)), "random numbers"),
     "written into a constant": (Lambda(_write), "writes|__setitem__"),
+    "view of what has another layout": (Lambda(_maybe_view), "view of a tensor that was changed"),
     "stale view": (Lambda(_stale_view), "view of a tensor that was changed"),
     "constant changed after its use": (Lambda(_changed_constant), "mul at '0'.*changed in place afterwards"),
     "copy of the input without a record": (Lambda(lambda x: x + torch.tensor(x)), "add at '0'.*hidden"),
@@ -125,6 +134,9 @@ REFUSED = {
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
     "overflow of two outputs together": (Lambda(lambda x: (1.5e308 * x, 1.5e308 * x)), "outputs.*beyond the range"),
     "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
+    "multiplied by a number between two of float64": (Lambda(lambda x: x * (2**53 + 1)), "float64 does not hold"),
+    "multiplied by numbers between": (Lambda(lambda x: x * torch.tensor([2**53 + 1])), "float64 does not hold"),
+    "added so often": (Lambda(lambda x: torch.sub(x, x, alpha=2**53 + 1)), "float64 does not hold"),
     "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
     "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
     "generator of outputs": (Lambda(lambda x: (each for each in [x])), "look into the generator"),

@@ -166,8 +166,14 @@ class Call:
         if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
             self.refuse("it has complex numbers", "certify the real form")
         if isinstance(value, Tensor):
-            return value.detach().to(torch.float64)
-        return torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
+            number = value.detach().to(torch.float64)
+            is_exact = value.is_floating_point() or not bool((number.abs() >= 2**53).any())
+        else:
+            number = torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
+            is_exact = not isinstance(value, int) or float(value) == value
+        if not is_exact:
+            self.refuse("it has whole numbers that float64 does not hold", "give them as floating point")
+        return number
 
     def refuse(self, reason: str, remedy: str = "") -> NoReturn:
         """Raise the error that says that this layer has no rule, why, and what to do instead."""

@@ -49,6 +49,10 @@ _BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
 
 # What may stand beside the tensors that a model returns: none of it can be made of values.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+# Operations whose result is a view of their input or a copy of it, as the input's type and layout in memory decide.
+_MAYBE_VIEWS = frozenset(
+    "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 cpu cuda".split()
+)
 # What else an operation may be given: what is not here may hold a tensor that nobody sees, or change unseen.
 _OPTIONS = (EllipsisType, torch.layout, torch.memory_format, Enum, type)
 
@@ -94,6 +98,7 @@ class _Tracer:
         self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
+        self._copies: list[torch.UntypedStorage] = []  # kept, so that no other has the place of one of these
         self._names: dict[str, int] = {}
         self._stand_ins: dict[int, Any] = {}
 
@@ -108,6 +113,13 @@ class _Tracer:
     def _siblings(self, meta: Tensor) -> weakref.WeakSet[_Traced]:
         with torch._C.DisableTorchFunctionSubclass():
             return self._by_storage.setdefault(meta.untyped_storage()._cdata, weakref.WeakSet())
+
+    def _count_as_view(self, meta: Tensor, source: _Traced) -> None:
+        """Of an input with another layout it is one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            storage = meta.untyped_storage()
+            self._by_storage[storage._cdata] = self._siblings(source)
+        self._copies.append(storage)
 
     def node_of(self, traced: _Traced) -> Node:
         if traced.node is None:
@@ -203,6 +215,8 @@ class _Tracer:
         outcome: Any,
         module: nn.Module | None = None,
     ) -> Any:
+        if name in _MAYBE_VIEWS and isinstance(outcome, Tensor):
+            self._count_as_view(outcome, next(each for each in leaves((args, kwargs)) if isinstance(each, _Traced)))
         args, kwargs = map_structure((args, kwargs), _Traced, self.node_of)
         if isinstance(outcome, Tensor):
             return self.wrap(outcome, self._new(name, func, args, kwargs, tuple(outcome.shape), outcome, module))

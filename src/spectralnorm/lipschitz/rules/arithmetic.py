@@ -36,7 +36,7 @@ def _add(call: Call) -> Step:
     given = call.bind("input, other, alpha=1")
     if not isinstance(given.alpha, int | float):
         call.refuse("its factor is no number", "give the factor as alpha=")
-    alpha = float(given.alpha)
+    alpha = float(call.constant(given.alpha))
     terms = [(given.input, 1.0), (given.other, alpha)]
     if call.node.op == "sub":
         terms[1] = (given.other, -alpha)
