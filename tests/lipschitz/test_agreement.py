@@ -63,6 +63,25 @@ def _put_back(name: str) -> Callable[[Model, Tensor], Tensor]:
     return function
 
 
+def _drawn_and_put_back(model: Model, inputs: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        return inputs * torch.rand(4)
+
+
+def _drawn_by_python_and_put_back(model: Model, inputs: Tensor) -> Tensor:
+    state = random.getstate()
+    factor = random.random()
+    random.setstate(state)
+    return inputs * factor
+
+
+def _drawn_by_numpy_and_put_back(np: Any, inputs: Tensor) -> float:
+    state = np.random.get_state()
+    factor = np.random.rand()
+    np.random.set_state(state)
+    return factor
+
+
 def _nearly_one(inputs: Tensor) -> Tensor:
     return torch.full((4,), 1 + 2.0**-20 * len(inputs))
 
@@ -100,6 +119,9 @@ REFUSED = {
     "numpy's own generator": (_with_numpy(lambda np, x: np.random.default_rng().random()), "something else"),
     "size of the batch by numpy": (_with_numpy(lambda np, x: np.prod(x.shape)), "mul.*something else"),
     "size of the batch by numpy, in float32": (_with_numpy(lambda np, x: np.float32(len(x))), "mul.*something else"),
+    "random numbers of a source that is put back": (_drawn_and_put_back, "mul.*something else"),
+    "Python's of a source that is put back": (_drawn_by_python_and_put_back, "mul.*something else"),
+    "numpy's of a source that is put back": (_with_numpy(_drawn_by_numpy_and_put_back), "mul.*something else"),
     "generator": (lambda model, x: x + torch.rand(4, generator=_generator), "add.*numbers that it draws"),
     "model's own generator": (lambda model, x: x + torch.rand(4, generator=model.generator), "add.*something else"),
     "size of the batch": (lambda model, x: x * len(x), "mul.*11 samples in place of 7.*size of the batch"),

@@ -468,7 +468,7 @@ def _trace_once(
     inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
     if is_labelled:
         inputs.append(labels.to(device))
-    with _recorded(model, tracer), without_random_numbers(device), torch.no_grad():
+    with _recorded(model, tracer), without_random_numbers(device, seed=batch_size), torch.no_grad():
         result = model(*inputs)
     tensors = _returned(result)
     outputs = tuple(tracer.node_of(tensor) for tensor in tensors if isinstance(tensor, _Traced))
