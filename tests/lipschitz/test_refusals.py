@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectralnorm as sn
 from spectralnorm.layers import CPLLinear, SLLLinear
@@ -55,7 +56,30 @@ def _maybe_view(inputs: Tensor) -> Tensor:
     return images
 
 
+class _Larger(Tensor):
+    """Ten times as large in every product."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return 10 * result if func is Tensor.mul else result
+
+
+class _LargerRelu(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 10 * result if func is torch.ops.aten.relu.default else result
+
+
+def _under_a_mode(inputs: Tensor) -> Tensor:
+    with _LargerRelu():
+        return inputs.relu()
+
+
 REFUSED = {
+    "tensor that multiplies in another way": (Lambda(lambda x: x * torch.ones(4).as_subclass(_Larger)), "the _Larger"),
+    "function under a mode": (Lambda(_under_a_mode), "relu under a TorchDispatchMode"),
     "layer norm": (nn.LayerNorm(4), "layer_norm at '0'.*spectral normalization"),
     "batch norm, statistics of the batch": (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm at '0'.*mixes"),
     "group norm": (nn.GroupNorm(2, 4), "group_norm at '0'"),

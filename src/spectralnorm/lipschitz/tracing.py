@@ -100,6 +100,7 @@ class _Tracer:
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
         self._copies: list[torch.UntypedStorage] = []  # kept, so that no other has the place of one of these
         self._names: dict[str, int] = {}
+        self._num_modes = torch._C._len_torch_dispatch_stack()
         self._stand_ins: dict[int, Any] = {}
 
     def wrap(self, meta: Tensor, node: Node) -> _Traced:
@@ -133,6 +134,11 @@ class _Tracer:
         """One torch function with at least one traced argument."""
         name, in_place = canonical(func)
         args, kwargs = _with_numbers((args, kwargs))
+        if torch._C._len_torch_dispatch_stack() != self._num_modes:
+            raise UserError(
+                f"certify cannot follow {self._place()}: it runs {name} under a TorchDispatchMode, which may change "
+                "what that does; leave the mode out."
+            )
         if name == "requires_grad" and in_place:
             return args[0]
         if name in METADATA:
@@ -253,6 +259,11 @@ class _Tracer:
         self.nodes.append(node)
         for read in leaves((args, kwargs)):
             if isinstance(read, Tensor):
+                if not _is_plain(read):
+                    raise UserError(
+                        f"certify cannot look into the {type(read).__name__} that {name} at {node.name!r} reads: its "
+                        "class changes what torch's functions do; convert it to a torch.Tensor."
+                    )
                 self.constants.append((node, read, _version(read), digest_of(read)))
         return node
 
@@ -327,6 +338,14 @@ def _with_numbers(structure: Any) -> Any:
         )
 
     return map_structure(structure, (slice, numpy.generic) if numpy else slice, number)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether torch's functions do with it what they do with every tensor."""
+    plain = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    function = type(tensor).__torch_function__
+    dispatch = [getattr(kind, "__torch_dispatch__") for kind in (type(tensor), torch.Tensor)]  # noqa: B009  not typed
+    return getattr(function, "__func__", function) in plain and dispatch[0] is dispatch[1]
 
 
 def _version(tensor: Tensor) -> int | None:
