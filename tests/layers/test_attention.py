@@ -97,6 +97,14 @@ def test_a_certificate_reads_the_constant():
     assert sn.certify(L2Attention(bounded=True), (7, 4)).upper_bound == 1.0
 
 
+def test_a_temperature_that_was_set_to_what_has_no_bound_is_refused():
+    attention = L2Attention()
+    attention.temperature = -1.0  # each token becomes the mean of those far from it, and jumps between them
+
+    with pytest.raises(UserError, match=r"temperature -1\.0 it has no bound; use a positive"):
+        sn.certify(attention, (3, 2))
+
+
 def test_it_has_the_second_derivative_that_gradient_penalties_need(device: torch.device):
     tokens = torch.randn(1, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradgradcheck(L2Attention(), (tokens,))

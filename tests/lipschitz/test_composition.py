@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import spectralnorm as sn
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.lipschitz import maps
+from spectralnorm.lipschitz.bounds import frobenius, largest_frobenius
 from spectralnorm.lipschitz.composition import compose_convolutions
 from spectralnorm.lipschitz.maps import ConvolutionMap, ScaleMap
 
@@ -178,3 +179,39 @@ def test_convolution_scaled_by_one_number_is_bounded_by_the_norm_that_is_known(m
     alike = composed([0.7, 0.7, 0.7])
     matrix = explicit_matrix(lambda images: alike.geometry.apply(images, alike.weight), (3, 6, 6), CPU)
     assert float(torch.linalg.matrix_norm(matrix, 2)) <= alike.bound()
+
+
+def _cancelling(count: int) -> tuple[list[float], list[float]]:
+    """Two lists of numbers whose products, summed one after the other, lose in every sum what makes up their total.
+
+    The running sum becomes k = 1, 2, ..., ``count``, and falls again; what is below half a last place of it is lost.
+    """
+
+    def lost(k: int) -> float:
+        return max(0, 2 ** (k.bit_length() - 2) - 1) * 2.0**-52 if k > 1 else 0.0
+
+    rising = [1 + lost(k) for k in range(1, count + 1)]
+    falling = [1 - lost(k) for k in range(count - 1, -1, -1)]
+    return rising + falling, [1.0] * count + [-1.0] * count
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_rounding_of_a_sum_that_cancels_is_paid_for(kind: type[nn.Module]):
+    first, second = _cancelling(199)
+    model = nn.Sequential(kind(1, len(first), 1, bias=False), kind(len(first), 1, 1, bias=False)).double()
+    axes = model[0].weight.ndim - 2
+    for layer, numbers in zip(model, (first, second), strict=True):
+        layer.weight.data.copy_(torch.tensor(numbers, dtype=torch.float64).reshape(layer.weight.shape))
+
+    exact = abs(sum(Fraction(one) * Fraction(other) for one, other in zip(first, second, strict=True)))
+
+    assert exact > 0
+    assert Fraction(sn.certify(model, (1,) * (1 + axes), ascent_steps=0).upper_bound) >= exact
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_frobenius_norm_of_a_kernel_is_that_of_all_its_taps(axes: int):
+    weight = torch.full((16, 4, *[3] * axes), 1e-200, dtype=torch.float64)
+
+    assert frobenius(weight) == pytest.approx((64 * 3**axes) ** 0.5 * 1e-200, rel=1e-12)
+    assert largest_frobenius(weight.flatten(2)) == pytest.approx((4 * 3**axes) ** 0.5 * 1e-200, rel=1e-12)

@@ -1,6 +1,7 @@
 """Dense networks as a whole: between what inputs show and the product of the norms, with every multiplier."""
 
 import importlib.util
+import math
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,26 @@ def test_bound_is_above_every_slope_and_not_above_the_product(seed: int):
     steepest = torch.linalg.matrix_norm(jacobians, 2).max().item()
 
     assert max(steepest * (1 - 1e-12), certificate.lower_bound) <= found <= certificate.upper_bound
+
+
+@pytest.mark.parametrize("exponents", [(-400, -400), (-900, -60), (500, 500), (900, -900)])
+def test_bound_of_weights_far_from_one_is_that_of_weights_near_one(exponents: tuple[int, int]):
+    model = _network(1).double()
+    expected = mlp_bound(model, (3,), steps=40)
+
+    with torch.no_grad():
+        for layer, exponent in zip((model[0], model[2]), exponents, strict=True):
+            layer.weight *= 2.0**exponent
+
+    assert mlp_bound(model, (3,), steps=40) == math.ldexp(expected, sum(exponents))
+
+
+def test_bound_of_the_least_weights_is_not_zero():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).double()
+    for layer in (model[0], model[2]):
+        nn.init.constant_(layer.weight, 2.0**-537)
+
+    assert mlp_bound(model, (1,)) >= 2.0**-1074
 
 
 def test_one_neuron_of_each_sign_attains_the_bound():

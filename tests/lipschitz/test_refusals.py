@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectralnorm as sn
 from spectralnorm.layers import CPLLinear, SLLLinear
@@ -47,7 +48,38 @@ def _branch(inputs: Tensor) -> Tensor:
     return inputs if inputs.sum() > 0 else -inputs
 
 
+def _maybe_view(inputs: Tensor) -> Tensor:
+    # Of an input in the memory format channels_last it is one.
+    images = inputs.unflatten(1, (2, 2, 1))
+    view = torch.flatten(input=images.permute(0, 2, 3, 1), start_dim=1)
+    view *= 3
+    return images
+
+
+class _Larger(Tensor):
+    """Ten times as large in every product."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return 10 * result if func is Tensor.mul else result
+
+
+class _LargerRelu(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 10 * result if func is torch.ops.aten.relu.default else result
+
+
+def _under_a_mode(inputs: Tensor) -> Tensor:
+    with _LargerRelu():
+        return inputs.relu()
+
+
 REFUSED = {
+    "tensor that multiplies in another way": (Lambda(lambda x: x * torch.ones(4).as_subclass(_Larger)), "the _Larger"),
+    "function under a mode": (Lambda(_under_a_mode), "relu under a TorchDispatchMode"),
     "layer norm": (nn.LayerNorm(4), "layer_norm at '0'.*spectral normalization"),
     "batch norm, statistics of the batch": (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm at '0'.*mixes"),
     "group norm": (nn.GroupNorm(2, 4), "group_norm at '0'"),
@@ -65,6 +97,7 @@ REFUSED = {
             "leaky_relu": lambda x: F.leaky_relu(x, math.nan),
             "clamp": lambda x: x.clamp(min=math.nan),
             "pad": lambda x: F.pad(x, (1, 1), value=math.nan),
+            "add": lambda x: x + pytest.importorskip("numpy").float32("nan"),
         }.items()
     },
     "residual layer with softplus that jumps": (
@@ -101,6 +134,7 @@ REFUSED = {
     "values": (Lambda(lambda x: x * x.max().item()), "needs the values"),
     "random numbers": (Lambda(lambda x: x + torch.randn(4)), "random numbers"),
     "written into a constant": (Lambda(_write), "writes|__setitem__"),
+    "view of what has another layout": (Lambda(_maybe_view), "view of a tensor that was changed"),
     "stale view": (Lambda(_stale_view), "view of a tensor that was changed"),
     "constant changed after its use": (Lambda(_changed_constant), "mul at '0'.*changed in place afterwards"),
     "copy of the input without a record": (Lambda(lambda x: x + torch.tensor(x)), "add at '0'.*hidden"),
@@ -122,7 +156,11 @@ REFUSED = {
     "choice that is no maximum": (Lambda(lambda x: torch.where(x > 0, x, -3 * x)), "gt at '0'.*jumps"),
     "choice turned around": (Lambda(lambda x: torch.where(x > x.tanh(), x, 2 * x)), "gt at.*jumps"),
     "overflow": (Lambda(lambda x: 1e200 * (1e200 * x)), "beyond the range"),
+    "overflow of two outputs together": (Lambda(lambda x: (1.5e308 * x, 1.5e308 * x)), "outputs.*beyond the range"),
     "factor between": (Lambda(lambda x: torch.add(x, 5, x)), "add at '0'.*alpha="),
+    "multiplied by a number between two of float64": (Lambda(lambda x: x * (2**53 + 1)), "float64 does not hold"),
+    "multiplied by numbers between": (Lambda(lambda x: x * torch.tensor([2**53 + 1])), "float64 does not hold"),
+    "added so often": (Lambda(lambda x: torch.sub(x, x, alpha=2**53 + 1)), "float64 does not hold"),
     "multiplied by a complex number": (Lambda(lambda x: (1j * x).real), "mul at '0'.*complex"),
     "set of outputs": (Lambda(lambda x: {x}), "look into the set .*dictionaries"),
     "generator of outputs": (Lambda(lambda x: (each for each in [x])), "look into the generator"),
@@ -194,6 +232,26 @@ def test_layer_whose_step_is_out_of_range_is_refused(kind: type[nn.Module]):
     assert not bool(layer(torch.randn(2, 4)).isfinite().all())
     with pytest.raises(sn.UserError, match=f"{kind.__name__}.*beyond the range of torch.float32"):
         sn.certify(layer, (4,))
+
+
+def test_layer_with_a_rule_that_is_given_what_may_hide_a_tensor_is_refused():
+    class Sum(nn.Module):
+        def forward(self, inputs, other):
+            return inputs + other.tensor
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sum = Sum()
+
+        def forward(self, inputs):
+            return self.sum(inputs, SimpleNamespace(tensor=inputs))
+
+    assert sn.certify(Model(), (4,), ascent_steps=0).upper_bound == pytest.approx(2)
+    sn.register_rule(Sum, lambda call: 1.0)
+
+    with pytest.raises(sn.UserError, match="look into the SimpleNamespace that Sum at 'sum' is given; give"):
+        sn.certify(Model(), (4,), ascent_steps=0)
 
 
 def test_scripted_and_hidden_operations_cannot_pass_for_constants():
@@ -368,3 +426,126 @@ def test_registered_rule_is_used_and_checked():
         sn.certify(Broken(), (4,))
     with pytest.raises(sn.UserError, match="takes a torch function"):
         sn.register_rule(3, lambda call: 1.0)
+
+
+def _hooked(layer: nn.Module) -> nn.Module:
+    layer.activation.register_forward_hook(lambda module, inputs, outputs: 10 * outputs)
+    return layer
+
+
+def _hooked_before(layer: nn.Module) -> nn.Module:
+    layer.activation.register_forward_pre_hook(lambda module, inputs: 10 * inputs[0])
+    return layer
+
+
+def _replaced_within(layer: nn.Module) -> nn.Module:
+    layer.activation.forward = lambda inputs: 10 * inputs.relu()
+    return layer
+
+
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced_within])
+def test_layer_within_which_something_was_replaced_is_looked_into(kind: type[nn.Module], change):
+    layer = change(kind(1))
+    nn.init.ones_(layer.weight)
+    model = nn.Sequential(layer)
+    quotient = (model(torch.ones(1, 1)) - model(torch.zeros(1, 1))).abs().item()
+
+    assert quotient > 18
+    assert sn.certify(model, (1,), ascent_steps=0).upper_bound >= quotient
+
+
+def test_layer_within_which_a_hook_for_all_modules_runs_is_looked_into():
+    layer = SLLLinear(1)
+    nn.init.ones_(layer.weight)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, outputs: 10 * outputs if isinstance(module, nn.ReLU) else outputs
+    )
+    try:
+        assert sn.certify(nn.Sequential(layer), (1,), ascent_steps=0).upper_bound > 18
+    finally:
+        hook.remove()
+
+
+class _Scaled(nn.Module):
+    """Times a number, with a rule that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+        self.weight = nn.Parameter(torch.ones(()))
+        self.kept = None
+
+    def forward(self, inputs):
+        return inputs * self.scale * self.weight
+
+
+sn.register_rule(_Scaled, lambda call: call.module.scale * call.module.weight.item())
+
+
+class _Of(nn.Module):
+    """A function of itself and the input, with a layer that has a rule."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.layer = _Scaled()
+
+    def forward(self, inputs):
+        return self.function(self.layer, inputs)
+
+
+def _before_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.scale = 5.0
+    outputs = layer(inputs)
+    layer.scale = 1.0
+    return outputs
+
+
+def _in_data_before_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.weight.data *= 5
+    outputs = layer(inputs)
+    layer.weight.data /= 5
+    return outputs
+
+
+def test_layer_with_a_rule_is_bounded_as_it_is_when_it_is_called():
+    for function in (_before_its_use, _in_data_before_its_use):
+        assert sn.certify(_Of(function), (3,), ascent_steps=0).upper_bound == 5
+
+
+def _number_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.scale *= 2
+    return outputs
+
+
+def _weight_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.weight.data *= 2
+    return outputs
+
+
+def _forward_after_its_use(layer: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = layer(inputs)
+    layer.forward = lambda inputs: 10 * inputs
+    return outputs
+
+
+def _keeps_a_value(layer: nn.Module, inputs: Tensor) -> Tensor:
+    layer.kept = [inputs]
+    return layer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_number_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_weight_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_forward_after_its_use, "_Scaled at 'layer'.*something else"),
+        (_keeps_a_value, "layer 'layer': it keeps a tensor.*as an argument"),
+    ],
+)
+def test_layer_with_a_rule_that_is_another_in_the_next_call_is_refused(function, message: str):
+    with pytest.raises(sn.UserError, match=message):
+        sn.certify(_Of(function), (3,), ascent_steps=0)

@@ -1,6 +1,8 @@
 """Every rule against what the operation does: the largest stretch found, the explicit matrix where it is linear."""
 
 import math
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -325,6 +327,18 @@ def test_dropout_in_training_multiplies_by_what_it_keeps():
     trained, evaluated = (sn.certify(model, (3,), mode=mode).upper_bound for mode in ("train", "eval"))
 
     assert trained == pytest.approx(4 * evaluated, rel=1e-12)
+
+
+def test_dropout_is_bounded_for_the_rounding_of_what_it_keeps():
+    draw = random.Random(0)
+    for _ in range(200):
+        probability = draw.uniform(0.45, 0.4999)
+        upper = sn.certify(nn.Dropout(probability), (3,), mode="train", ascent_steps=0).upper_bound
+        assert 0 <= Fraction(upper) * (1 - Fraction(probability)) - 1 < 2.0**-50
+
+
+def test_marking_a_value_for_gradients_changes_nothing():
+    assert sn.certify(Lambda(lambda x: (2 * x).requires_grad_().relu()), (3,), ascent_steps=0).upper_bound == 2
 
 
 class Projection(nn.Module):

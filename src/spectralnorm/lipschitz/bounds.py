@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from spectralnorm.linalg.rigorous_convolution import rigorous_convolution_bound
 from spectralnorm.linalg.rounding import gamma, norm_above
 from spectralnorm.lipschitz.upward import add_up, mul_up
 
-__all__ = ["convolution_bound", "frobenius", "matrix_bound"]
+__all__ = ["convolution_bound", "frobenius", "largest_frobenius", "largest_norm", "matrix_bound", "underflow"]
 
 _MAX_EXPLICIT = 1e9  # multiplications for the square of the explicit matrix
 
@@ -50,14 +51,28 @@ def convolution_bound(weight: Tensor, geometry: ConvolutionGeometry, input_size:
     return min(bound, add_up(matrix_bound(matrix), error))
 
 
-def frobenius(matrix: Tensor) -> float:
-    """An upper bound of the Frobenius norm; of the largest, for a batch."""
-    if matrix.numel() == 0:
+def frobenius(tensor: Tensor) -> float:
+    """An upper bound of the length of all its entries together."""
+    return largest_norm(tensor, tuple(range(tensor.ndim)))
+
+
+def largest_frobenius(matrices: Tensor) -> float:
+    """An upper bound of the Frobenius norm of a matrix (out, in), or of all in a batch (batch, out, in)."""
+    return largest_norm(matrices, (-2, -1))
+
+
+def largest_norm(tensor: Tensor, dims: tuple[int, ...]) -> float:
+    """An upper bound of the length of the entries along ``dims``, the largest there is along the others."""
+    if tensor.numel() == 0:
         return 0.0
-    scale = float(matrix.abs().max())
+    scale = float(tensor.abs().max())
     if scale == 0:
         return 0.0
-    dims = (-2, -1) if matrix.ndim == 3 else tuple(range(matrix.ndim))
     # Division by a power of two keeps squares in range and rounds nothing.
     power = 2.0 ** (math.frexp(scale)[1] - 1)
-    return mul_up(float(norm_above(matrix / power, dims).max()), power)
+    return mul_up(float(norm_above(tensor / power, dims).max()), power)
+
+
+def underflow(products: int) -> float:
+    """Above the length of what underflow takes from so many products, also where denormal numbers become zero."""
+    return mul_up(float(products), sys.float_info.min)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import math
 import sys
@@ -22,6 +21,7 @@ from spectralnorm.lipschitz.lower import network_lower_bound, operation_lower_bo
 from spectralnorm.lipschitz.propagate import Bounded, propagate
 from spectralnorm.lipschitz.registry import module_rule_of
 from spectralnorm.lipschitz.tracing import trace
+from spectralnorm.lipschitz.values import values_of
 
 __all__ = ["certify"]
 
@@ -143,8 +143,7 @@ def _digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            contiguous = value.detach().cpu().contiguous()
-            digest.update(ctypes.string_at(contiguous.data_ptr(), contiguous.nbytes))  # numpy may not be there
+            digest.update(values_of(value))
     return digest.hexdigest()
 
 

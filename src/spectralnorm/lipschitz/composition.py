@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry
 from spectralnorm.linalg.rounding import gamma, norm_above
-from spectralnorm.lipschitz.bounds import frobenius
-from spectralnorm.lipschitz.upward import mul_up
+from spectralnorm.lipschitz.bounds import frobenius, underflow
+from spectralnorm.lipschitz.upward import add_up, mul_up
 
 __all__ = ["Composed", "compose_convolutions"]
 
@@ -201,7 +201,8 @@ def _composed(second: _Kernel, first: _Kernel) -> tuple[_Kernel, float] | None:
         groups = first.groups
     out, into = second.weight.shape[0], first.weight.shape[1] * first.groups
     hidden = 1 if any(one_by_one) else first.weight.shape[0] // groups
-    if out * (into // groups) * hidden * math.prod(outer) * math.prod(inner) > _MAX_PRODUCT:
+    products = out * (into // groups) * hidden * math.prod(outer) * math.prod(inner)
+    if products > _MAX_PRODUCT:
         return None
     weight = second.weight.new_zeros(out, into // groups, *sizes)
     for taps in itertools.product(*map(range, outer)):
@@ -213,9 +214,9 @@ def _composed(second: _Kernel, first: _Kernel) -> tuple[_Kernel, float] | None:
         weight[(..., *place)] += part
     # | |K2_b| |K1| |_F <= |K2_b|_F |K1|_F for every tap b of the second.
     power = _power(second.weight)  # exact, and keeps squares in range
-    tap_sum = float(norm_above((second.weight / power).flatten(2), (0, 1)).sum()) * power * (1 + 2.0**-40)
-    rounding = gamma(hidden * math.prod(outer) + 4)
-    return _Kernel(weight, groups, tuple(spread)), mul_up(rounding, tap_sum, frobenius(first.weight))
+    tap_sum = mul_up(float(norm_above((second.weight / power).flatten(2), (0, 1)).sum()), power, 1 + 2.0**-40)
+    rounding = mul_up(gamma(hidden * math.prod(outer) + 4), tap_sum, frobenius(first.weight))
+    return _Kernel(weight, groups, tuple(spread)), add_up(rounding, underflow(products))
 
 
 def _one_by_one(kernel: _Kernel) -> bool:

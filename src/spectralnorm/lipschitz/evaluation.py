@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectralnorm.linalg.rounding import gamma
+from spectralnorm.linalg.rounding import gamma, norm_above
 from spectralnorm.lipschitz.graph import Graph, Node, last_reads, map_structure
 from spectralnorm.lipschitz.registry import Call, Step, Value, rule_of
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_of_sum_up
@@ -30,7 +30,7 @@ __all__ = ["Evaluated", "evaluate", "perform", "rounding_of"]
 
 _EXACT = frozenset(
     "item view reshape flatten unflatten squeeze unsqueeze contiguous clone detach to float double half bfloat16 type "
-    "type_as cpu cuda view_as reshape_as alias positive requires_grad_ data permute transpose swapaxes swapdims "
+    "type_as cpu cuda view_as reshape_as alias positive data permute transpose swapaxes swapdims "
     "movedim moveaxis t T mT pixel_shuffle pixel_unshuffle channel_shuffle flip roll getitem narrow select chunk split "
     "split_with_sizes tensor_split unbind index_select expand expand_as broadcast_to repeat tile repeat_interleave cat "
     "concat concatenate stack hstack vstack pad relu relu6 hardtanh identity abs absolute neg clamp clip clamp_min "
@@ -143,7 +143,7 @@ def _size(value: Any, graph: Graph) -> float:
     for each in tensors:
         if each.is_floating_point() and each.numel():
             flat = each.detach().reshape(graph.batch_size, -1)
-            squares += float(torch.linalg.vector_norm(flat, dim=1).max()) ** 2 * (1 + 2 * gamma(flat.shape[1] + 8))
+            squares += float(norm_above(flat, 1).max()) ** 2
     return math.sqrt(squares) * (1 + 1e-12)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "Node",
     "canonical",
     "last_reads",
+    "leaves",
     "map_structure",
     "needed",
     "with_maxima",
@@ -141,7 +142,24 @@ def last_reads(graph: Graph) -> dict[Node, list[Node]]:
     return found
 
 
-def map_structure(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def leaves(structure: Any) -> Iterator[Any]:
+    """What tuples, lists, dictionaries, dataclasses and slices are made of in the end."""
+    if isinstance(structure, tuple | list):
+        parts: Iterable[Any] = structure
+    elif isinstance(structure, dict):
+        parts = structure.values()
+    elif isinstance(structure, slice):
+        parts = structure.start, structure.stop, structure.step
+    elif is_dataclass(structure) and not isinstance(structure, type | Node):
+        parts = [getattr(structure, each.name) for each in fields(structure)]
+    else:
+        yield structure
+        return
+    for each in parts:
+        yield from leaves(each)
+
+
+def map_structure(structure: Any, kind: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
     """The same tuples, lists, dictionaries and dataclasses, with ``function`` of every leaf that is a ``kind``."""
     if isinstance(structure, kind):
         return function(structure)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg.rounding import gamma
+from spectralnorm.linalg.rounding import gamma, norm_above, norm_below
 from spectralnorm.lipschitz.evaluation import evaluate, perform, rounding_of
 from spectralnorm.lipschitz.graph import Graph, Node, last_reads
 from spectralnorm.lipschitz.registry import Step, is_of_user
@@ -83,8 +83,8 @@ def quotient_below(graph: Graph, steps: Mapping[Node, Step], first: Tensor, seco
     """
     first, second = first.double(), second.double()
     one, other = evaluate(graph, steps, first), evaluate(graph, steps, second)
-    distance = _lengths(second - first) * (1 + gamma(first[0].numel() + 8))
-    change = _lengths(other.outputs - one.outputs) * (1 - gamma(one.outputs.shape[1] + 8))
+    distance = norm_above((second - first).reshape(len(first), -1), 1) * (1 + gamma(1))
+    change = norm_below(other.outputs - one.outputs, 1) * (1 - gamma(1))
     quotients = (change - (one.error + other.error) * (1 + 1e-12)) / distance * (1 - 1e-15)
     usable = quotients[quotients.isfinite() & (distance > 0)]
     return max(0.0, *usable.tolist()) if usable.numel() else 0.0
@@ -220,7 +220,7 @@ def operation_lower_bound(graph: Graph, node: Node, *, upper_bound: float, steps
             vector = _with_length(vector, torch.ones(len(vector), dtype=torch.float64, device=vector.device))
             vector = vector.detach().requires_grad_()
             change = (perform(node, {source: vector}) - constant).reshape(len(vector), -1)
-            largest = float(change.detach().norm(dim=1).max())
+            largest = float(norm_below(change.detach(), 1).max())
             if largest > best:
                 best, found = largest, vector.detach()
             (vector,) = torch.autograd.grad(change.square().sum(), vector)

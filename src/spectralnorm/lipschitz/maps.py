@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from spectralnorm.linalg.convolution import ConvolutionGeometry, max_patches_per_pixel
 from spectralnorm.linalg.lower import convolution_lower_bound, matrix_lower_bound
-from spectralnorm.linalg.rounding import gamma, norm_above, product_gamma
-from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, matrix_bound
+from spectralnorm.linalg.rounding import gamma, product_gamma
+from spectralnorm.lipschitz.bounds import convolution_bound, frobenius, largest_frobenius, matrix_bound, underflow
 from spectralnorm.lipschitz.composition import compose_convolutions
 from spectralnorm.lipschitz.upward import add_up, mul_up, root_up
 
@@ -56,11 +57,14 @@ class ScaleMap:
         """This after ``first``, as one map; None where that has no explicit form."""
         relative = self.relative + gamma(2)
         if isinstance(first, ScaleMap):
-            return ScaleMap(self.scale * first.scale, relative + 1.01 * first.relative)
+            product = self.scale * first.scale
+            # What underflows is off by more than a share of itself.
+            small = (product.abs() < sys.float_info.min) & (self.scale != 0) & (first.scale != 0)
+            return None if bool(small.any()) else ScaleMap(product, relative + 1.01 * first.relative)
         if isinstance(first, DenseMap) and first.matrix.shape[-2] == self.scale.shape[-1]:
             scaled = self.scale[..., :, None] * first.matrix
-            error = mul_up(self.bound(), first.error)
-            return DenseMap(scaled, add_up(error, mul_up(1.01 * relative, frobenius(scaled))))
+            rounding = add_up(mul_up(1.01 * relative, largest_frobenius(scaled)), underflow(scaled.numel()))
+            return DenseMap(scaled, add_up(mul_up(self.bound(), first.error), rounding))
         if isinstance(first, ConvolutionMap) and self.scale.ndim == 1:
             shape = self.scale.reshape(-1, *[1] * (first.weight.ndim - 1))
             if first.geometry.transposed:
@@ -102,7 +106,7 @@ class DenseMap:
         if self.matrix.ndim == 2:
             return matrix_bound(self.matrix)
         if 1 in self.matrix.shape[-2:]:
-            return float(norm_above(self.matrix, (-2, -1)).max())
+            return largest_frobenius(self.matrix)
         return max(matrix_bound(each) for each in torch.unique(self.matrix, dim=0))
 
     def after(self, first: Any) -> Any:
@@ -110,7 +114,8 @@ class DenseMap:
         if isinstance(first, ScaleMap) and self.matrix.shape[-1] == first.scale.shape[-1]:
             scaled = self.matrix * first.scale[..., None, :]
             relative = 1.01 * (first.relative + gamma(1))
-            return DenseMap(scaled, add_up(mul_up(self.error, first.bound()), mul_up(relative, frobenius(scaled))))
+            rounding = add_up(mul_up(relative, largest_frobenius(scaled)), underflow(scaled.numel()))
+            return DenseMap(scaled, add_up(mul_up(self.error, first.bound()), rounding))
         if isinstance(first, DenseMap) and self.matrix.shape[-1] == first.matrix.shape[-2]:
             inner = self.matrix.shape[-1]
             batch = max(
@@ -120,18 +125,16 @@ class DenseMap:
             entries = batch * self.matrix.shape[-2] * first.matrix.shape[-1]
             if entries * inner > _MAX_PRODUCT or entries > _MAX_ENTRIES:
                 return None
-            rounding = mul_up(product_gamma(inner, torch.float64), frobenius(self.matrix), frobenius(first.matrix))
-            crossed = add_up(
-                mul_up(frobenius(self.matrix), first.error),
-                mul_up(self.error, add_up(frobenius(first.matrix), first.error)),
-            )
-            return DenseMap(self.matrix @ first.matrix, add_up(rounding, crossed))
+            second_size, first_size = largest_frobenius(self.matrix), largest_frobenius(first.matrix)
+            rounding = mul_up(product_gamma(inner, torch.float64), second_size, first_size)
+            crossed = add_up(mul_up(second_size, first.error), mul_up(self.error, add_up(first_size, first.error)))
+            return DenseMap(self.matrix @ first.matrix, add_up(rounding, crossed, underflow(entries * inner)))
         return None
 
     def plus(self, other: DenseMap, *, sign: float = 1.0) -> DenseMap:
         """The sum (or difference) of two maps of the same input."""
         total = self.matrix + sign * other.matrix
-        return DenseMap(total, add_up(self.error, other.error, mul_up(gamma(2), frobenius(total))))
+        return DenseMap(total, add_up(self.error, other.error, mul_up(gamma(2), largest_frobenius(total))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +236,6 @@ class ConvolutionMap:
         """With another weight, this one's multiplied by ``growth`` at most; entries may be off by ``relative``."""
         # |conv| <= sqrt(patches per pixel) ||weight||_F, also of the difference.
         patches = max_patches_per_pixel(self.geometry, self.read_size)
-        own = mul_up(1.01 * relative, root_up(float(patches)), frobenius(weight))
-        error = add_up(own, mul_up(self.error, growth))
+        own = add_up(mul_up(1.01 * relative, frobenius(weight)), underflow(weight.numel()))
+        error = add_up(mul_up(root_up(float(patches)), own), mul_up(self.error, growth))
         return replace(self, weight=weight, error=error, known_bound=None)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,12 @@ from spectralnorm.lipschitz.maps import DenseMap
 from spectralnorm.lipschitz.propagate import propagate
 from spectralnorm.lipschitz.registry import Step
 from spectralnorm.lipschitz.tracing import trace
-from spectralnorm.lipschitz.upward import mul_up, root_up
+from spectralnorm.lipschitz.upward import ldexp_up, mul_up, root_up
 
 __all__ = ["mlp_bound"]
 
 _RATE = 0.05
+_LEAST = 2.0**-800  # of P, so that nothing that counts underflows
 _MARGIN = 1e-7  # of L - P, so that rounding cannot make it indefinite
 # Ops whose slopes lie between zero and their constant, which is 1.
 _RISING = frozenset(
@@ -88,12 +89,12 @@ def mlp_bound(model: nn.Module, input_shape: Sequence[int], *, steps: int = 150)
     with torch.no_grad():
         graph = trace(model, input_shape, mode="eval", num_classes=None, is_whole=lambda module: False)
         product, found = propagate(graph, mode="eval", sizes="given")
-        layers = _chain(graph, {bounded.node: bounded.step for bounded in found})
+        layers, exponent = _near_one(_chain(graph, {bounded.node: bounded.step for bounded in found}))
     multipliers = _found(layers, steps)
     if multipliers is None:
         return product
     with torch.no_grad():
-        return min(product, _proved(layers, multipliers))
+        return min(product, ldexp_up(_proved(layers, multipliers), exponent))
 
 
 def _chain(graph: Graph, steps: dict[Node, Step]) -> list[_Layer]:
@@ -118,6 +119,25 @@ def _chain(graph: Graph, steps: dict[Node, Step]) -> list[_Layer]:
     if graph.outputs != (before,) or not layers or layers[0].matrix is None:
         raise UserError("mlp_bound takes a network with one output, whose first layer is linear; use certify.")
     return layers
+
+
+def _near_one(layers: list[_Layer]) -> tuple[list[_Layer], int]:
+    """The chain with each matrix divided by a power of two, and the exponent of their product.
+
+    So squares stay in range, and the constant is divided by that product: it is the largest norm of W D ... D W. What
+    underflows, 2^-1074 an entry, is far less than what rounding is counted with.
+    """
+    scaled, total = [], 0
+    for layer in layers:
+        size = 0.0 if layer.matrix is None else float(layer.matrix.abs().max())
+        if layer.matrix is not None and size > 0:
+            exponent = math.frexp(size)[1] - 1
+            # In two steps, because the inverse of the least numbers is beyond the range.
+            half = exponent // 2
+            layer = replace(layer, matrix=layer.matrix * 2.0**-half * 2.0 ** (half - exponent))
+            total += exponent
+        scaled.append(layer)
+    return scaled, total
 
 
 def _slopes(node: Node, step: Step) -> tuple[float, float] | None:
@@ -223,6 +243,8 @@ def _proved(layers: list[_Layer], diagonals: list[Tensor]) -> float:
         if layer.matrix is not None:
             if current is None:
                 current = torch.eye(len(layer.matrix), dtype=torch.float64, device=layer.matrix.device)
+            if not _LEAST < frobenius(current) < 1 / _LEAST:
+                return math.inf
             current = _congruent(layer.matrix, current)
         elif current is None:
             factor = mul_up(factor, max(map(abs, layer.slopes)))

@@ -59,7 +59,13 @@ def propagate(graph: Graph, *, mode: str, sizes: str) -> tuple[float, list[Bound
         if not isinstance(node.shape[0] if node.shape else 0, tuple):
             _check_batch(graph, node)
         found.append(bounded)
-    return joint_bound(graph.outputs, values), found
+    together = joint_bound(graph.outputs, values)
+    if not math.isfinite(together):
+        raise UserError(
+            "certify refuses the outputs: the bound of all of them together is beyond the range of float64; scale the "
+            "weights down."
+        )
+    return together, found
 
 
 def _part_of_split(node: Node, values: dict[Node, Value], graph: Graph) -> Part | None:

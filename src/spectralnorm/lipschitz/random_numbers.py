@@ -16,11 +16,12 @@ __all__ = ["without_random_numbers"]
 
 
 @contextmanager
-def without_random_numbers(device: torch.device) -> Iterator[None]:
+def without_random_numbers(device: torch.device, *, seed: int) -> Iterator[None]:
     """Put every source back as it was.
 
     Args:
         device: whose source counts beside torch's on the CPU, Python's, and numpy's if it is loaded.
+        seed: of all of them in between. What draws and puts a source back draws something else with another seed.
 
     Raises:
         UserError: numbers were drawn.
@@ -35,8 +36,15 @@ def without_random_numbers(device: torch.device) -> Iterator[None]:
         return [*ours, *(bytes(each.tolist()) for each in (torch.get_rng_state(), *cuda))]
 
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        before = states()
         try:
+            random.seed(seed)
+            if numpy:
+                numpy.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            for each in devices:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(seed)
+            before = states()
             yield
             after = states()
         finally:

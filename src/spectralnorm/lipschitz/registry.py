@@ -12,12 +12,25 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _of_modules
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.graph import Graph, Node, canonical
 from spectralnorm.lipschitz.parts import Part, joint_bound
 
-__all__ = ["Call", "Part", "Path", "Step", "Value", "is_of_user", "module_rule_of", "register_rule", "rule", "rule_of"]
+__all__ = [
+    "Call",
+    "Part",
+    "Path",
+    "Step",
+    "Value",
+    "hooks_of",
+    "is_of_user",
+    "module_rule_of",
+    "register_rule",
+    "rule",
+    "rule_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +166,14 @@ class Call:
         if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
             self.refuse("it has complex numbers", "certify the real form")
         if isinstance(value, Tensor):
-            return value.detach().to(torch.float64)
-        return torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
+            number = value.detach().to(torch.float64)
+            is_exact = value.is_floating_point() or not bool((number.abs() >= 2**53).any())
+        else:
+            number = torch.tensor(float(value), dtype=torch.float64, device=self.graph.device)
+            is_exact = not isinstance(value, int) or float(value) == value
+        if not is_exact:
+            self.refuse("it has whole numbers that float64 does not hold", "give them as floating point")
+        return number
 
     def refuse(self, reason: str, remedy: str = "") -> NoReturn:
         """Raise the error that says that this layer has no rule, why, and what to do instead."""
@@ -199,7 +218,8 @@ def register_rule(op: Callable[..., Any] | type[nn.Module] | str, rule: Callable
     Args:
         op: a torch function such as ``torch.erfinv``, whose method and in-place forms it covers too; its name; or a
             class of layers, whose ``forward`` is then not looked into. It holds for subclasses that change none of its
-            methods; others are looked into, and so is a layer whose own ``forward`` was replaced.
+            methods; others are looked into, and so is a layer of which a method was replaced, or within which one was
+            or a hook was registered.
         rule: gets a `Call` and returns a number that the Lipschitz constant does not exceed: from all arguments that
             depend on the input, taken together, to the result, in the 2-norm, and without mixing samples of a batch.
             The call has ``module``, ``input_shape``, ``output_shape`` (batch first) and ``node.args``.
@@ -244,9 +264,29 @@ def module_rule_of(module: nn.Module) -> Rule | None:
     """The rule for a layer as a whole, that of the nearest class; None where the layer may compute something else."""
     kinds = type(module).__mro__
     place = next((place for place, kind in enumerate(kinds) if kind in _MODULE_RULES), None)
-    if place is None or "forward" in vars(module) or any(_changes(kind, kinds[place]) for kind in kinds[:place]):
+    if place is None or any(_changes(kind, kinds[place]) for kind in kinds[:place]):
+        return None
+    within = [each for each in module.modules() if each is not module]
+    # Hooks of the layer itself are recorded beside it.
+    if any(map(_replaces, (module, *within))) or any(map(hooks_of, within)) or (within and _has_global_hooks()):
         return None
     return _MODULE_RULES[kinds[place]]
+
+
+def _replaces(module: nn.Module) -> bool:
+    """Whether an instance has a method of its own in place of one of its class."""
+    return any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
+
+
+def hooks_of(module: nn.Module) -> list[int]:
+    """Keys of what runs before and after ``forward``, but for what torch sets a weight with."""
+    before = module._forward_pre_hooks.items()
+    ours = [key for key, hook in before if not type(hook).__module__.startswith("torch.nn.utils")]
+    return [*ours, *module._forward_hooks]
+
+
+def _has_global_hooks() -> bool:
+    return bool(_of_modules._global_forward_pre_hooks or _of_modules._global_forward_hooks)
 
 
 def _changes(kind: type, base: type) -> bool:

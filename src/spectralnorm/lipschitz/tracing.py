@@ -9,10 +9,14 @@ one.
 from __future__ import annotations
 
 import copy
+import functools
+import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,8 +26,20 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from spectralnorm.errors import UserError
 from spectralnorm.lipschitz.agreement import refuse_disagreement
-from spectralnorm.lipschitz.graph import FILLED, METADATA, TEMPLATED, Graph, Node, canonical, map_structure, with_maxima
+from spectralnorm.lipschitz.graph import (
+    FILLED,
+    METADATA,
+    TEMPLATED,
+    Graph,
+    Node,
+    canonical,
+    leaves,
+    map_structure,
+    with_maxima,
+)
 from spectralnorm.lipschitz.random_numbers import without_random_numbers
+from spectralnorm.lipschitz.registry import hooks_of
+from spectralnorm.lipschitz.values import digest_of
 
 __all__ = ["trace"]
 
@@ -33,6 +49,12 @@ _BATCH_SIZES = (7, 11, 13, 17, 19, 23, 44, 52, 68, 76, 92)
 
 # What may stand beside the tensors that a model returns: none of it can be made of values.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+# Operations whose result is a view of their input or a copy of it, as the input's type and layout in memory decide.
+_MAYBE_VIEWS = frozenset(
+    "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 cpu cuda".split()
+)
+# What else an operation may be given: what is not here may hold a tensor that nobody sees, or change unseen.
+_OPTIONS = (EllipsisType, torch.layout, torch.memory_format, Enum, type)
 
 
 class _Traced(torch.Tensor):
@@ -61,7 +83,8 @@ class _Tracer:
 
     Attributes:
         nodes: all operations so far.
-        constants: tensors that they read, each with the node and with the number of changes in place it had seen.
+        constants: tensors that they read, each with the node, the number of changes in place it had seen and a digest
+            of its values: what is changed through ``.data`` is not counted.
         ambiguous: where another dimension than the first looks like the batch.
     """
 
@@ -71,11 +94,14 @@ class _Tracer:
         self.is_whole = is_whole
         self.nodes: list[Node] = []
         self.active = True
-        self.constants: list[tuple[Node, Tensor, int | None]] = []
+        self.constants: list[tuple[Node, Tensor, int | None, bytes | None]] = []
         self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
+        self._copies: list[torch.UntypedStorage] = []  # kept, so that no other has the place of one of these
         self._names: dict[str, int] = {}
+        self._num_modes = torch._C._len_torch_dispatch_stack()
+        self._stand_ins: dict[int, Any] = {}
 
     def wrap(self, meta: Tensor, node: Node) -> _Traced:
         traced = torch.Tensor._make_subclass(_Traced, meta)
@@ -89,6 +115,13 @@ class _Tracer:
         with torch._C.DisableTorchFunctionSubclass():
             return self._by_storage.setdefault(meta.untyped_storage()._cdata, weakref.WeakSet())
 
+    def _count_as_view(self, meta: Tensor, source: _Traced) -> None:
+        """Of an input with another layout it is one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            storage = meta.untyped_storage()
+            self._by_storage[storage._cdata] = self._siblings(source)
+        self._copies.append(storage)
+
     def node_of(self, traced: _Traced) -> Node:
         if traced.node is None:
             raise UserError(
@@ -100,6 +133,14 @@ class _Tracer:
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One torch function with at least one traced argument."""
         name, in_place = canonical(func)
+        args, kwargs = _with_numbers((args, kwargs))
+        if torch._C._len_torch_dispatch_stack() != self._num_modes:
+            raise UserError(
+                f"certify cannot follow {self._place()}: it runs {name} under a TorchDispatchMode, which may change "
+                "what that does; leave the mode out."
+            )
+        if name == "requires_grad" and in_place:
+            return args[0]
         if name in METADATA:
             if name in ("device", "is_cuda", "is_cpu", "is_meta"):
                 return {
@@ -180,6 +221,8 @@ class _Tracer:
         outcome: Any,
         module: nn.Module | None = None,
     ) -> Any:
+        if name in _MAYBE_VIEWS and isinstance(outcome, Tensor):
+            self._count_as_view(outcome, next(each for each in leaves((args, kwargs)) if isinstance(each, _Traced)))
         args, kwargs = map_structure((args, kwargs), _Traced, self.node_of)
         if isinstance(outcome, Tensor):
             return self.wrap(outcome, self._new(name, func, args, kwargs, tuple(outcome.shape), outcome, module))
@@ -207,8 +250,21 @@ class _Tracer:
         self, name: str, func: Any, args: Any, kwargs: Any, shape: Any, sample: Tensor, module: nn.Module | None
     ) -> Node:
         node = Node(self._unused_name(name), name, func, args, kwargs, shape, module, sample.is_floating_point())
+        for each in leaves((args, kwargs)):
+            if not isinstance(each, (Tensor, Node, *_CONSTANTS, *_OPTIONS)):
+                raise UserError(
+                    f"certify cannot look into the {type(each).__name__} that {name} at {node.name!r} is given; give "
+                    "it numbers and tensors, also in tuples, lists, dictionaries or dataclasses."
+                )
         self.nodes.append(node)
-        map_structure((args, kwargs), Tensor, lambda read: self.constants.append((node, read, _version(read))))
+        for read in leaves((args, kwargs)):
+            if isinstance(read, Tensor):
+                if not _is_plain(read):
+                    raise UserError(
+                        f"certify cannot look into the {type(read).__name__} that {name} at {node.name!r} reads: its "
+                        "class changes what torch's functions do; convert it to a torch.Tensor."
+                    )
+                self.constants.append((node, read, _version(read), digest_of(read)))
         return node
 
     def _unused_name(self, op: str) -> str:
@@ -221,11 +277,9 @@ class _Tracer:
     def _place(self) -> str:
         return f"layer {self._stack[-1][0]!r}" if self._stack and self._stack[-1][0] else "the model"
 
-    def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], pristine: nn.Module | None) -> Any:
+    def run_module(self, name: str, module: nn.Module, forward: Callable[..., Any], *, is_whole: bool) -> Any:
         """What stands in for the ``forward`` of a module while the model is recorded."""
-        is_leaf = name != "" and (
-            pristine is not None or all(child == "parametrizations" for child, _ in module.named_children())
-        )
+        is_leaf = name != "" and (is_whole or all(child == "parametrizations" for child, _ in module.named_children()))
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
@@ -234,31 +288,69 @@ class _Tracer:
             map_structure((args, kwargs), _Traced, found.append)
             self._stack.append((name, is_leaf))
             try:
-                if pristine is None or not found:
+                if not is_whole or not found:
                     return forward(*args, **kwargs)
+                args, kwargs = _with_numbers((args, kwargs))
+                kept = self._kept(module)
                 try:
-                    outcome = _on_meta(copy.deepcopy(pristine).to("meta"), args, kwargs)
+                    outcome = _on_meta(copy.deepcopy(kept).to("meta"), args, kwargs)
                 except Exception:
                     # It computes something of its weights that needs their values; of its input it gets zeros.
-                    outcome = _on_zeros(pristine, args, kwargs, self.device)
-                return self._remember(type(module).__name__, pristine, args, kwargs, outcome, pristine)
+                    outcome = _on_zeros(copy.deepcopy(kept), args, kwargs, self.device)
+                return self._remember(type(module).__name__, kept, args, kwargs, outcome, kept)
             finally:
                 self._stack.pop()
 
+        self._stand_ins[id(recorded)] = recorded
         return recorded
+
+    def is_stand_in(self, forward: Any) -> bool:
+        """Whether a module's own ``forward`` is what `run_module` gave."""
+        return id(forward) in self._stand_ins
+
+    def _kept(self, module: nn.Module) -> nn.Module:
+        """A copy of a layer as it is now, without its own hooks: they are recorded beside it."""
+        for each in module.modules():
+            if any(isinstance(leaf, _Traced) for leaf in leaves(vars(each))):
+                raise UserError(
+                    f"certify cannot follow {self._place()}: it keeps a tensor that depends on the input and that it "
+                    "is not given; give it as an argument."
+                )
+        kept = copy.deepcopy(module)
+        for each in kept.modules():
+            if self.is_stand_in(vars(each).get("forward")):
+                vars(each).pop("forward")
+        for key in hooks_of(kept):
+            kept._forward_pre_hooks.pop(key, None)
+            kept._forward_hooks.pop(key, None)
+        return kept
+
+
+def _with_numbers(structure: Any) -> Any:
+    """With Python's numbers in place of numpy's and of tensors in slices: rules and records read no others."""
+    numpy = sys.modules.get("numpy")  # not imported: it may not be there
+
+    def number(given: Any) -> Any:
+        if not isinstance(given, slice):
+            return given.item()
+        return slice(
+            *(None if part is None else operator.index(part) for part in (given.start, given.stop, given.step))
+        )
+
+    return map_structure(structure, (slice, numpy.generic) if numpy else slice, number)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether torch's functions do with it what they do with every tensor."""
+    plain = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    function = type(tensor).__torch_function__
+    dispatch = [getattr(kind, "__torch_dispatch__") for kind in (type(tensor), torch.Tensor)]  # noqa: B009  not typed
+    return getattr(function, "__func__", function) in plain and dispatch[0] is dispatch[1]
 
 
 def _version(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; it is not counted of one from inference mode."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _rebuilt(outcome: Any, items: list[Any]) -> Any:
@@ -307,6 +399,8 @@ def trace(
 ) -> Graph:
     """Run a copy of ``model`` without values and record what it does: twice, to see that it does the same every time.
 
+    With labels also on samples that all have the first one, or the last.
+
     Args:
         model: stays as it is.
         input_shape: of one sample.
@@ -321,30 +415,43 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     model = _copied(model, mode)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    records: list[tuple[Graph, _Tracer]] = []
+    run = functools.partial(_trace_once, model, input_shape, is_whole=is_whole, is_labelled=num_classes is not None)
+    records: list[tuple[Graph, _Tracer, Tensor]] = []
     chosen: Graph | None = None
     refused: Exception | None = None
-    with parametrize.cached():
-        for base in batch_sizes:
-            try:
-                graph, tracer = _trace_once(model, input_shape, base * (num_classes or 1), num_classes, is_whole)
-            except UserError:
-                raise
-            except Exception as error:
-                # Some layers want whole groups of samples: another batch size may do.
-                refused = refused or error
-                continue
-            if is_known:
-                return graph
-            records.append((graph, tracer))
-            if chosen is None and tracer.ambiguous is None:
-                chosen = graph
-            if chosen is not None and len(records) > 1:
-                _refuse_changed(buffers, [tracer for _, tracer in records])
-                other = next(graph for graph, _ in reversed(records) if graph is not chosen)
-                refuse_disagreement(chosen, other, num_classes=num_classes or 1)
-                return chosen
+    for base in batch_sizes:
+        labels = torch.arange(base * (num_classes or 1)) % (num_classes or 1)
+        try:
+            graph, tracer = run(labels)
+        except UserError:
+            raise
+        except Exception as error:
+            # Some layers want whole groups of samples: another batch size may do.
+            refused = refused or error
+            continue
+        if is_known:
+            return graph
+        records.append((graph, tracer, labels))
+        if chosen is None and tracer.ambiguous is None:
+            chosen = graph
+        if chosen is not None and len(records) > 1:
+            of_one_label = [torch.full_like(labels, label) for label in sorted({0, (num_classes or 1) - 1})]
+            for same in of_one_label if num_classes not in (None, 1) else []:
+                try:
+                    records.append((*run(same), same))
+                except UserError:
+                    raise
+                except Exception as error:
+                    raise UserError(
+                        f"certify could not run the model on samples that all have the label {int(same[0])}: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+            _refuse_changed([tracer for _, tracer, _ in records])
+            first = next(labels for graph, _, labels in records if graph is chosen)
+            for other, _, labels in records:
+                if other.batch_size != chosen.batch_size:
+                    refuse_disagreement(chosen, other, (first, labels))
+            return chosen
     if chosen is not None:
         raise UserError(
             f"certify could run the model on {chosen.batch_size} samples and on no other number that it tried, so what "
@@ -364,10 +471,13 @@ def trace(
 def _trace_once(
     model: nn.Module,
     input_shape: Sequence[int],
-    batch_size: int,
-    num_classes: int | None,
+    labels: Tensor,
+    *,
     is_whole: Callable[[nn.Module], bool],
+    is_labelled: bool,
 ) -> tuple[Graph, _Tracer]:
+    """On as many samples as there are labels, which the model is given if it takes any."""
+    batch_size = len(labels)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.get_default_dtype())
@@ -375,9 +485,9 @@ def _trace_once(
     start = Node("input", "input", None, shape=(batch_size, *input_shape))
     tracer.nodes.append(start)
     inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
-    if num_classes is not None:
-        inputs.append(torch.arange(batch_size, device=device) % num_classes)
-    with _recorded(model, tracer), without_random_numbers(device), torch.no_grad():
+    if is_labelled:
+        inputs.append(labels.to(device))
+    with _recorded(model, tracer), without_random_numbers(device, seed=batch_size), torch.no_grad():
         result = model(*inputs)
     tensors = _returned(result)
     outputs = tuple(tracer.node_of(tensor) for tensor in tensors if isinstance(tensor, _Traced))
@@ -408,53 +518,49 @@ def _copied(model: nn.Module, mode: str) -> nn.Module:
     return copied
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """Those of a layer are recorded beside it; the ones of torch that set its weight stay."""
-    module._forward_hooks.clear()
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if not type(hook).__module__.startswith("torch.nn.utils"):
-            del module._forward_pre_hooks[key]
-    return module
-
-
 @contextmanager
 def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Let every module of ``model``, a copy, tell the tracer when it runs."""
     modules = list(model.named_modules())
     own = [vars(module).get("forward") for _, module in modules]
-    for name, module in modules:
-        pristine = _without_hooks(copy.deepcopy(module)) if tracer.is_whole(module) else None
-        object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, pristine))
+    whole = [tracer.is_whole(module) for _, module in modules]
+    for (name, module), is_whole in zip(modules, whole, strict=True):
+        object.__setattr__(module, "forward", tracer.run_module(name, module, module.forward, is_whole=is_whole))
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for (_, module), forward in zip(modules, own, strict=True):
-            vars(module).pop("forward")
-            if forward is not None:
-                object.__setattr__(module, "forward", forward)
+            # What the model put there stays for its next call.
+            if tracer.is_stand_in(vars(module).get("forward")):
+                vars(module).pop("forward")
+                if forward is not None:
+                    object.__setattr__(module, "forward", forward)
 
 
-def _refuse_changed(buffers: Sequence[tuple[Tensor, Tensor]], tracers: Sequence[_Tracer]) -> None:
-    """What was read must still have the values that it had: they are what is certified.
-
-    Args:
-        buffers: each with the values that it had before.
-        tracers: of all runs.
-    """
-    changed = {_memory(buffer) for buffer, value in buffers if not _is_equal(buffer, value)}
+def _refuse_changed(tracers: Sequence[_Tracer]) -> None:
+    """What was read must still have the values that it had: they are what is certified."""
     for tracer in tracers:
-        for node, tensor, version in tracer.constants:
-            if _version(tensor) != version or (changed and _memory(tensor) in changed):
+        for node, tensor, version, digest in tracer.constants:
+            if _version(tensor) != version or digest_of(tensor) != digest:
                 raise UserError(
                     f"certify refuses {node.op} at {node.name!r}: a tensor that it reads is changed in place "
-                    "afterwards, in this call or the next; use operations not in place, and keep buffers still."
+                    "afterwards, in this call or the next; use operations not in place, and keep weights and buffers "
+                    "still."
                 )
 
 
 def _returned(result: Any) -> list[Tensor]:
     """All tensors of what the model returned."""
-    tensors = list(_tensors_in(result))
+    tensors: list[Tensor] = []
+    for each in leaves(result):
+        if isinstance(each, Tensor):
+            tensors.append(each)
+        elif not isinstance(each, _CONSTANTS):
+            raise UserError(
+                f"certify cannot look into the {type(each).__name__} that the model returns; let forward return a "
+                "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
+            )
     if not tensors:
         raise UserError(
             f"certify found no tensor in what the model returns ({type(result).__name__}); let forward return the "
@@ -463,22 +569,3 @@ def _returned(result: Any) -> list[Tensor]:
     if any(tensor.is_meta and not isinstance(tensor, _Traced) for tensor in tensors):
         raise UserError("certify lost track of the input: an operation is hidden from torch's function protocol.")
     return tensors
-
-
-def _tensors_in(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for each in result:
-            yield from _tensors_in(each)
-    elif is_dataclass(result) and not isinstance(result, type):
-        for each in fields(result):
-            yield from _tensors_in(getattr(result, each.name))
-    elif isinstance(result, dict):
-        for each in result.values():
-            yield from _tensors_in(each)
-    elif not isinstance(result, _CONSTANTS):
-        raise UserError(
-            f"certify cannot look into the {type(result).__name__} that the model returns; let forward return a "
-            "tensor, or tensors in tuples, lists, dictionaries or dataclasses."
-        )

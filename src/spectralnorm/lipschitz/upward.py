@@ -1,15 +1,19 @@
-"""Arithmetic of floats that are not negative, rounded so that the result is never below the exact one."""
+"""Arithmetic of floats that are not negative, rounded so that the result is never below the exact one.
+
+No result is a denormal number, which may count as zero: it is the least normal one then.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
-__all__ = ["add_up", "mul_up", "root_of_sum_up", "root_up"]
+__all__ = ["add_up", "ldexp_up", "mul_up", "root_of_sum_up", "root_up"]
 
 
 def _up(number: float) -> float:
-    return math.nextafter(number, math.inf)
+    return max(math.nextafter(number, math.inf), sys.float_info.min)
 
 
 def mul_up(*factors: float) -> float:
@@ -32,6 +36,16 @@ def add_up(*terms: float) -> float:
     for term in terms:
         total = term if total == 0 else total if term == 0 else _up(total + term)
     return total
+
+
+def ldexp_up(number: float, exponent: int) -> float:
+    """It times 2 to an integer power."""
+    try:
+        scaled = math.ldexp(number, exponent)
+    except OverflowError:
+        return math.inf
+    # Nothing else is rounded.
+    return scaled if scaled >= sys.float_info.min or number == 0 else _up(scaled)
 
 
 def root_up(number: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.rounding import gamma
-from spectralnorm.lipschitz.bounds import frobenius
+from spectralnorm.lipschitz.bounds import largest_frobenius, largest_norm, underflow
 from spectralnorm.lipschitz.graph import Node
 from spectralnorm.lipschitz.maps import DenseMap, ScaleMap
 from spectralnorm.lipschitz.registry import Call, Path, Step, rule
@@ -35,7 +36,7 @@ def _add(call: Call) -> Step:
     given = call.bind("input, other, alpha=1")
     if not isinstance(given.alpha, int | float):
         call.refuse("its factor is no number", "give the factor as alpha=")
-    alpha = float(given.alpha)
+    alpha = float(call.constant(given.alpha))
     terms = [(given.input, 1.0), (given.other, alpha)]
     if call.node.op == "sub":
         terms[1] = (given.other, -alpha)
@@ -82,12 +83,12 @@ def _dense(call: Call, node: Node, source: Node, factor: float, relative: float)
         if size > _MAX_IDENTITY or len(source.shape) < 2:
             return None
         diagonal = factor * torch.eye(size, dtype=torch.float64, device=call.graph.device)
-        return DenseMap(diagonal, mul_up(2 * relative, frobenius(diagonal)))
+        return DenseMap(diagonal, mul_up(2 * relative, largest_frobenius(diagonal)))
     if path is None or path.source is not source or not isinstance(path.map, DenseMap):
         return None
     scaled = factor * path.map.matrix
-    error = add_up(mul_up(abs(factor), path.map.error), mul_up(gamma(2) + 2 * relative, frobenius(scaled)))
-    return DenseMap(scaled, error)
+    rounding = add_up(mul_up(gamma(2) + 2 * relative, largest_frobenius(scaled)), underflow(scaled.numel()))
+    return DenseMap(scaled, add_up(mul_up(abs(factor), path.map.error), rounding))
 
 
 @rule("mul", "div", "rdiv")
@@ -108,6 +109,8 @@ def _multiply(call: Call) -> Step:
     divisor = call.constant(given.other)
     if bool((divisor == 0).any()):
         call.refuse("it divides by zero")
+    if bool((divisor.abs() > 1 / sys.float_info.min).any()):
+        call.refuse("it divides by a number whose inverse is beyond the range of float64", "divide by a smaller one")
     return scale_step(call, 1 / divisor, relative=gamma(2))
 
 
@@ -126,9 +129,8 @@ def scale_step(call: Call, constant: Tensor, *, relative: float = 0.0) -> Step:
     if tuple(node.shape) != tuple(shape):
         # Every entry is repeated, and each copy has a factor of its own.
         repeated = [axis for axis, (old, new) in enumerate(zip(node.shape, shape, strict=True)) if old != new]
-        squares = constant.expand(shape).double().square().sum(repeated)
-        largest = mul_up(root_up(float(squares.max())), 1 + gamma(math.prod(shape) + 4) + 2 * relative)
-        return Step(largest, is_linear=True)
+        largest = largest_norm(constant.expand(shape).double(), tuple(repeated))
+        return Step(mul_up(largest, 1 + 2 * relative), is_linear=True)
     largest = mul_up(float(constant.abs().max()) if constant.numel() else 0.0, 1 + 2 * relative)
     return Step(largest, map=_channel_scale(constant, shape, relative), is_linear=True, is_hidden=largest == 1)
 
@@ -173,7 +175,7 @@ def _sum(call: Call) -> Step:
     if len(shape) == 2 and dims == (1,):
         entry = 1 / count if mean else 1.0
         row = torch.full((1, count), entry, dtype=torch.float64, device=call.graph.device)
-        matrix = DenseMap(row, mul_up(gamma(2), frobenius(row)) if mean else 0.0)
+        matrix = DenseMap(row, mul_up(gamma(2), largest_frobenius(row)) if mean else 0.0)
     return Step(factor, map=matrix, is_linear=True)
 
 

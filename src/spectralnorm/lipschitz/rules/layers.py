@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -154,10 +155,12 @@ def _batch_norm(call: Call) -> Step:
             "certify mode='eval' with running statistics, or use spectral normalization without it",
         )
     variance = call.constant(given.running_var)
-    scale = torch.ones_like(variance) if given.weight is None else call.constant(given.weight)
-    scale = scale / (variance + given.eps).sqrt()
+    weight = torch.ones_like(variance) if given.weight is None else call.constant(given.weight)
+    scale = weight / (variance + given.eps).sqrt()
     if not bool(scale.isfinite().all()):
         call.refuse("its scale is not finite", "load weights and statistics that are")
+    if bool(((scale.abs() < sys.float_info.min) & (weight != 0)).any()):
+        call.refuse("its scale is beyond the range of float64", "set weights that small to zero")
     # Three roundings: the sum (halved by the root), the root, the quotient.
     scaling = ScaleMap(scale, gamma(4))
     return Step(scaling.bound(), map=scaling, is_linear=True)

@@ -34,7 +34,7 @@ def as_is(call: Call) -> Step:
 
 @rule(
     *"view reshape flatten unflatten squeeze unsqueeze contiguous clone detach to float double half bfloat16 type "
-    "type_as cpu cuda view_as reshape_as alias positive requires_grad_ data".split()
+    "type_as cpu cuda view_as reshape_as alias positive data".split()
 )
 def _same_entries(call: Call) -> Step:
     if not call.node.is_float:
