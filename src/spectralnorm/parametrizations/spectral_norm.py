@@ -485,23 +485,26 @@ class SpectralNorm(VectorBuffers):
         clock.observe()
         self.handed_out = HandedOut(value.detach(), value._version, clock.now(), numbers)
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Let what was written into the value that was handed out be the weight, if nothing has changed that since."""
         if torch.compiler.is_compiling():  # traced values are not written into, and nobody can wait for a lock there
             return
-        with one_at_a_time:
+        with one_at_a_time:  # and `no_grad` only where it is needed: that takes longer than to look
             kept, handed = self._kept, self.handed_out
             if kept is not None and kept.was_written_to() and kept.moment.is_now():
-                kept.moment.clock.weight.copy_(kept.written_value())
-            if handed is None or not handed.was_written_to():
-                return
-            self.handed_out = None
-            if handed.moment.is_now():
-                weight = handed.moment.clock.weight
-                weight.copy_(handed.value)
-                self._restore_scale()
-                self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
+                with torch.no_grad():
+                    kept.moment.clock.weight.copy_(kept.written_value())
+            if handed is not None and handed.was_written_to():
+                self._settle_handed_out(handed)
+
+    @torch.no_grad()
+    def _settle_handed_out(self, handed: HandedOut) -> None:
+        self.handed_out = None
+        if handed.moment.is_now():
+            weight = handed.moment.clock.weight
+            weight.copy_(handed.value)
+            self._restore_scale()
+            self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
 
     def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
         """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
