@@ -239,16 +239,18 @@ def test_quotients_and_gradients_are_the_formula(name: str, cap: bool, threads) 
 
 def test_a_weight_without_a_norm_is_not_divided_by_it() -> None:
     weight = random(4, 5)
-    plan = cpu.QuotientPlan([(weight, 0)] * 3, [2.0] * 3)
-    sigmas = torch.tensor([0.0, math.nan, 3.0])
+    plan = cpu.QuotientPlan([(weight, 0)] * 4, [2.0] * 4)
+    sigmas = torch.tensor([0.0, math.nan, math.inf, 3.0])
     found = plan.divide(sigmas)
-    assert found.active.tolist() == [False, False, True]
-    assert torch.equal(found.values[0], weight / 0.5)
+    assert found.active.tolist() == [False, False, False, True]
+    for value in found.values[:3]:
+        assert torch.equal(value, weight / 0.5)
     vectors = [torch.full((size,), math.nan) for size in (4, 5)]
-    pairs = [[vectors[0]] * 2 + [torch.ones(4) / 2], [vectors[1]] * 2 + [torch.ones(5) / 5**0.5]]
-    grads = [random(4, 5, seed=1)] * 3
+    pairs = [[vectors[0]] * 3 + [torch.ones(4) / 2], [vectors[1]] * 3 + [torch.ones(5) / 5**0.5]]
+    grads = [random(4, 5, seed=1)] * 4
     gradients = plan.gradients(grads, found.values, *pairs, sigmas)
-    assert torch.equal(gradients[0], grads[0] * 2)
+    for gradient in gradients[:3]:
+        assert torch.equal(gradient, grads[0] * 2)
     assert all(each.isfinite().all() for each in gradients)
 
 

@@ -160,7 +160,7 @@ class QuotientPlan:
 
     def divisors(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         """What `divide` divides by, and whether that is ``sigma / coefficient``; each (weights,)."""
-        active = sigmas > self._rules[:, Rule.THRESHOLD]  # false for NaN
+        active = (sigmas > self._rules[:, Rule.THRESHOLD]) & (sigmas < math.inf)  # false for NaN
         quotients = sigmas / self._rules[:, Rule.COEFFICIENT]
         return torch.where(active, quotients, self._rules[:, Rule.CONSTANT]), active
 
