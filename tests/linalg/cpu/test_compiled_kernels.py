@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, cpu, track_together
-from spectralnorm.linalg.cpu import compiled
+from spectralnorm.linalg.cpu import compiled, storing
 from spectralnorm.linalg.layout import layout_of
 
 pytestmark = pytest.mark.skipif(not cpu.is_trusted(), reason="there is no C compiler")
@@ -317,6 +317,20 @@ def test_vectors_are_stored_where_there_is_a_norm() -> None:
     cpu.VectorStore().copy(vectors, [0, 1, 2], torch.tensor([1.0, math.nan, 1e-13]), targets, eps=1e-12)
     assert torch.equal(targets[0], vectors[0])
     assert not any(target.any() for target in targets[1:])
+
+
+def test_norms_with_gaps_in_memory_are_there_until_they_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector, target = random(3), torch.zeros(3)
+    library, others = storing.kernels(), []
+
+    class Kernels:
+        def spectralnorm_store(self, *arguments: object) -> None:
+            others.extend(torch.full((1000,), math.nan) for _ in range(10))  # in memory that is free by now
+            library.spectralnorm_store(*arguments)
+
+    monkeypatch.setattr(storing, "kernels", Kernels)
+    cpu.VectorStore().copy([vector], [5], torch.ones(2000)[::2], [target], eps=1e-12)
+    assert torch.equal(target, vector)
 
 
 @pytest.mark.parametrize(
