@@ -217,6 +217,8 @@ def test_what_no_kernel_reads_is_refused() -> None:
         QuotientPlan([(torch.zeros(4, 4)[:, :3], 0)], [1.0])
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         QuotientPlan([(torch.zeros(2, 2, dtype=torch.float64), 0)], [1.0])
+    with pytest.raises(ValueError, match=r"count in 32 bits.*got 1 of 2 x 134217732"):
+        QuotientPlan([(torch.empty(2, 2**27 + 4, device="meta"), 0)], [1.0])
     plan = QuotientPlan([(torch.ones(2, 3), 0)], [1.0])
     sigmas = torch.ones(1)
     with pytest.raises(ValueError, match=r"sigmas of shape \(1,\)"):
