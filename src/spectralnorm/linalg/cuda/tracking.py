@@ -26,6 +26,8 @@ next frames and the vectors are two launches of many programs then. All sums hav
 the same bits, whatever else is in the plan. Programs count themselves in memory of the plan, which is at zero between
 launches: a plan must not run on two streams at a time.
 
+Squares are added up in float32 and not rescaled before: a norm is found up to 1e18, and is infinite or NaN far above.
+
 The first call compiles the kernels, which takes seconds; Triton keeps them on the disk.
 """
 
