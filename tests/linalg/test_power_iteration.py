@@ -179,6 +179,17 @@ class TestTrackedPowerIteration:
         matrix = with_spectrum(torch.linspace(2, 1, rank), 20, 30).float()
         assert follow(matrix, unit(8, 20).float(), 30)[-1] == pytest.approx(1, abs=1e-5)
 
+    @pytest.mark.parametrize("scale", [1e-34, 1e-20, 1e-9, 1e18, 1e21, 1e30, 1e36])
+    def test_scales_near_the_ends_of_the_range_are_followed(self, scale):
+        matrices = torch.stack([torch.randn(20, 30), scale * torch.randn(20, 30)])
+        frame = Frame(unit(2, 8, 20).float(), is_left=True)
+        (found,) = track_together([matrices], [frame], [None], 20, eps=1e-36)
+        torch.testing.assert_close(
+            found.sigma.double(), torch.linalg.matrix_norm(matrices.double(), 2), rtol=1e-3, atol=0
+        )
+        for vectors in (found.u, found.v, found.frame.rows[:, 0]):
+            torch.testing.assert_close(torch.linalg.vector_norm(vectors, dim=-1), torch.ones(2))
+
     @pytest.mark.parametrize("entry", [math.nan, math.inf])
     def test_matrix_that_is_not_finite_gives_no_finite_norm_and_no_error(self, entry):
         matrix = torch.ones(9, 9)

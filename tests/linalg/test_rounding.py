@@ -16,6 +16,7 @@ from spectralnorm.linalg.rounding import (
     gamma,
     norm_above,
     norm_below,
+    power_below,
     power_of_two,
     product_gamma,
     round_up,
@@ -61,6 +62,16 @@ def test_powers_of_two_are_exact():
         1024,
         1024,
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_power_of_two_is_the_next_below(dtype):
+    last = 127 if dtype == torch.float32 else 1023
+    powers = power_of_two(torch.arange(1 - last, last + 1)).to(dtype)
+    assert torch.equal(power_below(powers), powers)
+    assert torch.equal(power_below(powers * (2 - torch.finfo(dtype).eps)), powers)
+    special = torch.tensor([0, torch.finfo(dtype).tiny / 2, math.inf, math.nan, -math.nan], dtype=dtype)
+    assert power_below(special).tolist() == [0, 0, math.inf, math.inf, math.inf]
 
 
 def test_gamma_is_highams():

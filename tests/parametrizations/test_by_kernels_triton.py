@@ -8,7 +8,8 @@ from tests.parametrizations.kernel_runs import TRITON
 from torch import nn
 
 import spectralnorm as sn
-from spectralnorm.linalg import cuda, kernel_trial
+from spectralnorm.linalg import MatrixView, cuda, kernel_trial
+from spectralnorm.parametrizations import plans
 
 pytest.importorskip("triton")
 from spectralnorm.linalg.cuda import launch as launching
@@ -67,3 +68,10 @@ def test_launches_of_a_step_do_not_depend_on_the_number_of_layers(
         sum(layer.weight.square().sum() for layer in model[:-1]).add(model[-1](images).sum()).backward()
         optimizer.step()
     assert len(launches) == len(set(launches)) == 7  # with those of the backward
+
+
+def test_weights_that_are_too_large_for_the_kernels_are_left_to_torch() -> None:
+    view = MatrixView(0, 1)
+    for shape, is_read in {(2**27, 1): True, (2**27 + 4, 1): False, (4, 2**28): False}.items():
+        assert plans._has_layout(view, torch.Size(shape), (shape[1], 1), False) is is_read
+        assert plans._has_layout(view, torch.Size(shape), (shape[1], 1), True)

@@ -175,3 +175,17 @@ def test_changed_coefficient_keeps_what_was_followed():
     normalization.coefficient = 2.0
     assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(2, rel=1e-4)
     assert normalization._kept.triplets[0].frame.rows is frame
+
+
+@pytest.mark.usefixtures("engine_or_kernels")
+@pytest.mark.parametrize("mode", ["normalize", "cap"])
+def test_a_finite_weight_whose_norm_is_not_is_left_alone(mode, device):
+    layer = nn.Linear(64, 64, bias=False).to(device)
+    nn.init.constant_(layer.weight, 1e38)
+    spectral_norm(layer, mode=mode)
+    for _ in range(2):
+        assert torch.equal(layer.weight, raw(layer))
+        with torch.no_grad():
+            raw(layer).neg_()
+    layer.weight.sum().backward()
+    assert torch.equal(raw(layer).grad, torch.ones_like(raw(layer)))

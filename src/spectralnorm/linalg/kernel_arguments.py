@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.layout import is_dense
+from spectralnorm.linalg.layout import Layout, is_dense
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame
 
-__all__ = ["packed_frames", "require_dense", "require_target", "require_vectors", "rule_of"]
+__all__ = ["packed_frames", "require_countable", "require_dense", "require_target", "require_vectors", "rule_of"]
+
+# Eight rows of a side, in as many parts as a product with so many entries has, are fewer than 2^31.
+_LONGEST, _MOST_ENTRIES = 2**27, 2**35
 
 
 def packed_frames(frames: Sequence[Frame], shapes: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -30,6 +33,20 @@ def packed_frames(frames: Sequence[Frame], shapes: Sequence[tuple[int, int, int]
         if rows.shape != shape or rows.dtype != torch.float32:
             raise ValueError(f"Expected frame rows of shape {shape} in float32, got {tuple(rows.shape)} {rows.dtype}.")
     return torch.cat([frame.rows.flatten() for frame in frames])
+
+
+def require_countable(layout: Layout) -> None:
+    """Refuse matrices that are too large for kernels that count in 32 bits.
+
+    Raises:
+        ValueError: a side, of all matrices together, has more than 2^27 entries, or a matrix more than 2^35.
+    """
+    rows, columns = layout.rows, layout.columns
+    if layout.batch * max(rows, columns) > _LONGEST or rows * columns > _MOST_ENTRIES:
+        raise ValueError(
+            f"Kernels that count in 32 bits take sides of up to {_LONGEST} entries and matrices of up to "
+            f"{_MOST_ENTRIES}, got {layout.batch} of {rows} x {columns}."
+        )
 
 
 def require_dense(weight: Tensor) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from spectralnorm.linalg.precision import full_precision
 from spectralnorm.linalg.tracking import Frame, track_together
 
-__all__ = ["disagreement"]
+__all__ = ["disagreement", "undisturbed"]
 
 _TOLERANCE = 1e-4  # of what is computed and kept in float32
 
 
-@torch.no_grad()
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Whatever its first caller has set, for a trial that decides for the whole process: modes and precision."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device):
+        yield
+
+
 def disagreement(
     tracking_plan: Any,
     quotient_plan: Any,
@@ -34,6 +43,11 @@ def disagreement(
     Returns:
         A clause such as "the norm of a 24 x 136 matrix differs".
     """
+    with undisturbed(device):
+        return _disagreement(tracking_plan, quotient_plan, device, dtype)
+
+
+def _disagreement(tracking_plan: Any, quotient_plan: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
     plain: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are set to
     shapes = (24, 136), (9, 21), (136, 24)

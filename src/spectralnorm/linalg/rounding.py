@@ -15,6 +15,7 @@ __all__ = [
     "next_up",
     "norm_above",
     "norm_below",
+    "power_below",
     "power_of_two",
     "product_gamma",
     "round_up",
@@ -27,6 +28,7 @@ _UNIT_ROUNDOFF = {
     torch.complex128: 2.0**-53,
 }
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITY = {4: 0x7F800000, 8: 0x7FF0000000000000}  # all bits of the exponent, no other
 _FRACTION_BITS, _BIAS = 52, 1023  # of float64
 # Above what underflow takes from the root of a sum of squares of numbers near to one, however many of them.
 _UNDERFLOW = 2.0**-480
@@ -58,6 +60,15 @@ def power_of_two(exponent: Tensor) -> Tensor:
     """2 to an integer power in float64, exactly; from -1022 to 1023."""
     # torch.ldexp and torch.exp2 go through functions that need not be exact.
     return ((exponent.long() + _BIAS) << _FRACTION_BITS).view(torch.float64)
+
+
+def power_below(number: Tensor) -> Tensor:
+    """The power of two p with p <= number < 2 p, exactly, in the type of a positive float32 or float64.
+
+    Zero for zero and denormals, infinity for infinity and NaN.
+    """
+    size = number.element_size()
+    return (number.view(_BITS[size]) & _INFINITY[size]).view(number.dtype)
 
 
 def binary_exponent(number: Tensor) -> Tensor:

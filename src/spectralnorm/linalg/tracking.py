@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg.rounding import power_below
+
 __all__ = [
     "NUM_TRACKED",
     "PROBE_LENGTH",
@@ -150,20 +152,22 @@ def _iterated(
     maps = [matrix if frame.is_left else matrix.mT for matrix, frame in zip(matrices, frames, strict=True)]
     starts = [frame.rows if probe is None else frame.rows + probe for frame, probe in zip(frames, probes, strict=True)]
     images = [_images(start, each) for start, each in zip(starts, maps, strict=True)]
+    batches = [matrix.shape[0] for matrix in matrices]
+    scales = _split(_scales_of(images), batches)
+    images = [image / scale for image, scale in zip(images, scales, strict=True)]
     turns = _ritz_turns(
         _together([torch.bmm(start, start.mT) for start in starts]),
         _together([torch.bmm(image, image.mT) for image in images]),
         frames[0].rows.device.type == "cpu",
     )
     found = []
-    turn_of_each = turns.split([matrix.shape[0] for matrix in matrices]) if len(matrices) > 1 else (turns,)
-    for frame, each, image, turn in zip(frames, maps, images, turn_of_each, strict=True):
+    for frame, each, image, scale, turn in zip(frames, maps, images, scales, _split(turns, batches), strict=True):
         rows = torch.bmm(turn, image)
         leading = rows[:, :1]
         # The turned rows have unit length up to rounding; sigma is exactly |A v| for the vector that is returned.
         leading = leading / torch.linalg.vector_norm(leading, dim=-1, keepdim=True).clamp_min(eps)
         other = torch.bmm(leading, each.mT)
-        sigma = torch.linalg.vector_norm(other, dim=-1, keepdim=True)
+        sigma = torch.linalg.vector_norm(other / scale, dim=-1, keepdim=True) * scale
         other = other / sigma.clamp_min(eps)
         u, v = (other, leading) if frame.is_left else (leading, other)
         is_complete = frame.rows.shape[-1] <= frame.rows.shape[-2]
@@ -171,6 +175,8 @@ def _iterated(
         found.append(TrackedTriplet(u[:, 0], v[:, 0], sigma[:, 0, 0], following))
     return found
 
+
+_NEAR_ONE = 2.0**-21, 2.0**39
 
 # Of a matrix that is worth more than one thread.
 _LARGE = 2**17
@@ -192,6 +198,19 @@ def _images(rows: Tensor, matrices: Tensor) -> Tensor:
 
 def _together(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _split(whole: Tensor, batches: list[int]) -> Sequence[Tensor]:
+    return whole.split(batches) if len(batches) > 1 else (whole,)
+
+
+def _scales_of(images: list[Tensor]) -> Tensor:
+    """Powers of two that bring entries near to one, (batch, 1, 1), so that squares stay in range; one if they are."""
+    largest = _together([torch.linalg.vector_norm(image, torch.inf, (-2, -1), keepdim=True) for image in images])
+    power = power_below(largest)
+    tiny = torch.finfo(power.dtype).tiny
+    is_near = (power >= _NEAR_ONE[0]) & (power <= _NEAR_ONE[1])
+    return torch.where(is_near, 1.0, power.clamp(tiny, 1 / tiny))
 
 
 def _ritz_turns(start_gram: Tensor, image_gram: Tensor, is_cpu: bool) -> Tensor:

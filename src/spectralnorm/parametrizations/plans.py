@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import MatrixView, cpu, cuda, seeded_direction
+from spectralnorm.linalg.kernel_arguments import require_countable
 from spectralnorm.linalg.layout import is_dense, layout_of
 from spectralnorm.linalg.tracking import PROBE_LENGTH
 from spectralnorm.parametrizations.kept import host_has
@@ -56,6 +57,8 @@ def _has_layout(view: MatrixView, shape: torch.Size, stride: tuple[int, ...], is
         if is_on_cpu:
             cpu.form_of(layout)
             cpu.form_of(layout_of(weight.movedim(view.out_dim, 0).unsqueeze(0)))
+        else:
+            require_countable(layout)
     except ValueError:
         return False
     return is_dense(weight)

@@ -7,6 +7,7 @@ the closed formula, applied once to the sum of what comes from all uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,12 +48,12 @@ def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: fl
         coefficient: the norm that is wanted; broadcasts with ``sigma``.
         cap: leave a weight alone whose norm is below ``coefficient``.
         eps: a norm up to here counts as zero: dividing by it would blow up the gradient of a zero weight by 1/eps. Such
-            a weight, and one that has no norm because it is not finite, is not divided.
+            a weight, and one whose norm is not finite, is not divided.
 
     Returns:
         The divisor, and whether it is ``sigma / coefficient``: else it is a constant.
     """
-    divisible = sigma > eps  # false for NaN
+    divisible = (sigma > eps) & (sigma < math.inf)  # false for NaN
     if cap:
         divisible = divisible & (sigma > coefficient)
     constant = 1.0 if cap else 1 / coefficient
@@ -61,7 +62,7 @@ def divisor_of(sigma: Tensor, coefficient: float | Tensor, *, cap: bool, eps: fl
 
 def host_divisor_of(sigma: float, coefficient: float, *, cap: bool, eps: float) -> tuple[float, bool]:
     """As `divisor_of`, of one norm that is known to the host."""
-    divisible = sigma > (max(coefficient, eps) if cap else eps)
+    divisible = (max(coefficient, eps) if cap else eps) < sigma < math.inf
     return (sigma / coefficient if divisible else 1.0 if cap else 1 / coefficient), divisible
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, cpu, track_together
-from spectralnorm.linalg.cpu import compiled
+from spectralnorm.linalg.cpu import compiled, storing
 from spectralnorm.linalg.layout import layout_of
 
 pytestmark = pytest.mark.skipif(not cpu.is_trusted(), reason="there is no C compiler")
@@ -239,16 +239,18 @@ def test_quotients_and_gradients_are_the_formula(name: str, cap: bool, threads) 
 
 def test_a_weight_without_a_norm_is_not_divided_by_it() -> None:
     weight = random(4, 5)
-    plan = cpu.QuotientPlan([(weight, 0)] * 3, [2.0] * 3)
-    sigmas = torch.tensor([0.0, math.nan, 3.0])
+    plan = cpu.QuotientPlan([(weight, 0)] * 4, [2.0] * 4)
+    sigmas = torch.tensor([0.0, math.nan, math.inf, 3.0])
     found = plan.divide(sigmas)
-    assert found.active.tolist() == [False, False, True]
-    assert torch.equal(found.values[0], weight / 0.5)
+    assert found.active.tolist() == [False, False, False, True]
+    for value in found.values[:3]:
+        assert torch.equal(value, weight / 0.5)
     vectors = [torch.full((size,), math.nan) for size in (4, 5)]
-    pairs = [[vectors[0]] * 2 + [torch.ones(4) / 2], [vectors[1]] * 2 + [torch.ones(5) / 5**0.5]]
-    grads = [random(4, 5, seed=1)] * 3
+    pairs = [[vectors[0]] * 3 + [torch.ones(4) / 2], [vectors[1]] * 3 + [torch.ones(5) / 5**0.5]]
+    grads = [random(4, 5, seed=1)] * 4
     gradients = plan.gradients(grads, found.values, *pairs, sigmas)
-    assert torch.equal(gradients[0], grads[0] * 2)
+    for gradient in gradients[:3]:
+        assert torch.equal(gradient, grads[0] * 2)
     assert all(each.isfinite().all() for each in gradients)
 
 
@@ -315,6 +317,20 @@ def test_vectors_are_stored_where_there_is_a_norm() -> None:
     cpu.VectorStore().copy(vectors, [0, 1, 2], torch.tensor([1.0, math.nan, 1e-13]), targets, eps=1e-12)
     assert torch.equal(targets[0], vectors[0])
     assert not any(target.any() for target in targets[1:])
+
+
+def test_norms_with_gaps_in_memory_are_there_until_they_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector, target = random(3), torch.zeros(3)
+    library, others = storing.kernels(), []
+
+    class Kernels:
+        def spectralnorm_store(self, *arguments: object) -> None:
+            others.extend(torch.full((1000,), math.nan) for _ in range(10))  # in memory that is free by now
+            library.spectralnorm_store(*arguments)
+
+    monkeypatch.setattr(storing, "kernels", Kernels)
+    cpu.VectorStore().copy([vector], [5], torch.ones(2000)[::2], [target], eps=1e-12)
+    assert torch.equal(target, vector)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,16 @@ def test_float32_is_divided_as_torch_divides_it(device: torch.device) -> None:
 
 def test_what_has_no_norm_is_not_divided_by_it(device: torch.device) -> None:
     zero, not_finite = torch.zeros(4, 4, device=device), torch.full((2, 3), math.nan, device=device)
-    plan = QuotientPlan([(zero, 0), (not_finite, 0)], [2.0, 2.0])
-    sigmas = torch.tensor([0.0, math.nan], device=device)
+    large = torch.full((3, 5), 1e37, device=device)  # is taken for one whose norm is beyond float32
+    plan = QuotientPlan([(zero, 0), (not_finite, 0), (large, 0)], [2.0, 2.0, 2.0])
+    sigmas = torch.tensor([0.0, math.nan, math.inf], device=device)
     divided = plan.divide(sigmas)
-    assert divided.active.tolist() == [False, False]
-    assert divided.divisors.tolist() == [0.5, 0.5]
+    assert divided.active.tolist() == [False, False, False]
+    assert divided.divisors.tolist() == [0.5, 0.5, 0.5]
     assert torch.equal(divided.values[0], zero)
-    grads = [torch.randn(4, 4, device=device), torch.randn(2, 3, device=device)]
-    nothing = [torch.full((size,), math.nan, device=device) for size in (4, 4, 2, 3)]
+    assert torch.equal(divided.values[2], 2 * large)
+    grads = [torch.rand_like(each) for each in (zero, not_finite, large)]
+    nothing = [torch.full((size,), math.nan, device=device) for size in (4, 4, 2, 3, 3, 5)]
     results = plan.gradients(grads, divided.values, nothing[0::2], nothing[1::2], sigmas)
     torch.testing.assert_close(results, [2 * grad for grad in grads])
 
@@ -215,6 +217,8 @@ def test_what_no_kernel_reads_is_refused() -> None:
         QuotientPlan([(torch.zeros(4, 4)[:, :3], 0)], [1.0])
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         QuotientPlan([(torch.zeros(2, 2, dtype=torch.float64), 0)], [1.0])
+    with pytest.raises(ValueError, match=r"count in 32 bits.*got 1 of 2 x 134217732"):
+        QuotientPlan([(torch.empty(2, 2**27 + 4, device="meta"), 0)], [1.0])
     plan = QuotientPlan([(torch.ones(2, 3), 0)], [1.0])
     sigmas = torch.ones(1)
     with pytest.raises(ValueError, match=r"sigmas of shape \(1,\)"):

@@ -273,6 +273,9 @@ def test_what_no_kernel_reads_is_refused() -> None:
         TrackingPlan([])
     with pytest.raises(ValueError, match=r"float32.*got torch\.float64"):
         TrackingPlan([torch.zeros(1, 2, 2, dtype=torch.float64)])
+    for shape in ((1, 2, 2**27 + 4), (1, 2**28, 1), (2**26, 1, 3), (1, 2**18 + 1, 2**17)):
+        with pytest.raises(ValueError, match=r"count in 32 bits take sides of up to 134217728"):
+            TrackingPlan([torch.empty(shape, dtype=torch.bfloat16, device="meta")])
     plan = TrackingPlan([torch.ones(1, 2, 3)])
     with pytest.raises(ValueError, match=r"shape \(1, 8, 2\)"):
         plan.track([Frame(torch.ones(1, 8, 3), True)])

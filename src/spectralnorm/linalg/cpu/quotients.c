@@ -5,6 +5,7 @@
  * else is in the call.
  */
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -46,7 +47,7 @@ enum rule_field { COEFFICIENT, THRESHOLD, CONSTANT, RULE_WIDTH };
 
 /* What a weight of this norm is divided by; whether that depends on the norm. */
 static double divisor_of(const double *rule, float sigma, int8_t *active) {
-    *active = sigma > rule[THRESHOLD]; /* false for NaN */
+    *active = sigma > rule[THRESHOLD] && sigma < INFINITY; /* false for NaN */
     return *active ? sigma / rule[COEFFICIENT] : rule[CONSTANT];
 }
 

@@ -62,12 +62,13 @@ class VectorStore:
     ) -> None:
         """As `copy`, of checked vectors that are given by their addresses and sizes."""
         addresses = for_one_call([target.data_ptr() for target in targets])
+        sigmas = sigmas.contiguous()  # a copy has to be there until the kernel has read it
         kernels().spectralnorm_store(
             sources.data_ptr(),
             addresses.buffer_info()[0],
             sizes.data_ptr(),
             owners.data_ptr(),
             len(targets),
-            sigmas.contiguous().data_ptr(),
+            sigmas.data_ptr(),
             eps,
         )

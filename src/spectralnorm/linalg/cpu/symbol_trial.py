@@ -6,6 +6,7 @@ import torch
 
 from spectralnorm.linalg.cpu.panels import PackedKernel, PanelGrams, kernel_layout
 from spectralnorm.linalg.hermitian_batch import Effort
+from spectralnorm.linalg.kernel_trial import undisturbed
 from spectralnorm.linalg.symbol_grams import SymbolGrams, SymbolTables
 
 __all__ = ["symbol_disagreement"]
@@ -15,7 +16,7 @@ _TOLERANCE = 1e-4
 _CASES = (((1, 70, 75, 2, 3), (5, 6)), ((2, 11, 70, 3), (4,)))
 
 
-@torch.no_grad()
+@undisturbed(torch.device("cpu"))
 def symbol_disagreement() -> str | None:
     """What the kernels compute differently from torch; None if nothing.
 

@@ -113,7 +113,7 @@ def _divisor(rules, sigmas, weight):
     """As `divisor_of`: the divisor, and whether it depends on sigma."""
     rule = rules + weight * _RULE_WIDTH
     sigma = tl.load(sigmas + weight)
-    is_active = sigma > tl.load(rule + _RULE_THRESHOLD)  # false for NaN
+    is_active = (sigma > tl.load(rule + _RULE_THRESHOLD)) & (sigma < float("inf"))  # false for NaN
     quotient = tl.div_rn(sigma, tl.load(rule + _RULE_COEFFICIENT))
     return tl.where(is_active, quotient, tl.load(rule + _RULE_CONSTANT)), is_active
 

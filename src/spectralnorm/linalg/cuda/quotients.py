@@ -38,7 +38,7 @@ from spectralnorm.linalg.cuda.quotient_kernels import (
 from spectralnorm.linalg.cuda.tiles import FAST
 from spectralnorm.linalg.cuda.tracking import Ends
 from spectralnorm.linalg.cuda.tracking_tables import TRITON_DTYPES
-from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
+from spectralnorm.linalg.kernel_arguments import require_countable, require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import Layout, layout_of
 
 __all__ = ["Divided", "Division", "QuotientPlan"]
@@ -93,7 +93,8 @@ class QuotientPlan:
         eps: a norm up to here counts as zero, and is not divided by; nor is one that is not finite.
 
     Raises:
-        ValueError: a weight has another type or device, gaps in memory, fewer than two dimensions or no entries.
+        ValueError: a weight has another type or device, gaps in memory, fewer than two dimensions, no entries, or too
+            many (`require_countable`).
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class QuotientPlan:
             require_dense(weight)
         self._identity = _identity_of(weights)
         self._layouts = [layout_of(weight.movedim(out_dim, 0).unsqueeze(0)) for weight, out_dim in weights]
+        for layout in self._layouts:
+            require_countable(layout)
         caps = [False] * len(weights) if caps is None else caps
         rules = torch.zeros(len(weights), Rule.WIDTH, dtype=torch.float64, device="cpu")
         for rule, coefficient, cap in zip(rules, coefficients, caps, strict=True):
@@ -160,7 +163,7 @@ class QuotientPlan:
 
     def divisors(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         """What `divide` divides by, and whether that is ``sigma / coefficient``; each (weights,)."""
-        active = sigmas > self._rules[:, Rule.THRESHOLD]  # false for NaN
+        active = (sigmas > self._rules[:, Rule.THRESHOLD]) & (sigmas < math.inf)  # false for NaN
         quotients = sigmas / self._rules[:, Rule.COEFFICIENT]
         return torch.where(active, quotients, self._rules[:, Rule.CONSTANT]), active
 

@@ -26,6 +26,8 @@ next frames and the vectors are two launches of many programs then. All sums hav
 the same bits, whatever else is in the plan. Programs count themselves in memory of the plan, which is at zero between
 launches: a plan must not run on two streams at a time.
 
+Squares are added up in float32 and not rescaled before: a norm is found up to 1e18, and is infinite or NaN far above.
+
 The first call compiles the kernels, which takes seconds; Triton keeps them on the disk.
 """
 
@@ -45,7 +47,7 @@ from spectralnorm.linalg.cuda.other_kernels import ends_kernel, others_kernel, w
 from spectralnorm.linalg.cuda.return_kernel import RETURNED, return_kernel
 from spectralnorm.linalg.cuda.tracking_fields import SPAN, WholeField
 from spectralnorm.linalg.cuda.tracking_tables import TRITON_DTYPES, Tables, identity_of, is_complete, tables_of
-from spectralnorm.linalg.kernel_arguments import packed_frames
+from spectralnorm.linalg.kernel_arguments import packed_frames, require_countable
 from spectralnorm.linalg.layout import layout_of
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet
 
@@ -140,7 +142,8 @@ class TrackingPlan:
         is_split: whether what follows from a product is done in launches of its own; None: for more than 32 MiB.
 
     Raises:
-        ValueError: a matrix has another type or device, no entries, or strides that no kernel reads (`layout_of`).
+        ValueError: a matrix has another type or device, no entries, strides that no kernel reads (`layout_of`), or too
+            many entries for them (`require_countable`).
     """
 
     def __init__(
@@ -162,6 +165,8 @@ class TrackingPlan:
         num_bytes = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
         self._is_split = num_bytes > _SPLIT_BYTES if is_split is None else is_split
         self._layouts = [layout_of(matrix) for matrix in matrices]
+        for layout in self._layouts:
+            require_countable(layout)
         self._directions = None
         if directions is not None:
             self._directions = torch.cat([each.detach().float() for pair in directions for each in pair])
