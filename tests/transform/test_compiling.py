@@ -119,6 +119,72 @@ def test_under_autocast_the_graph_gets_rounded_weights(counter):
     assert counter.frame_count == 1
 
 
+class WithHead(nn.Module):
+    """Of which the last layer is used under an autocast of its own."""
+
+    def __init__(self, inner: torch.dtype | None) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.body(inputs).relu()
+        with torch.autocast("cpu", self.inner, enabled=self.inner is not None):
+            return self.head(hidden.float())
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+@pytest.mark.parametrize("inner", [None, torch.float16, torch.bfloat16], ids=["off", "float16", "bfloat16"])
+@pytest.mark.parametrize("outer", [None, torch.bfloat16], ids=["in none", "in bfloat16"])
+def test_each_place_of_use_gets_the_weight_of_its_own_autocast(outer, inner, strict):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = sn.add_spectral_norm(WithHead(inner), strict=strict)
+    eager, inputs = copy.deepcopy(model), torch.randn(4, 6)
+    compiled = sn.compile(model, fullgraph=True, backend=counter)
+    outputs = {}
+    for call, each in ((compiled, model), (eager, eager)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", outer, enabled=outer is not None):
+                outputs[call] = call(inputs)
+            outputs[call].float().square().mean().backward()
+            optimizer.step()
+    assert outputs[compiled].dtype == outputs[eager].dtype
+    tolerance = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(outputs[compiled], outputs[eager], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(model.parameters()), list(eager.parameters()), rtol=0, atol=tolerance)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("outer", [None, torch.float16], ids=["in none", "in float16"])
+def test_a_strict_weight_is_bounded_under_an_autocast_that_begins_within(outer, counter):
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1, bias=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(inputs)
+
+    coefficient = 0.7025  # the number of bfloat16 that is nearest is above it
+    model = sn.add_spectral_norm(Narrow(), strict=True, coefficient=coefficient)
+    compiled = sn.compile(model, fullgraph=True, backend=counter)
+    with torch.autocast("cpu", outer, enabled=outer is not None):
+        assert 0.69 < abs(float(compiled(torch.ones(1, 1)).detach())) <= coefficient
+
+
+def test_the_weight_of_another_autocast_advances_nothing(counter):
+    model = sn.add_spectral_norm(WithHead(torch.bfloat16), strict=True, update="forward")
+    nn.init.normal_(model.head.parametrizations["weight"].original)  # so that the vectors have somewhere to go
+    eager, inputs = copy.deepcopy(model), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        sn.compile(model, fullgraph=True, backend=counter)(inputs)
+        eager(inputs)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=0, atol=0)
+
+
 class Several(nn.Module):
     """Layers with several weights, in one of which torch's compiler does not look."""
 

@@ -93,7 +93,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "register_parameter": _register_parameter_of(base),
             "state_dict": _settled(base.state_dict),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
-            "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
+            "_handed_over": None,  # to compiled code: a `HandedOver` by name, for the time of a call
         }
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
             methods["__deepcopy__"] = _deepcopy
@@ -214,7 +214,8 @@ def _reader(name: str) -> Callable[[Any], Any]:
             return _ordinary(self, name)
         if _is_compiling():
             handed = self._handed_over
-            return parts() if handed is None or name not in handed else handed[name]
+            value = None if handed is None or name not in handed else handed[name].for_use()
+            return parts() if value is None else value
         modules = parts._modules
         weight = parts._parameters.get("original")
         only = modules["0"]
