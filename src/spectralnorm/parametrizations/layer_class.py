@@ -87,7 +87,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
             "__setstate__": _set_state_of(base),
-            "_replicate_for_data_parallel": _replicate,
+            "_replicate_for_data_parallel": _replicate_of(base),
             "apply": apply_of(base),
             "named_modules": _settled(base.named_modules),
             "register_parameter": _register_parameter_of(base),
@@ -267,13 +267,18 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return replica
 
 
-def _replicate(self: Any) -> nn.Module:
-    """A copy for one forward in DataParallel; what it needs is brought up to date here, once for all copies."""
-    for parts in self.parametrizations.values():
-        for part in parts:
-            if isinstance(part, SpectralNorm):
-                norm_alone.refresh_for_replicas(part, parts.original)
-    return nn.Module._replicate_for_data_parallel(self)
+def _replicate_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
+    """The method that makes a copy for one forward in DataParallel."""
+
+    def replicate(self: Any) -> nn.Module:
+        # What the copies need is brought up to date here, once for all of them.
+        for parts in self.parametrizations.values():
+            for part in parts:
+                if isinstance(part, SpectralNorm):
+                    norm_alone.refresh_for_replicas(part, parts.original)
+        return base._replicate_for_data_parallel(self)
+
+    return replicate
 
 
 def _baked(self: nn.Module) -> nn.Module:
