@@ -95,9 +95,10 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
             "_handed_over": None,  # to compiled code: a `HandedOver` by name, for the time of a call
         }
+        is_recurrent = issubclass(base, nn.RNNBase)
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
-            methods["__deepcopy__"] = _deepcopy
-        if issubclass(base, nn.RNNBase):
+            methods["__deepcopy__"] = recurrent.alone(_deepcopy) if is_recurrent else _deepcopy
+        if is_recurrent:
             methods |= recurrent.METHODS
         shared = _shared[base] = metaclass(f"Parametrized{base.__name__}", (base,), methods)
     _add_properties(shared, names)
