@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectralnorm.parametrizations.arithmetic import without_autocast
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
-from spectralnorm.parametrizations.strict import autocast_dtype
+from spectralnorm.parametrizations.strict import Target, autocast_dtype, rounded_within
 
 __all__ = ["HandedOver", "handed_over"]
 
@@ -25,20 +25,22 @@ class HandedOver(NamedTuple):
         value: as it is read where autocast is off.
         rounded: as it is read under the autocast of the call.
         dtype: the type that this autocast rounds it to; None: ``rounded`` is ``value``.
-        strict: whether its norm is promised as it is used, after the rounding.
+        target: what is promised of it after any rounding; None: nothing, because it is not strict.
     """
 
     value: Tensor
     rounded: Tensor
     dtype: torch.dtype | None
-    strict: bool
+    target: Target | None
 
-    def for_use(self) -> Tensor | None:
-        """The form for the autocast of this place; None: there is none, and the place has to compute its own."""
+    def for_use(self) -> Tensor:
+        """The form for the autocast of this place."""
         dtype = autocast_dtype(self.value)
         if dtype == self.dtype:
             return self.rounded
-        return self.value if dtype is None or not self.strict else None
+        if dtype is None or self.target is None:
+            return self.value
+        return rounded_within(self.value, self.target, dtype)
 
 
 def handed_over(read: Callable[[], Tensor], normalization: SpectralNorm, weight: Tensor) -> HandedOver:
@@ -50,4 +52,5 @@ def handed_over(read: Callable[[], Tensor], normalization: SpectralNorm, weight:
     if dtype is not None and normalization.hands_out_kept(weight):
         with without_autocast(weight):
             value = read()
-    return HandedOver(value, rounded, dtype, normalization.strict)
+    target = normalization.target(weight.dtype) if normalization.strict else None
+    return HandedOver(value, rounded, dtype, target)

@@ -52,6 +52,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def can_be_handed_over(module: nn.Module, name: str) -> bool:
     """Whether what is computed of a layer's weight can be an input of compiled code, because all of it is here."""
+    if isinstance(module, nn.RNNBase) and recurrent.is_left_by_compiler():  # which reads it as it does uncompiled
+        return False
     parts = module._modules.get("parametrizations")
     if not isinstance(type(module), _SharedClass) or parts is None or name not in parts._modules:
         return False
@@ -215,8 +217,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
             return _ordinary(self, name)
         if _is_compiling():
             handed = self._handed_over
-            value = None if handed is None or name not in handed else handed[name].for_use()
-            return parts() if value is None else value
+            return parts() if handed is None or name not in handed else handed[name].for_use()
         modules = parts._modules
         weight = parts._parameters.get("original")
         only = modules["0"]

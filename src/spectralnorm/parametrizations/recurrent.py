@@ -23,7 +23,7 @@ from spectralnorm.parametrizations.fsdp import class_before_parametrizations
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 from spectralnorm.parametrizations.threads import lock_of
 
-__all__ = ["METHODS", "alone", "forget_flat_weights", "restore_flat_weights"]
+__all__ = ["METHODS", "alone", "forget_flat_weights", "is_left_by_compiler", "restore_flat_weights"]
 
 
 class _Gone:
@@ -64,13 +64,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         forget_flat_weights(self)
 
 
+def is_left_by_compiler() -> bool:
+    """Whether torch.compile leaves recurrent layers to run as they are; an export allows them in its graph."""
+    # Asked in this way, because torch's own decorator imports the compiler, for seconds, when it is first called.
+    return "torch._dynamo" in sys.modules and not torch._dynamo.config.allow_rnn
+
+
 def _update_flat_weights(self: Any) -> None:
     """Torch's forward begins with this."""
-    # torch.compile leaves recurrent layers to run as they are, but would compile what they call, once for each weight.
-    # An export allows them in its graph. Asked in this way, because the decorator imports the compiler, for seconds,
-    # when it is first called.
-    is_left = "torch._dynamo" in sys.modules and not torch._dynamo.config.allow_rnn
-    fill = _fill_uncompiled if is_left else _fill_flat_weights
+    # Torch would compile what the layers that it leaves call, once for each weight.
+    fill = _fill_uncompiled if is_left_by_compiler() else _fill_flat_weights
     fill(self)
 
 
