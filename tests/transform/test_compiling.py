@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -248,6 +250,33 @@ def test_nothing_of_a_graph_is_held_between_calls(counter):
         compiled(torch.ones(2, 3))  # of four numbers
     assert model[0]._handed_over is None
     pickle.dumps(model)
+
+
+def test_threads_that_call_one_model_do_not_take_weights_from_each_other(counter):
+    model = sn.add_spectral_norm(images_model(), norm="operator", input_shape=(3, 8, 8)).eval()
+    compiled, parameters = sn.compile(model, fullgraph=True, backend=counter), list(model.parameters())
+
+    def gradients(call: nn.Module) -> list[Tensor]:
+        return list(torch.autograd.grad(call(IMAGES).square().sum(), parameters))
+
+    def outputs(call: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return [call(IMAGES)]
+
+    jobs = [gradients, outputs, outputs]
+    expected = [job(model) for job in jobs]
+    for job in jobs:
+        job(compiled)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            found = list(threads.map(lambda job: [job(compiled) for _ in range(50)], jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for of_thread, each in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_thread, [each] * 50)
+    assert counter.frame_count == 2
 
 
 def test_the_model_stays_as_it_is_and_copies_of_the_compiled_one_compute_with_their_own_weights(counter):

@@ -12,6 +12,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 
 from spectralnorm.parametrizations import SpectralNorm, can_be_handed_over, handed_over
+from spectralnorm.parametrizations.threads import lock_of
 from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
 __all__ = ["CompiledModule"]
@@ -31,7 +32,7 @@ class CompiledModule(OptimizedModule):
             if self._learns():
                 return self._orig_mod(*args, **kwargs)
             self._weights = [found[1:] for found in normalized_weights(self._orig_mod)]
-        with self._handing_over(self._weights):
+        with lock_of(self._orig_mod), self._handing_over(self._weights):
             return super().__call__(*args, **kwargs)
 
     def _learns(self) -> bool:
