@@ -195,6 +195,13 @@ def test_replicas_divide_by_the_norm_of_their_original_and_pass_it_their_gradien
     assert_same_state(model.state_dict(), reference.state_dict())
 
 
+def test_replicas_of_a_recurrent_layer_hold_a_list_of_weights_of_their_own():
+    layer = sn.spectral_norm(nn.LSTM(4, 3), "weight_hh_l0")
+    replica, inputs = replicated(layer), torch.randn(5, 2, 4)
+    assert layer._flat_weights == [None] * 4
+    torch.testing.assert_close(replica(inputs), layer(inputs))
+
+
 @pytest.mark.gpu
 def test_data_parallel_equals_one_device():
     model, reference = normalized().cuda(), normalized().cuda()

@@ -11,7 +11,7 @@ from torch.func import functional_call
 import spectralnorm as sn
 from spectralnorm import spectral_norm
 from spectralnorm.linalg import convolution_upper_bound
-from spectralnorm.parametrizations.strict import Target, careful_divisor, frobenius_above
+from spectralnorm.parametrizations.strict import Target, careful_divisor, frobenius_above, rounded_within
 from spectralnorm.transform import load_tracking_state, tracking_state
 
 LAYERS = {
@@ -169,3 +169,14 @@ def test_a_number_is_divided_by_as_a_tensor_is(upper, cap, coefficient, dtype) -
     found, is_active = careful_divisor(weight, upper, target)
     assert is_active is bool(active)
     assert found == pytest.approx(float(divisor), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_a_value_keeps_its_bound_in_numbers_of_a_narrower_type(size, dtype):
+    coefficient = 0.7025  # the number of bfloat16 that is nearest is above it
+    layer = spectral_norm(nn.Linear(size, size), strict=True, coefficient=coefficient)
+    target = layer.parametrizations["weight"][0].target(torch.float32)
+    rounded = rounded_within(layer.weight.detach(), target, dtype)
+    assert torch.equal(rounded, rounded.to(dtype).float())
+    assert 0.95 * coefficient < torch.linalg.matrix_norm(rounded.double(), 2) <= coefficient

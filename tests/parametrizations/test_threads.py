@@ -28,10 +28,18 @@ def restless():
     sys.setswitchinterval(interval)
 
 
-@pytest.fixture
-def model(device) -> nn.Module:
+class Sequence(nn.LSTM):
+    """Without the state behind the last of the inputs."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs)[0]
+
+
+@pytest.fixture(params=["linear", "recurrent"])
+def model(request, device) -> nn.Module:
     layers = [each for _ in range(4) for each in (nn.Linear(16, 16), nn.ReLU())]
-    return sn.add_spectral_norm(nn.Sequential(*layers, nn.Linear(16, 5)).to(device))
+    last = nn.Linear(16, 5) if request.param == "linear" else Sequence(16, 5, num_layers=2)
+    return sn.add_spectral_norm(nn.Sequential(*layers, last).to(device))
 
 
 @pytest.fixture
@@ -140,4 +148,30 @@ def test_child_of_a_fork_does_not_wait_for_a_thread_that_it_does_not_have():
             assert os.waitpid(child, 0)[1] == 0
     finally:
         is_done.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_of_a_fork_does_not_wait_for_a_forward_that_it_does_not_have():
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(nn.LSTM):
+        def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+            has_begun.set()
+            may_end.wait()
+            return super().forward(inputs)
+
+    layer = sn.spectral_norm(Slow(4, 3), "weight_hh_l0")
+    thread = threading.Thread(target=layer, args=(torch.ones(2, 4),))
+    thread.start()
+    has_begun.wait()
+    try:
+        child = os.fork()
+        if child == 0:
+            copy.deepcopy(layer)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        may_end.set()
         thread.join()

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -119,6 +121,75 @@ def test_under_autocast_the_graph_gets_rounded_weights(counter):
     assert counter.frame_count == 1
 
 
+class WithHead(nn.Module):
+    """Of which the last layer is used under an autocast of its own."""
+
+    def __init__(self, inner: torch.dtype | None) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.body(inputs).relu()
+        with torch.autocast("cpu", self.inner, enabled=self.inner is not None):
+            return self.head(hidden.float())
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
+@pytest.mark.parametrize("inner", [None, torch.float16, torch.bfloat16], ids=["off", "float16", "bfloat16"])
+@pytest.mark.parametrize("outer", [None, torch.bfloat16], ids=["in none", "in bfloat16"])
+def test_each_place_of_use_gets_the_weight_of_its_own_autocast(outer, inner, strict):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = sn.add_spectral_norm(WithHead(inner), strict=strict)
+    eager, inputs = copy.deepcopy(model), torch.randn(4, 6)
+    compiled = sn.compile(model, fullgraph=True, backend=counter)
+    outputs = {}
+    for call, each in ((compiled, model), (eager, eager)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", outer, enabled=outer is not None):
+                outputs[call] = call(inputs)
+            outputs[call].float().square().mean().backward()
+            optimizer.step()
+    assert outputs[compiled].dtype == outputs[eager].dtype
+    tolerance = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(outputs[compiled], outputs[eager], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(model.parameters()), list(eager.parameters()), rtol=0, atol=tolerance)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("outer", [None, torch.float16], ids=["in none", "in float16"])
+def test_a_strict_weight_is_bounded_under_an_autocast_that_begins_within(outer, counter):
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1, bias=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(inputs)
+
+    coefficient = 0.7025  # the number of bfloat16 that is nearest is above it
+    model = sn.add_spectral_norm(Narrow(), strict=True, coefficient=coefficient)
+    compiled = sn.compile(model, fullgraph=True, backend=counter)
+    with torch.autocast("cpu", outer, enabled=outer is not None):
+        assert 0.69 < abs(float(compiled(torch.ones(1, 1)).detach())) <= coefficient
+
+
+@pytest.mark.parametrize("options", [{"update": "forward"}, {"update": "step"}], ids=["forward", "step"])
+@pytest.mark.parametrize("inner", [None, torch.float16, torch.bfloat16], ids=["off", "float16", "bfloat16"])
+def test_a_strict_weight_advances_no_more_for_another_autocast(inner, options, counter):
+    model = sn.add_spectral_norm(WithHead(inner), strict=True, **options)
+    with torch.no_grad():
+        model.head.parametrizations["weight"].original.mul_(1.5).add_(0.1)
+    eager, inputs = copy.deepcopy(model), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        sn.compile(model, fullgraph=True, backend=counter)(inputs)
+        eager(inputs)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+
+
 class Several(nn.Module):
     """Layers with several weights, in one of which torch's compiler does not look."""
 
@@ -148,6 +219,15 @@ def test_layers_with_several_weights_are_those_of_the_model_as_it_is():
         torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_recurrent_layer_that_advances_at_every_use_advances_once_per_forward(counter):
+    model = sn.add_spectral_norm(nn.Sequential(nn.LSTM(4, 3)), update="forward")
+    for parts in model[0].parametrizations.values():
+        nn.init.normal_(parts.original)  # so that the vectors have somewhere to go
+    eager, inputs = copy.deepcopy(model), torch.randn(5, 2, 4)
+    torch.testing.assert_close(sn.compile(model, backend=counter)(inputs), eager(inputs))
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+
+
 def test_a_weight_under_another_parametrization_too_is_handed_over_as_a_whole(counter):
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -170,6 +250,33 @@ def test_nothing_of_a_graph_is_held_between_calls(counter):
         compiled(torch.ones(2, 3))  # of four numbers
     assert model[0]._handed_over is None
     pickle.dumps(model)
+
+
+def test_threads_that_call_one_model_do_not_take_weights_from_each_other(counter):
+    model = sn.add_spectral_norm(images_model(), norm="operator", input_shape=(3, 8, 8)).eval()
+    compiled, parameters = sn.compile(model, fullgraph=True, backend=counter), list(model.parameters())
+
+    def gradients(call: nn.Module) -> list[Tensor]:
+        return list(torch.autograd.grad(call(IMAGES).square().sum(), parameters))
+
+    def outputs(call: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return [call(IMAGES)]
+
+    jobs = [gradients, outputs, outputs]
+    expected = [job(model) for job in jobs]
+    for job in jobs:
+        job(compiled)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            found = list(threads.map(lambda job: [job(compiled) for _ in range(50)], jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for of_thread, each in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_thread, [each] * 50)
+    assert counter.frame_count == 2
 
 
 def test_the_model_stays_as_it_is_and_copies_of_the_compiled_one_compute_with_their_own_weights(counter):

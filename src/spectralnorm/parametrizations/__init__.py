@@ -11,6 +11,7 @@ from spectralnorm.parametrizations.by_function import (
     cayley,
     soft_cap,
 )
+from spectralnorm.parametrizations.handed_over import handed_over
 from spectralnorm.parametrizations.layer import is_normalized, spectral_norm
 from spectralnorm.parametrizations.layer_class import can_be_handed_over
 from spectralnorm.parametrizations.registration import normalization_of
@@ -24,6 +25,7 @@ __all__ = [
     "bjorck",
     "can_be_handed_over",
     "cayley",
+    "handed_over",
     "is_normalized",
     "normalization_of",
     "soft_cap",

@@ -52,6 +52,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def can_be_handed_over(module: nn.Module, name: str) -> bool:
     """Whether what is computed of a layer's weight can be an input of compiled code, because all of it is here."""
+    if isinstance(module, nn.RNNBase) and recurrent.is_left_by_compiler():  # which reads it as it does uncompiled
+        return False
     parts = module._modules.get("parametrizations")
     if not isinstance(type(module), _SharedClass) or parts is None or name not in parts._modules:
         return False
@@ -87,17 +89,18 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
             "__prepare_scriptable__": _baked,
             "__reduce_ex__": _reduce,
             "__setstate__": _set_state_of(base),
-            "_replicate_for_data_parallel": _replicate,
+            "_replicate_for_data_parallel": _replicate_of(base),
             "apply": apply_of(base),
             "named_modules": _settled(base.named_modules),
             "register_parameter": _register_parameter_of(base),
             "state_dict": _settled(base.state_dict),
             "_distribute_module_applied": tensor_parallel.distribute_module_applied,
-            "_handed_over": None,  # to compiled code: the computed tensors by name, for the time of a call
+            "_handed_over": None,  # to compiled code: a `HandedOver` by name, for the time of a call
         }
+        is_recurrent = issubclass(base, nn.RNNBase)
         if not hasattr(base, "__deepcopy__"):  # else copying would go through __reduce_ex__
-            methods["__deepcopy__"] = _deepcopy
-        if issubclass(base, nn.RNNBase):
+            methods["__deepcopy__"] = recurrent.alone(_deepcopy) if is_recurrent else _deepcopy
+        if is_recurrent:
             methods |= recurrent.METHODS
         shared = _shared[base] = metaclass(f"Parametrized{base.__name__}", (base,), methods)
     _add_properties(shared, names)
@@ -214,7 +217,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
             return _ordinary(self, name)
         if _is_compiling():
             handed = self._handed_over
-            return parts() if handed is None or name not in handed else handed[name]
+            return parts() if handed is None or name not in handed else handed[name].for_use()
         modules = parts._modules
         weight = parts._parameters.get("original")
         only = modules["0"]
@@ -266,13 +269,18 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return replica
 
 
-def _replicate(self: Any) -> nn.Module:
-    """A copy for one forward in DataParallel; what it needs is brought up to date here, once for all copies."""
-    for parts in self.parametrizations.values():
-        for part in parts:
-            if isinstance(part, SpectralNorm):
-                norm_alone.refresh_for_replicas(part, parts.original)
-    return nn.Module._replicate_for_data_parallel(self)
+def _replicate_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
+    """The method that makes a copy for one forward in DataParallel."""
+
+    def replicate(self: Any) -> nn.Module:
+        # What the copies need is brought up to date here, once for all of them.
+        for parts in self.parametrizations.values():
+            for part in parts:
+                if isinstance(part, SpectralNorm):
+                    norm_alone.refresh_for_replicas(part, parts.original)
+        return base._replicate_for_data_parallel(self)
+
+    return replicate
 
 
 def _baked(self: nn.Module) -> nn.Module:

@@ -3,13 +3,16 @@
 Torch's recurrent layers do not read their weights from their attributes. They keep a list of them, ``_flat_weights``,
 and compare it with the attributes at every forward. For a weight that is computed this would store tensors of the last
 graph in the layer (it cannot be copied or pickled then), compute each of them several times per forward, and on CUDA
-move the biases to new memory each time. Here the list holds the weights during a forward and nothing between.
+move the biases to new memory each time. Here the list holds the weights during a forward and nothing between. So one
+forward of a layer runs at a time, and who copies the layer waits for its end.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,8 +21,9 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations.fsdp import class_before_parametrizations
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.threads import lock_of
 
-__all__ = ["METHODS", "forget_flat_weights", "restore_flat_weights"]
+__all__ = ["METHODS", "alone", "forget_flat_weights", "is_left_by_compiler", "restore_flat_weights"]
 
 
 class _Gone:
@@ -39,6 +43,20 @@ def restore_flat_weights(module: nn.Module) -> None:
         module._init_flat_weights()
 
 
+def alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs while no other one of these runs on the same layer in another thread."""
+
+    @wraps(method)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # a lock cannot be traced
+            return method(self, *args, **kwargs)
+        with lock_of(self):
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
+@alone
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return class_before_parametrizations(self).forward(self, *args, **kwargs)
@@ -46,13 +64,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         forget_flat_weights(self)
 
 
+def is_left_by_compiler() -> bool:
+    """Whether torch.compile leaves recurrent layers to run as they are; an export allows them in its graph."""
+    # Asked in this way, because torch's own decorator imports the compiler, for seconds, when it is first called.
+    return "torch._dynamo" in sys.modules and not torch._dynamo.config.allow_rnn
+
+
 def _update_flat_weights(self: Any) -> None:
     """Torch's forward begins with this."""
-    # torch.compile leaves recurrent layers to run as they are, but would compile what they call, once for each weight.
-    # An export allows them in its graph. Asked in this way, because the decorator imports the compiler, for seconds,
-    # when it is first called.
-    is_left = "torch._dynamo" in sys.modules and not torch._dynamo.config.allow_rnn
-    fill = _fill_uncompiled if is_left else _fill_flat_weights
+    # Torch would compile what the layers that it leaves call, once for each weight.
+    fill = _fill_uncompiled if is_left_by_compiler() else _fill_flat_weights
     fill(self)
 
 
@@ -83,6 +104,7 @@ def _init_flat_weights(self: Any) -> None:
     forget_flat_weights(self)
 
 
+@alone
 def _getstate(self: Any) -> dict[str, Any]:
     """What can be pickled: not the weak references."""
     state = self.__dict__.copy()

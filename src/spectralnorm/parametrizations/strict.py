@@ -25,7 +25,7 @@ from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.quotient import divided
 
-__all__ = ["Bounded", "Target", "autocast_dtype", "bounded", "careful_divisor", "frobenius_above"]
+__all__ = ["Bounded", "Target", "autocast_dtype", "bounded", "careful_divisor", "frobenius_above", "rounded_within"]
 
 _U64 = 2.0**-53
 _LEAST, _MOST = 1e-12, 1e18  # norms in float32 for which no square that counts underflows, and none overflows
@@ -136,6 +136,18 @@ def bounded(weight: Tensor, upper: Tensor, target: Target, bound: Callable[[Tens
         return Bounded(_value(weight, divisor, target), divisor, active)
     value = torch.where(is_good, value, _value(weight, divisor, target))
     return Bounded(value, torch.where(is_good, bold, divisor), torch.where(is_good, is_divided, active))
+
+
+def rounded_within(value: Tensor, target: Target, dtype: torch.dtype) -> Tensor:
+    """A real value that is as ``target`` says, divided a little more, so that it is so in numbers of ``dtype`` as well.
+
+    There is no branch on values in it, so that it can be compiled.
+    """
+    rounded = Target(target.coefficient, True, target.eps, dtype, target.gain)
+    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        upper = torch.full((), target.coefficient, dtype=torch.float64, device=value.device)
+        divisor, _ = careful_divisor(value.detach(), upper, rounded)
+    return divided(value, divisor.to(compute_dtype(value.dtype))).to(dtype).to(value.dtype)
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 
-from spectralnorm.parametrizations import can_be_handed_over
-from spectralnorm.transform.upkeep import normalized_weights
+from spectralnorm.parametrizations import SpectralNorm, can_be_handed_over, handed_over
+from spectralnorm.parametrizations.threads import lock_of
+from spectralnorm.transform.upkeep import normalized_weights, raw_weight
 
 __all__ = ["CompiledModule"]
 
@@ -20,7 +22,7 @@ class CompiledModule(OptimizedModule):
     """Torch's own module of compiled code, before each call of which the normalized weights are read."""
 
     # Of the class, so that it is set here and not on the model, to which torch passes on what it does not know.
-    _weights: list[tuple[Any, str]] | None = None
+    _weights: list[tuple[Any, str, SpectralNorm]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # a larger graph has this one in it
@@ -29,8 +31,8 @@ class CompiledModule(OptimizedModule):
         if self._weights is None:
             if self._learns():
                 return self._orig_mod(*args, **kwargs)
-            self._weights = [(layer, name) for _, layer, name, _ in normalized_weights(self._orig_mod)]
-        with self._handing_over(self._weights):
+            self._weights = [found[1:] for found in normalized_weights(self._orig_mod)]
+        with lock_of(self._orig_mod), self._handing_over(self._weights):
             return super().__call__(*args, **kwargs)
 
     def _learns(self) -> bool:
@@ -40,13 +42,14 @@ class CompiledModule(OptimizedModule):
         )
 
     @contextmanager
-    def _handing_over(self, weights: list[tuple[Any, str]]) -> Iterator[None]:
+    def _handing_over(self, weights: list[tuple[Any, str, SpectralNorm]]) -> Iterator[None]:
         """The weights are where compiled code finds them, and nothing of a graph is held between calls."""
-        present = [(layer, name) for layer, name in weights if can_be_handed_over(layer, name)]
+        present = [(layer, name, each) for layer, name, each in weights if can_be_handed_over(layer, name)]
         try:
-            for layer, name in present:
-                layer.__dict__.setdefault("_handed_over", {})[name] = getattr(layer, name)
+            for layer, name, each in present:
+                handed = handed_over(partial(getattr, layer, name), each, raw_weight(layer, name))
+                layer.__dict__.setdefault("_handed_over", {})[name] = handed
             yield
         finally:
-            for layer, _ in present:
+            for layer, *_ in present:
                 layer.__dict__.pop("_handed_over", None)

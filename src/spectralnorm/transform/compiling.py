@@ -19,7 +19,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     training. Here the weights are read before each call, as a model that is not compiled reads them: all are renewed
     together once per change, D(real) and D(fake) see the same ones, and every option is possible, also
     ``norm="operator"`` and ``strict=True``. To the graph they are inputs. Outputs and gradients are those of the model
-    as it is.
+    as it is, but for two things. With ``update="forward"`` each weight advances once per call in training mode, however
+    often the call uses it; those of recurrent layers, which torch does not compile, at each use. And where autocast
+    begins within the model, or changes its type there, a strict weight is divided by a little more.
 
     Args:
         model: with its normalized weights. Of those that it gets after the first call, and of those that FSDP2 or
