@@ -360,6 +360,25 @@ def test_what_was_written_outside_of_forward_waits_for_it(pair, look):
     pair.run(check_written_and_kept_waiting, look=look)
 
 
+class Sealed(nn.Linear):
+    def __init_subclass__(cls):
+        raise TypeError("no class may come from this one")
+
+
+def check_refused_halfway():
+    model = split(nn.Sequential(nn.Linear(6, 6), Sealed(6, 6)).double())
+    images = torch.ones(1, 6, dtype=torch.float64)
+    before = model(images)
+    model.reshard()
+    with pytest.raises(TypeError, match="no class may come"):
+        sn.add_spectral_norm(model)
+    assert torch.equal(model(images), before)
+
+
+def test_call_that_fails_halfway_leaves_a_model_that_runs(pair):
+    pair.run(check_refused_halfway)
+
+
 def check_written_then_used():
     model, reference = sharded("normalized first"), normalized()
     images = batches(1)[0, 0]

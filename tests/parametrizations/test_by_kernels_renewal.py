@@ -165,6 +165,24 @@ def test_graph_of_before_an_option_was_set_after_a_step_can_still_be_used(device
 
 
 @pytest.mark.usefixtures("with_kernels")
+def test_weights_that_are_not_kept_do_not_hide_the_others(device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))).to(device)
+    sn.add_spectral_norm(model[2:], update="manual")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    together = []
+    for step in range(6):
+        if step == 3:
+            sn.add_spectral_norm(model[2:], update="step")
+        model(torch.ones(1, 4, device=device)).sum().backward()
+        optimizer.step()
+        kept = model[0].parametrizations["weight"][0]._kept
+        if step > 0:
+            found = kept.followed.stepped_together(kept.moment.clock.last_step)
+            together.append(None if found is None else len(found))
+    assert together == [2, 2, None, 3, 3]
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_weights_are_found_at_once_again_after_others_came_and_went(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
     sn.add_spectral_norm(model)

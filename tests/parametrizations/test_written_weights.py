@@ -85,9 +85,19 @@ def test_what_was_written_is_among_the_parameters_and_in_the_state(layer):
     model = nn.Sequential(nn.Flatten(), layer)
     write(layer)
     assert torch.equal(model.state_dict()[f"1.{KEY}"].cpu(), WANTED)
-    write(layer)
+    with torch.no_grad():
+        layer.weight.copy_(WANTED + 0.5)
     vector = parameters_to_vector(model.parameters())
-    assert set(WANTED.flatten().tolist()) <= set(vector.tolist())
+    assert set((WANTED + 0.5).flatten().tolist()) <= set(vector.tolist())
+
+
+def test_what_was_written_is_in_the_copy_of_a_layer_that_shares_the_weight(layer):
+    plain = nn.Linear(6, 4).to(raw(layer).device)
+    plain.weight = raw(layer)
+    write(layer)
+    copied = copy.deepcopy(nn.Sequential(plain, layer))
+    assert torch.equal(copied[0].weight.detach().cpu(), WANTED)
+    assert copied[0].weight is raw(copied[1])
 
 
 def test_what_was_written_is_what_an_optimizer_steps_from(layer):

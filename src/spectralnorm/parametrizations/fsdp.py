@@ -9,7 +9,7 @@ name it puts them at. Nothing is imported: who has not called `fully_shard` does
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import ref
 
@@ -20,12 +20,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from spectralnorm.errors import UserError
 
 __all__ = [
+    "all_places",
     "class_before_parametrizations",
     "inner_class",
     "is_anything_sharded",
     "is_between_uses",
     "is_wrapped",
     "move",
+    "put_back",
     "require_sharded",
     "sharded_of",
     "wrapped_as",
@@ -106,6 +108,20 @@ def move(source: tuple[nn.Module, str], target: tuple[nn.Module, str]) -> None:
         for index, place in enumerate(_places(parameter)[1:]):
             if place == source:
                 info.shared_modules[index], info.shared_param_names[index] = target
+
+
+def all_places() -> list[tuple[Any, list[tuple[nn.Module, str]]]]:
+    """Where FSDP2 puts each of its parameters, for `put_back`."""
+    return [(parameter, _places(parameter)) for parameter in _parameters()]
+
+
+def put_back(places: Sequence[tuple[Any, Sequence[tuple[nn.Module, str]]]]) -> None:
+    """Undo every `move` since `all_places`."""
+    for parameter, ((module, name), *others) in places:
+        info = parameter._module_info
+        info.module, info.param_name = module, name
+        info.shared_modules[:] = [each for each, _ in others]
+        info.shared_param_names[:] = [each for _, each in others]
 
 
 def is_wrapped(kind: type) -> bool:

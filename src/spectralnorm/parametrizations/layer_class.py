@@ -147,13 +147,16 @@ def _require_like(layer: Any, name: str, value: Any) -> None:
         )
 
 
-def _settle(layer: Any) -> None:
-    """Let what was written into the layer's normalized weights reach the parameters."""
+def _settle(layer: Any) -> list[Tensor]:
+    """Let what was written into the layer's normalized weights reach the parameters, which are returned."""
+    changed = []
     lists = layer._modules.get("parametrizations")
     for parts in () if lists is None else lists._modules.values():
         for part in parts._modules.values():
-            if type(part) is SpectralNorm:
-                part.settle()
+            weight = part.settle() if type(part) is SpectralNorm else None
+            if weight is not None:
+                changed.append(weight)
+    return changed
 
 
 def _settled(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,7 +262,11 @@ def _reader_of_table(name: str) -> Callable[[Any], Any]:
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    _settle(self)
+    for weight in _settle(self):
+        copied = memo.get(id(weight))
+        if copied is not None:  # already, because a layer before this one shares it
+            with torch.no_grad():
+                copied.copy_(weight)
     replica = self.__class__.__new__(self.__class__)
     memo[id(self)] = replica
     deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight

@@ -79,6 +79,11 @@ class NormAlone:
     def was_written_to(self) -> bool:
         return self.handed_out is not None and version_of(self.handed_out) != self.version
 
+    def written_value(self, parameter: Tensor) -> Tensor | None:
+        """What was written into the value of ``parameter``, if that has not changed since; None: nothing."""
+        is_of_now = self.moment.clock.weight is parameter and self.moment.is_now()
+        return self.handed_out if is_of_now and self.was_written_to() else None
+
     def is_current(self, parameter: Tensor) -> bool:
         return self.moment.clock.weight is parameter and self.moment.is_now() and not self.was_written_to()
 
@@ -169,8 +174,9 @@ def _current(normalization: SpectralNorm, weight: Tensor, parameter: Tensor) -> 
         return state
     # An ordinary parameter's from before it was sharded: it holds the whole weight, twice.
     normalization._kept = None
-    if state is not None and state.handed_out is not None and state.was_written_to() and state.moment.is_now():
-        _take_over(state.handed_out, weight, parameter)
+    written = None if state is None else state.written_value(parameter)
+    if written is not None:
+        _take_over(written, weight, parameter)
     clock = watch(parameter)
     clock.observe()
     with plain_arithmetic(weight):

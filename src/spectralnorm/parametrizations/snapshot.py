@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from spectralnorm.parametrizations import fsdp
+
 __all__ = ["Snapshot", "unchanged_on_failure"]
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -16,7 +18,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 class Snapshot:
     """The class and the attributes of each module of a model, with the contents of its dictionaries, lists and sets.
 
-    Hooks, parametrizations and modes are among them. Tensors are held, not copied.
+    Hooks, parametrizations and modes are among them, and where FSDP2 puts its parameters. Tensors are held, not copied.
 
     Args:
         model: any module; a single layer too.
@@ -24,11 +26,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [_State(module) for module in model.modules()]
+        self._places = fsdp.all_places()
 
     def restore(self) -> None:
         """Put everything back; modules that have come to the model since are no longer in it."""
         for state in self._before:
             state.restore()
+        fsdp.put_back(self._places)
 
 
 class _State:

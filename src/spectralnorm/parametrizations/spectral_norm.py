@@ -232,6 +232,7 @@ class SpectralNorm(VectorBuffers):
         SpectralNorm(n_power_iterations=1, mode=cap, coefficient=2)
         """
         self.check_change(**changes)
+        self.settle()
         if changes.get("update", self.update) != self.update:
             self._hand_over_vectors()
         if changes.get("eps", self.eps) != self.eps:
@@ -242,13 +243,20 @@ class SpectralNorm(VectorBuffers):
         if self.scale is not None and "coefficient" in changes:
             with torch.no_grad():
                 self.scale.fill_(self._coefficient)
-        self._keeps = self._may_keep()
+        kept_before, self._keeps = self._keeps, self._may_keep()
+        if self._keeps and not kept_before:
+            WeightClock.num_watches += 1  # the others are to find it
         if (self.divided_to, self.mode, self.n_power_iterations) != before:
             self._divide_again()
 
     def _may_keep(self) -> bool:
         # A CUDA graph that trains the weight changes it at every replay without anybody seeing it.
         return self.update == "step" and not self._is_vector and not self._is_captured
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the value of an ordinary weight is kept from one change of it to the next."""
+        return self._keeps
 
     @property
     def divided_to(self) -> float:
@@ -485,26 +493,33 @@ class SpectralNorm(VectorBuffers):
         clock.observe()
         self.handed_out = HandedOut(value.detach(), value._version, clock.now(), numbers)
 
-    def settle(self) -> None:
-        """Let what was written into the value that was handed out be the weight, if nothing has changed that since."""
+    def settle(self) -> Tensor | None:
+        """Let what was written into the value that was handed out be the weight, if nothing has changed that since.
+
+        Returns:
+            The weight, if something was.
+        """
         if torch.compiler.is_compiling():  # traced values are not written into, and nobody can wait for a lock there
-            return
+            return None
         with one_at_a_time:  # and `no_grad` only where it is needed: that takes longer than to look
             kept, handed = self._kept, self.handed_out
             if kept is not None and kept.was_written_to() and kept.moment.is_now():
                 with torch.no_grad():
-                    kept.moment.clock.weight.copy_(kept.written_value())
+                    return kept.moment.clock.weight.copy_(kept.written_value())
             if handed is not None and handed.was_written_to():
-                self._settle_handed_out(handed)
+                return self._settle_handed_out(handed)
+        return None
 
     @torch.no_grad()
-    def _settle_handed_out(self, handed: HandedOut) -> None:
+    def _settle_handed_out(self, handed: HandedOut) -> Tensor | None:
         self.handed_out = None
-        if handed.moment.is_now():
-            weight = handed.moment.clock.weight
-            weight.copy_(handed.value)
-            self._restore_scale()
-            self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
+        if not handed.moment.is_now():
+            return None
+        weight = handed.moment.clock.weight
+        weight.copy_(handed.value)
+        self._restore_scale()
+        self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
+        return weight
 
     def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
         """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
