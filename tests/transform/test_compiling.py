@@ -253,6 +253,7 @@ def test_nothing_of_a_graph_is_held_between_calls(counter):
 
 
 def test_threads_that_call_one_model_do_not_take_weights_from_each_other(counter):
+    """Without its weights code would be compiled anew with the norm in its graph, which is refused for this one."""
     model = sn.add_spectral_norm(images_model(), norm="operator", input_shape=(3, 8, 8)).eval()
     compiled, parameters = sn.compile(model, fullgraph=True, backend=counter), list(model.parameters())
 
@@ -276,7 +277,6 @@ def test_threads_that_call_one_model_do_not_take_weights_from_each_other(counter
         sys.setswitchinterval(interval)
     for of_thread, each in zip(found, expected, strict=True):
         torch.testing.assert_close(of_thread, [each] * 50)
-    assert counter.frame_count == 2
 
 
 def test_the_model_stays_as_it_is_and_copies_of_the_compiled_one_compute_with_their_own_weights(counter):
