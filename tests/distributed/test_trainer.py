@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import time
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,13 +13,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from spectralnorm.errors import UserError
+from spectralnorm.gan import parts
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.data import Batch, Batches
 from spectralnorm.gan.distributed import Processes
 from spectralnorm.gan.in_training import InTraining
 from spectralnorm.gan.models import ARCHITECTURES
 from spectralnorm.gan.normalizations import normalize
-from spectralnorm.gan.observers import Averaging
+from spectralnorm.gan.observers import Averaging, Checkpoints
 from spectralnorm.gan.precision import Precision
 from spectralnorm.gan.trainer import Trainer
 from spectralnorm.transform import add_spectral_norm
@@ -252,6 +255,29 @@ def check_clock():
 
 def test_a_budget_of_minutes_is_spent_by_the_clock_of_the_first_process(pair):
     pair.run(check_clock)
+
+
+def check_patience(measured):
+    trainer = make(dataclasses.replace(CONFIG, strategy="fsdp", steps=1, **WIDE), together())
+    gathered = []
+
+    def measure(trainer):
+        if trainer.processes.is_first:
+            time.sleep(0.5)
+            Path(measured).touch()
+
+    def gather(tensor):
+        gathered.append(Path(measured).exists())
+        return parts.whole(tensor)
+
+    with patch("spectralnorm.gan.observers.whole", gather), patch.object(Checkpoints, "_write"):
+        trainer.run([measure, Checkpoints(Path(measured).parent, minutes=0)])
+    assert gathered
+    assert all(gathered)
+
+
+def test_a_checkpoint_is_gathered_once_the_first_process_has_measured(pair, tmp_path):
+    pair.run(check_patience, measured=str(tmp_path / "measured"))
 
 
 def check_errors():

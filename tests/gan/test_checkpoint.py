@@ -1,4 +1,5 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def test_a_folder_that_the_system_does_not_give_is_not_taken_for_empty(tmp_path:
     for look in (latest_checkpoint, has_checkpoint):
         with pytest.raises(UserError, match=rf"^Cannot read {folder} \(.*\); see to its permissions and its disk"):
             look(folder)
+
+
+def test_a_folder_of_a_failing_disk_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(folder, tensors=_tensors(1), numbers={"step": 1})
+
+    def fail(path: str | Path, *arguments: object, **options: object):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    for look in (latest_checkpoint, has_checkpoint):
+        with monkeypatch.context() as patched:
+            for name in ("lstat", "stat", "listdir", "scandir"):
+                patched.setattr(os, name, fail)
+            with pytest.raises(UserError, match=rf"^Cannot read {folder} \(Stale file handle\)"):
+                look(folder)
 
 
 def test_a_checkpoint_written_beneath_damaged_ones_takes_their_place(tmp_path: Path):

@@ -76,6 +76,16 @@ def test_a_run_on_points_trains_draws_measures_and_samples(tmp_path: Path):
     assert points.dtype == torch.float32
 
 
+def test_a_run_on_points_is_compared_with_a_mixture_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compared = []
+    monkeypatch.setattr(
+        "spectralnorm.cli.measuring.measure", lambda generator, images, **options: compared.append(images.name) or ()
+    )
+    train(make_config("toy-ring", steps=1, device="cpu"), out=tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run"), "--data", "toy-grid"]) == 0
+    assert compared == ["toy-grid"]
+
+
 def test_a_strict_critic_bounds_the_distance_at_every_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Clusters at some distance are told apart after few steps.
     quick = partial(wasserstein_lower_bound, options=CriticOptions(num_steps=60))

@@ -190,13 +190,14 @@ def test_the_weights_of_a_run_without_checkpoints_are_not_written_over(tmp_path:
         _train(tmp_path, _config(seed=1))
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_stays_as_it_is(tmp_path: Path):
+@pytest.mark.parametrize("steps", [6, 12])
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_stays_as_it_is(tmp_path: Path, steps: int):
     _train(tmp_path)
     for file in (tmp_path / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-9])  # as by a copy that ended early
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole: step-000000006\.safetensors \(.*; put a whole"):
-        _train(tmp_path)
+        _train(tmp_path, _config(steps))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -204,6 +205,7 @@ def test_changed_images_are_refused(tmp_path: Path):
     _train(tmp_path)
     with pytest.raises(UserError, match="not those"):
         train(_config(steps=9), out=tmp_path, data=_images(50))
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
 
 
 def test_a_folder_that_is_not_a_run_is_refused_and_left_alone(tmp_path: Path):

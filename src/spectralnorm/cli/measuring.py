@@ -13,8 +13,8 @@ from spectralnorm.gan.data import ImageSet, ImageStream, open_images
 from spectralnorm.gan.data.points import MIXTURES
 from spectralnorm.gan.evaluation import PATH_LENGTH, extractors_for, measure, searched
 from spectralnorm.gan.image_folders import all_images, size_of_first
-from spectralnorm.gan.inputs import check_run_data, open_data, open_run_data
-from spectralnorm.gan.run_folder import CONFIG_FILE, recorded_data
+from spectralnorm.gan.inputs import check_run_data, open_run_data
+from spectralnorm.gan.run_folder import CONFIG_FILE
 from spectralnorm.gan.sampling import GENERATOR_FILE, TrainedGenerator, load
 from spectralnorm.metrics import MEASURES, FeatureExtractor, Progress, evaluate, load_extractor
 from spectralnorm.records import Metric
@@ -112,12 +112,11 @@ def measure_images(
 def _images_for(options: EvaluateOptions, config: Config) -> ImageSet | ImageStream:
     """What a run is compared with: its own data, parted as when it was trained, or what was given instead."""
     run = options.target if options.target.is_dir() else options.target.parent
+    # The same data may lie elsewhere now; only loaded as they were do they hold out the same images.
+    images = open_run_data(run, config, options.data)
     if options.data is None:
-        images = open_run_data(run, config)
         check_run_data(run, images, advice="give what to compare with as --data")
-        return images
-    # The data of a streamed run may have been moved; only a stream holds out the same of them.
-    return open_data(config, options.data, loading="stream" if recorded_data(run).get("streamed") else "auto")
+    return images
 
 
 def _extractors(options: EvaluateOptions, device: torch.device) -> list[FeatureExtractor]:

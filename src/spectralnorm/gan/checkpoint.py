@@ -158,12 +158,21 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    if not os.path.lexists(folder):
-        return []
     try:
+        if _is_absent(folder):
+            return []
         return sorted((path for path in folder.iterdir() if path.match("step-*.safetensors")), reverse=True)
     except OSError as error:
         raise _unreadable(folder, error) from error
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing has that name, not even a link to what is not there; the system may fail to say."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

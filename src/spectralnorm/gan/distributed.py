@@ -89,6 +89,11 @@ class Processes:
         dist.all_gather_object(reasons, reason, group=self._hosts)
         return next(each for each in reasons if each is not None), list(times)
 
+    def meet(self) -> None:
+        """Wait for the others in the group of the hosts, for hours: what devices do together waits only minutes."""
+        if self.size > 1:
+            dist.barrier(group=self._hosts)
+
     def mean_tensor(self, tensor: Tensor) -> Tensor:
         """The mean over all processes of a tensor on the device."""
         if self.size == 1:

@@ -58,9 +58,10 @@ def open_data(config: Config, data: Any = None, *, loading: str = "auto") -> Ima
     """
     if isinstance(data, ImageStream):
         return data
-    path = config.data if data is None else data
-    if (data is None or isinstance(data, str | os.PathLike)) and path != GIVEN_DATA and path not in MIXTURES:
-        path = None if path is None else os.fspath(path)
+    path = config.data
+    if data is not None:
+        path = os.fspath(data) if isinstance(data, str | os.PathLike) else GIVEN_DATA
+    if path != GIVEN_DATA and path not in MIXTURES:
         return open_images(
             path,
             image_size=config.image_size,

@@ -287,6 +287,8 @@ class Checkpoints:
             OSError: the disk is full.
         """
         with trainer.clock.paused():
+            # The first one may have measured at this step.
+            trainer.processes.meet()
             if _non_finite_weights(trainer):
                 raise UserError(_describe_divergence(trainer, {}))
             # Several processes gather together what they hold in parts; the first one writes.

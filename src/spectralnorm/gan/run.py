@@ -45,7 +45,15 @@ from spectralnorm.gan.observers import (
     ScalarLog,
     StepSizeDecay,
 )
-from spectralnorm.gan.run_folder import CHECKPOINTS, DATA_FILE, RECORDS_FILE, check, claimed, default_folder
+from spectralnorm.gan.run_folder import (
+    CHECKPOINTS,
+    DATA_FILE,
+    RECORDS_FILE,
+    check,
+    claimed,
+    default_folder,
+    write_config,
+)
 from spectralnorm.gan.trainer import Observer, Trainer
 from spectralnorm.metrics import FeatureExtractor
 from spectralnorm.records import Ending, RecordFile, Scalars, Session, read_records, replace_text
@@ -178,6 +186,8 @@ def _train(
             trainer.load_state(checkpoint.tensors, checkpoint.numbers)
         if checkpoint is not None and trainer.spent_budget() and _is_complete(folder, trainer.step):
             return Run(folder, trainer.step, "already finished", processes.is_first)
+        # Not before, so that what is refused leaves the folder as it is.
+        processes.first_does(partial(write_config, folder, config))
         log = _open_log(folder, images, trainer, resumed=checkpoint is not None) if processes.is_first else NoLog()
         try:
             log.append(_session(trainer))

@@ -24,6 +24,7 @@ __all__ = [
     "default_folder",
     "locked",
     "recorded_data",
+    "write_config",
 ]
 
 CONFIG_FILE = "config.json"
@@ -69,23 +70,28 @@ def check(folder: Path, config: Config) -> None:
 
 @contextmanager
 def claimed(folder: Path, config: Config) -> Iterator[None]:
-    """Make a folder this run's own, and this process's alone: it holds ``config.json`` from now on.
+    """Make a folder this process's alone; what it holds stays as it is.
 
     Raises:
         UserError: the folder cannot be written, another process trains there, or one has since it was checked.
     """
     with ExitStack() as held:
-        try:
+        with _refusal_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(folder))
             # Nobody else writes there now; but somebody may have, between the first check and the lock.
             check(folder, config)
-            replace_text(folder / CONFIG_FILE, config_to_json(config))
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
         yield
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write ``config.json``: what has been claimed is this run's own from now on.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with _refusal_told(folder):
+        replace_text(folder / CONFIG_FILE, config_to_json(config))
 
 
 @contextmanager
@@ -120,3 +126,13 @@ def _holds_weights(folder: Path) -> bool:
     from spectralnorm.gan.sampling import GENERATOR_FILE
 
     return has_checkpoint(folder / CHECKPOINTS) or (folder / GENERATOR_FILE).exists()
+
+
+@contextmanager
+def _refusal_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from error
