@@ -245,6 +245,20 @@ def test_labels_of_other_samples_are_refused(name: str, num_classes: int):
         sn.certify(Model(OF_OTHER_LABELS[name]), (4,), num_classes=num_classes, ascent_steps=0)
 
 
+def test_labels_are_compared_where_the_first_batch_size_is_ambiguous():
+    # 28 features are a multiple of it, so that what is certified is the second record.
+    def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
+        return inputs * model.embedding(labels).repeat(1, 7)
+
+    model = Model(scaled)
+    largest = model.embedding.weight[:2].abs().max().item()
+
+    bound = sn.certify(model, (28,), num_classes=2, ascent_steps=0).upper_bound
+    assert bound == pytest.approx(largest, rel=1e-5)
+    with pytest.raises(sn.UserError, match=r"all of one label.*labels of other samples"):
+        sn.certify(Model(lambda model, x, labels: scaled(model, x, labels[:1])), (28,), num_classes=2, ascent_steps=0)
+
+
 def test_model_that_cannot_run_on_samples_of_one_label_is_told():
     def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
         first, second = labels.unique()

@@ -435,7 +435,9 @@ def trace(
         if chosen is None and tracer.ambiguous is None:
             chosen = graph
         if chosen is not None and len(records) > 1:
-            of_one_label = [torch.full_like(labels, label) for label in sorted({0, (num_classes or 1) - 1})]
+            # As many as in a record beside the chosen one: of the same size they could not be compared.
+            compared = next(labels for graph, _, labels in records if graph is not chosen)
+            of_one_label = [torch.full_like(compared, label) for label in sorted({0, (num_classes or 1) - 1})]
             for same in of_one_label if num_classes not in (None, 1) else []:
                 try:
                     records.append((*run(same), same))
@@ -449,7 +451,7 @@ def trace(
             _refuse_changed([tracer for _, tracer, _ in records])
             first = next(labels for graph, _, labels in records if graph is chosen)
             for other, _, labels in records:
-                if other.batch_size != chosen.batch_size:
+                if other is not chosen:
                     refuse_disagreement(chosen, other, (first, labels))
             return chosen
     if chosen is not None:
