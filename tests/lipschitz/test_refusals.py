@@ -179,6 +179,20 @@ def test_is_refused_by_name(name: str):
         sn.certify(nn.Sequential(module), (4,), ascent_steps=0)
 
 
+def test_change_in_place_is_followed_where_the_memory_of_another_tensor_was():
+    def rectified(inputs: Tensor) -> Tensor:
+        result = 0 * inputs
+        for _ in range(10):
+            copied = (2 * inputs).unflatten(1, (2, 2)).transpose(1, 2).reshape(len(inputs), 4)
+            others = [copied * 1 for _ in range(20)]  # one of them has the place of what was copied
+            for other in others:
+                other.relu_()
+            result = result + copied
+        return result
+
+    assert sn.certify(Lambda(rectified), (4,), ascent_steps=0).upper_bound == pytest.approx(20)
+
+
 def test_batch_norm_and_alpha_dropout_are_refused_in_training():
     for module, message in ((nn.BatchNorm1d(4), "eval"), (nn.AlphaDropout(), "eval")):
         assert sn.certify(nn.Sequential(module), (4,), ascent_steps=0).upper_bound == pytest.approx(1, rel=1e-4)

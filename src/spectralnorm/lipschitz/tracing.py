@@ -98,7 +98,8 @@ class _Tracer:
         self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
-        self._copies: list[torch.UntypedStorage] = []  # kept, so that no other has the place of one of these
+        # Of copies and of what they are copies of: kept, so that no other has the place of one of these.
+        self._copied: list[torch.UntypedStorage] = []
         self._names: dict[str, int] = {}
         self._num_modes = torch._C._len_torch_dispatch_stack()
         self._stand_ins: dict[int, Any] = {}
@@ -118,9 +119,9 @@ class _Tracer:
     def _count_as_view(self, meta: Tensor, source: _Traced) -> None:
         """Of an input with another layout it is one."""
         with torch._C.DisableTorchFunctionSubclass():
-            storage = meta.untyped_storage()
-            self._by_storage[storage._cdata] = self._siblings(source)
-        self._copies.append(storage)
+            storages = meta.untyped_storage(), source.untyped_storage()
+            self._by_storage[storages[0]._cdata] = self._siblings(source)
+        self._copied += storages
 
     def node_of(self, traced: _Traced) -> Node:
         if traced.node is None:
