@@ -416,7 +416,15 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     model = _copied(model, mode)
-    run = functools.partial(_trace_once, model, input_shape, is_whole=is_whole, is_labelled=num_classes is not None)
+    # What is looked into in the first run is so in all: a convolution within may learn the size of its images there.
+    whole = {id(module) for module in model.modules() if is_whole(module)}
+    run = functools.partial(
+        _trace_once,
+        model,
+        input_shape,
+        is_whole=lambda module: id(module) in whole and is_whole(module),
+        is_labelled=num_classes is not None,
+    )
     records: list[tuple[Graph, _Tracer, Tensor]] = []
     chosen: Graph | None = None
     refused: Exception | None = None
