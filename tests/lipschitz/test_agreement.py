@@ -1,5 +1,6 @@
 """What is certified is one function of a sample, whatever the batch and whichever call; what is none is refused."""
 
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spectralnorm as sn
+from spectralnorm.lipschitz import values
 
 
 class Model(nn.Module):
@@ -63,6 +65,11 @@ def _put_back(name: str) -> Callable[[Model, Tensor], Tensor]:
     return function
 
 
+def _put_back_between_uses(model: Model, inputs: Tensor) -> Tensor:
+    outputs = inputs * model.buffer * model.buffer
+    return _put_back("buffer")(model, outputs) * model.buffer
+
+
 def _drawn_and_put_back(model: Model, inputs: Tensor) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         return inputs * torch.rand(4)
@@ -109,6 +116,7 @@ REFUSED = {
         f"data of a {name}, put back after its use": (_put_back(name), "mul.*changed in place afterwards")
         for name in ("buffer", "tensor", "parameter")
     },
+    "data of a buffer, put back between its uses": (_put_back_between_uses, "mul.*changed in place afterwards"),
     "tensor changed in place": (_changing("tensor", lambda tensor: tensor.add_(1)), "mul.*changed in place afterwards"),
     "tensor that grows a little": (_changing("tensor", lambda tensor: tensor * 1.0002), "mul.*something else"),
     "number": (_changing("number", lambda number: number + 1), "mul.*something else"),
@@ -219,6 +227,24 @@ def test_weights_are_those_that_forward_computes_with():
     assert sn.certify(model, (4,), ascent_steps=0).upper_bound == pytest.approx(0.4)
 
 
+def test_constants_that_are_used_often_are_hashed_seldom(monkeypatch: pytest.MonkeyPatch):
+    def unrolled(model: Model, inputs: Tensor) -> Tensor:
+        factors = torch.full((1, 4), 0.5).expand(len(inputs), 4)
+        for _ in range(50):
+            inputs = model.layer(inputs).tanh() * factors
+        return inputs
+
+    hashed: list[bytes] = []
+    monkeypatch.setattr(values, "sha256", lambda content: hashed.append(content) or hashlib.sha256(content))
+
+    sn.certify(Model(unrolled), (4,))
+
+    # The weight, the bias and the factors twice in each of two runs, and once in the end; each time with the shape.
+    assert len(hashed) <= 2 * 2 * 3 * 3
+    # The factors of one sample, not those of all.
+    assert max(map(len, hashed)) < 7 * 4 * 4
+
+
 def test_constants_of_labels_come_again_with_them():
     def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
         return inputs * model.layer(model.embedding(labels))
@@ -243,6 +269,20 @@ OF_OTHER_LABELS = {
 def test_labels_of_other_samples_are_refused(name: str, num_classes: int):
     with pytest.raises(sn.UserError, match=r"all of one label.*labels of other samples"):
         sn.certify(Model(OF_OTHER_LABELS[name]), (4,), num_classes=num_classes, ascent_steps=0)
+
+
+def test_labels_are_compared_where_the_first_batch_size_is_ambiguous():
+    # 28 features are a multiple of it, so that what is certified is the second record.
+    def scaled(model: Model, inputs: Tensor, labels: Tensor) -> Tensor:
+        return inputs * model.embedding(labels).repeat(1, 7)
+
+    model = Model(scaled)
+    largest = model.embedding.weight[:2].abs().max().item()
+
+    bound = sn.certify(model, (28,), num_classes=2, ascent_steps=0).upper_bound
+    assert bound == pytest.approx(largest, rel=1e-5)
+    with pytest.raises(sn.UserError, match=r"all of one label.*labels of other samples"):
+        sn.certify(Model(lambda model, x, labels: scaled(model, x, labels[:1])), (28,), num_classes=2, ascent_steps=0)
 
 
 def test_model_that_cannot_run_on_samples_of_one_label_is_told():

@@ -179,6 +179,20 @@ def test_is_refused_by_name(name: str):
         sn.certify(nn.Sequential(module), (4,), ascent_steps=0)
 
 
+def test_change_in_place_is_followed_where_the_memory_of_another_tensor_was():
+    def rectified(inputs: Tensor) -> Tensor:
+        result = 0 * inputs
+        for _ in range(10):
+            copied = (2 * inputs).unflatten(1, (2, 2)).transpose(1, 2).reshape(len(inputs), 4)
+            others = [copied * 1 for _ in range(20)]  # one of them has the place of what was copied
+            for other in others:
+                other.relu_()
+            result = result + copied
+        return result
+
+    assert sn.certify(Lambda(rectified), (4,), ascent_steps=0).upper_bound == pytest.approx(20)
+
+
 def test_batch_norm_and_alpha_dropout_are_refused_in_training():
     for module, message in ((nn.BatchNorm1d(4), "eval"), (nn.AlphaDropout(), "eval")):
         assert sn.certify(nn.Sequential(module), (4,), ascent_steps=0).upper_bound == pytest.approx(1, rel=1e-4)
@@ -453,6 +467,46 @@ def test_layer_within_which_something_was_replaced_is_looked_into(kind: type[nn.
 
     assert quotient > 18
     assert sn.certify(model, (1,), ascent_steps=0).upper_bound >= quotient
+
+
+class _Quotient(nn.Module):
+    """A convolution divided by what has no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, inputs):
+        outputs = self.conv(inputs)
+        return outputs / (1 + outputs.flatten(1).norm(dim=1))[:, None, None, None]
+
+
+SIZED = {
+    "given": {"strict": True, "input_size": (4, 4)},
+    "learned": {"norm": "operator"},
+}
+
+
+@pytest.mark.parametrize("size", SIZED)
+def test_rule_of_a_layer_holds_where_a_convolution_within_is_normalized_for_one_size(size: str):
+    sn.register_rule(_Quotient, lambda call: 2.0)
+    model = sn.add_spectral_norm(nn.Sequential(_Quotient()), **SIZED[size])
+    model(torch.ones(1, 1, 4, 4))
+
+    assert sn.certify(model, (1, 4, 4), ascent_steps=0).upper_bound == 2
+
+
+def test_rule_of_a_layer_does_not_hold_where_a_convolution_within_has_yet_to_learn_its_size():
+    class Halved(_Quotient):
+        def forward(self, inputs):
+            return self.conv(inputs) / 2
+
+    sn.register_rule(Halved, lambda call: 7.0)
+    model = sn.add_spectral_norm(nn.Sequential(Halved()), norm="operator")
+
+    assert sn.certify(model, (1, 4, 4), ascent_steps=0).upper_bound < 1
+    model(torch.ones(1, 1, 4, 4))
+    assert sn.certify(model, (1, 4, 4), ascent_steps=0).upper_bound == 7
 
 
 def test_layer_within_which_a_hook_for_all_modules_runs_is_looked_into():

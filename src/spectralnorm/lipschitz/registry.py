@@ -219,7 +219,8 @@ def register_rule(op: Callable[..., Any] | type[nn.Module] | str, rule: Callable
         op: a torch function such as ``torch.erfinv``, whose method and in-place forms it covers too; its name; or a
             class of layers, whose ``forward`` is then not looked into. It holds for subclasses that change none of its
             methods; others are looked into, and so is a layer of which a method was replaced, or within which one was
-            or a hook was registered.
+            or a hook was registered that does more than to normalize a weight, or a convolution has yet to learn the
+            size of its images.
         rule: gets a `Call` and returns a number that the Lipschitz constant does not exceed: from all arguments that
             depend on the input, taken together, to the result, in the 2-norm, and without mixing samples of a batch.
             The call has ``module``, ``input_shape``, ``output_shape`` (batch first) and ``node.args``.
@@ -279,10 +280,19 @@ def _replaces(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[int]:
-    """Keys of what runs before and after ``forward``, but for what torch sets a weight with."""
+    """Keys of what runs before and after ``forward``, but for what torch sets a weight with and what only looks."""
     before = module._forward_pre_hooks.items()
-    ours = [key for key, hook in before if not type(hook).__module__.startswith("torch.nn.utils")]
+    ours = [key for key, hook in before if not _is_of_torch(hook) and not _only_looks(hook)]
     return [*ours, *module._forward_hooks]
+
+
+def _is_of_torch(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _only_looks(hook: Any) -> bool:
+    """Whether its class, and no base of it, says so."""
+    return "only_looks" in vars(type(hook)) and hook.only_looks
 
 
 def _has_global_hooks() -> bool:

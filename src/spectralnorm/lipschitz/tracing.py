@@ -39,7 +39,7 @@ from spectralnorm.lipschitz.graph import (
 )
 from spectralnorm.lipschitz.random_numbers import without_random_numbers
 from spectralnorm.lipschitz.registry import hooks_of
-from spectralnorm.lipschitz.values import digest_of
+from spectralnorm.lipschitz.values import Digests, digest_of
 
 __all__ = ["trace"]
 
@@ -84,11 +84,13 @@ class _Tracer:
     Attributes:
         nodes: all operations so far.
         constants: tensors that they read, each with the node, the number of changes in place it had seen and a digest
-            of its values: what is changed through ``.data`` is not counted.
+            of its values: what is changed through ``.data`` is not counted. None of a model that is known.
         ambiguous: where another dimension than the first looks like the batch.
     """
 
-    def __init__(self, *, batch_size: int, device: torch.device, is_whole: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, *, batch_size: int, device: torch.device, is_whole: Callable[[nn.Module], bool], is_known: bool
+    ) -> None:
         self.batch_size = batch_size
         self.device = device
         self.is_whole = is_whole
@@ -98,10 +100,12 @@ class _Tracer:
         self.ambiguous: str | None = None
         self._stack: list[tuple[str, bool]] = []
         self._by_storage: dict[int, weakref.WeakSet[_Traced]] = {}
-        self._copies: list[torch.UntypedStorage] = []  # kept, so that no other has the place of one of these
+        # Of copies and of what they are copies of: kept, so that no other has the place of one of these.
+        self._copied: list[torch.UntypedStorage] = []
         self._names: dict[str, int] = {}
         self._num_modes = torch._C._len_torch_dispatch_stack()
         self._stand_ins: dict[int, Any] = {}
+        self._digests = None if is_known else Digests()
 
     def wrap(self, meta: Tensor, node: Node) -> _Traced:
         traced = torch.Tensor._make_subclass(_Traced, meta)
@@ -118,9 +122,9 @@ class _Tracer:
     def _count_as_view(self, meta: Tensor, source: _Traced) -> None:
         """Of an input with another layout it is one."""
         with torch._C.DisableTorchFunctionSubclass():
-            storage = meta.untyped_storage()
-            self._by_storage[storage._cdata] = self._siblings(source)
-        self._copies.append(storage)
+            storages = meta.untyped_storage(), source.untyped_storage()
+            self._by_storage[storages[0]._cdata] = self._siblings(source)
+        self._copied += storages
 
     def node_of(self, traced: _Traced) -> Node:
         if traced.node is None:
@@ -264,7 +268,8 @@ class _Tracer:
                         f"certify cannot look into the {type(read).__name__} that {name} at {node.name!r} reads: its "
                         "class changes what torch's functions do; convert it to a torch.Tensor."
                     )
-                self.constants.append((node, read, _version(read), digest_of(read)))
+                if self._digests is not None:
+                    self.constants.append((node, read, _version(read), self._digests.of(read)))
         return node
 
     def _unused_name(self, op: str) -> str:
@@ -415,7 +420,16 @@ def trace(
         UserError: something cannot be recorded; the message says where and why.
     """
     model = _copied(model, mode)
-    run = functools.partial(_trace_once, model, input_shape, is_whole=is_whole, is_labelled=num_classes is not None)
+    # What is looked into in the first run is so in all: a convolution within may learn the size of its images there.
+    whole = {id(module) for module in model.modules() if is_whole(module)}
+    run = functools.partial(
+        _trace_once,
+        model,
+        input_shape,
+        is_whole=lambda module: id(module) in whole and is_whole(module),
+        is_labelled=num_classes is not None,
+        is_known=is_known,
+    )
     records: list[tuple[Graph, _Tracer, Tensor]] = []
     chosen: Graph | None = None
     refused: Exception | None = None
@@ -435,7 +449,9 @@ def trace(
         if chosen is None and tracer.ambiguous is None:
             chosen = graph
         if chosen is not None and len(records) > 1:
-            of_one_label = [torch.full_like(labels, label) for label in sorted({0, (num_classes or 1) - 1})]
+            # As many as in a record beside the chosen one: of the same size they could not be compared.
+            compared = next(labels for graph, _, labels in records if graph is not chosen)
+            of_one_label = [torch.full_like(compared, label) for label in sorted({0, (num_classes or 1) - 1})]
             for same in of_one_label if num_classes not in (None, 1) else []:
                 try:
                     records.append((*run(same), same))
@@ -449,7 +465,7 @@ def trace(
             _refuse_changed([tracer for _, tracer, _ in records])
             first = next(labels for graph, _, labels in records if graph is chosen)
             for other, _, labels in records:
-                if other.batch_size != chosen.batch_size:
+                if other is not chosen:
                     refuse_disagreement(chosen, other, (first, labels))
             return chosen
     if chosen is not None:
@@ -475,13 +491,14 @@ def _trace_once(
     *,
     is_whole: Callable[[nn.Module], bool],
     is_labelled: bool,
+    is_known: bool,
 ) -> tuple[Graph, _Tracer]:
     """On as many samples as there are labels, which the model is given if it takes any."""
     batch_size = len(labels)
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((each.dtype for each in tensors if each.is_floating_point()), torch.get_default_dtype())
-    tracer = _Tracer(batch_size=batch_size, device=device, is_whole=is_whole)
+    tracer = _Tracer(batch_size=batch_size, device=device, is_whole=is_whole, is_known=is_known)
     start = Node("input", "input", None, shape=(batch_size, *input_shape))
     tracer.nodes.append(start)
     inputs: list[Any] = [tracer.wrap(torch.empty(batch_size, *input_shape, dtype=dtype, device="meta"), start)]
@@ -540,9 +557,12 @@ def _recorded(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
 
 def _refuse_changed(tracers: Sequence[_Tracer]) -> None:
     """What was read must still have the values that it had: they are what is certified."""
+    now: dict[int, bytes | None] = {}  # of each tensor, which is kept among the constants
     for tracer in tracers:
         for node, tensor, version, digest in tracer.constants:
-            if _version(tensor) != version or digest_of(tensor) != digest:
+            if id(tensor) not in now:
+                now[id(tensor)] = digest_of(tensor)
+            if _version(tensor) != version or now[id(tensor)] != digest:
                 raise UserError(
                     f"certify refuses {node.op} at {node.name!r}: a tensor that it reads is changed in place "
                     "afterwards, in this call or the next; use operations not in place, and keep weights and buffers "

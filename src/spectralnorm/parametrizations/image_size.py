@@ -92,6 +92,11 @@ class InputSizeLearner:
             if all(type(each) is int for each in size) and not images.is_meta:
                 self.normalization.learn_size(tuple(map(int, size)))
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether it changes nothing, as `certify` wants to know: once it has learned a size."""
+        return self.normalization.learned_size is not None
+
 
 class InputSizeCheck:
     """A forward pre-hook of a convolution that is normalized for one size of its input.
@@ -99,7 +104,10 @@ class InputSizeCheck:
     Attributes:
         geometry: of the convolution.
         input_size: the size that it is normalized for.
+        only_looks: that it changes nothing, as `certify` wants to know.
     """
+
+    only_looks = True
 
     def __init__(self, geometry: ConvolutionGeometry, input_size: tuple[int, ...]) -> None:
         self.geometry = geometry
