@@ -284,6 +284,19 @@ def make_adam(parameters, **options):
     return torch.optim.Adam(parameters, lr=0.005, **options)
 
 
+def step_with_closure(layer: nn.Module, size: float) -> None:
+    """A step that uses the weight several times, between writes of its own."""
+    optimizer = torch.optim.LBFGS(layer.parameters(), lr=size, max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = use(layer).square()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 class TestOptimizerSteps:
     @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
     def test_every_kind_of_step_is_noticed(self, layer, options):
@@ -297,29 +310,13 @@ class TestOptimizerSteps:
             assert norm_of(layer.weight) == pytest.approx(1, abs=0.05)
 
     def test_step_with_a_closure_is_noticed(self, layer):
-        optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=2)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = use(layer).square()
-            loss.backward()
-            return loss
-
         before = layer.weight.detach().clone()
-        optimizer.step(closure)
+        step_with_closure(layer, size=0.1)
         assert not torch.equal(layer.weight, before)
 
     def test_write_after_a_step_with_uses_in_it_is_not_taken_for_the_step(self, layer):
         """A closure uses the weight between two writes of its step; its value of then is not of one step ago."""
-        optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.01, max_iter=2)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = use(layer).square()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        step_with_closure(layer, size=0.01)
         with torch.no_grad():
             raw(layer).copy_(another_matrix(layer))
         assert norm_of(layer.weight) == pytest.approx(1, abs=1e-4)

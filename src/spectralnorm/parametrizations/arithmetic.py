@@ -17,7 +17,6 @@ __all__ = [
     "is_plain",
     "plain_arithmetic",
     "without_autocast",
-    "without_rounding",
 ]
 
 
@@ -41,13 +40,10 @@ def _switched_back(kind: str) -> Iterator[None]:
 
 
 def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
-    """Where autocast rounds nothing, and layers hand out their weight as it is."""
-    kind = weight.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """Where autocast rounds nothing, and layers hand out their weight as it is.
 
-
-def without_rounding(weight: Tensor) -> AbstractContextManager[Any]:
-    """As `without_autocast`, but nothing at all where autocast is off: what is traced has no context in it then."""
+    Where it is off this is nothing, so that what is traced has no context in it.
+    """
     kind = weight.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()

@@ -353,7 +353,7 @@ class SameMembers(list[Member]):
 def _all_of_step(members: Sequence[Member]) -> tuple[list[int] | None, int]:
     """The parameters that the last step has changed, if ``members`` are all who keep values of them; how many watch."""
     clock = members[0].kept.moment.clock
-    watching = [mate for _, mate in clock.stepped_together() if mate is not None and mate.keeps_values]
+    watching = [mate for _, mate in clock.stepped_together() if mate is not None and mate._keeps]
     if clock.last_step is None or len(watching) != len(members):
         return None, 0
     return clock.last_step.parameter_ids, WeightClock.num_watches

@@ -254,11 +254,6 @@ class SpectralNorm(VectorBuffers):
         return self.update == "step" and not self._is_vector and not self._is_captured
 
     @property
-    def keeps_values(self) -> bool:
-        """Whether the value of an ordinary weight is kept from one change of it to the next."""
-        return self._keeps
-
-    @property
     def divided_to(self) -> float:
         """The norm that the weight is divided to; a learned scale comes after it."""
         return self._coefficient if self.scale is None else 1.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import MatrixView, chirp, compute_dtype, power_iteration, power_vectors
 from spectralnorm.parametrizations import norm_alone
-from spectralnorm.parametrizations.arithmetic import is_eager, without_rounding
+from spectralnorm.parametrizations.arithmetic import is_eager, without_autocast
 from spectralnorm.parametrizations.quotient import divided
 from spectralnorm.parametrizations.shards import is_distributed, scaled_part, whole
 from spectralnorm.parametrizations.strict import autocast_dtype, careful_divisor
@@ -122,7 +122,7 @@ def iterated(
     stays: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
     """New whole vectors of each view after ``num_iterations``; ``stays`` is that of `power_iteration`."""
-    with without_rounding(weight):
+    with without_autocast(weight):
         return [
             _iterated_view(normalization.eps, view, weight, u, v, num_iterations, stays=stays)
             for view, (u, v) in zip(normalization.views, pairs, strict=True)
@@ -194,6 +194,6 @@ def turned(
 def _product(view: MatrixView, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     matrix = view.whole_matrix(weight)
     matrix = matrix.to(compute_dtype(matrix.dtype))
-    with without_rounding(weight):
+    with without_autocast(weight):
         u, image = u.to(matrix), torch.mv(matrix, v.to(matrix))
         return torch.vdot(u, image) if matrix.is_complex() else torch.dot(u, image)
