@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.linalg import TrackedTriplet
+from spectralnorm.linalg.cpu.tables import for_one_call
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory
 from spectralnorm.parametrizations.memory import Memory
-from spectralnorm.parametrizations.plans import Plans, Weights, plans_for
+from spectralnorm.parametrizations.plans import Plans, Weights, can_write, plans_for
 from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, Step, WeightClock
@@ -93,9 +94,16 @@ class ByKernels:
         self._used_dtype: torch.dtype | None = None
         # To which they were when they were computed.
         self._narrow: torch.dtype | None = None
+        self._buffers: KnownBuffers | None = None
 
-    def renew(self, members: Sequence[Member]) -> None:
-        """One step of power iteration for all, and the division by the norms."""
+    def renew(self, members: Sequence[Member], *, into_buffers: bool = False) -> None:
+        """One step of power iteration for all, and the division by the norms.
+
+        Args:
+            members: all of these.
+            into_buffers: whether to write u and v into the buffers as well, if all members are in training mode and
+                that is sooner done now than later.
+        """
         plans, (num_iterations, eps) = self._plans, self._options
         if not isinstance(members, SameMembers):  # they were found one by one, and may be found at once the next time
             self._step_ids, self._num_watches = _all_of_step(members)
@@ -133,6 +141,8 @@ class ByKernels:
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
+        if into_buffers and ends is not None and plans.kernels.are_of_host:
+            self._write_new(members, ends, sigmas)
         self._used_dtype, self._narrow = None, None if narrows is None else rounded
         if narrows is not None and rounded is not None:
             division.rounded = rounded, narrows
@@ -285,6 +295,18 @@ class ByKernels:
         assert self._division is not None
         write_vectors(self._division, self._tracking, places, buffers)
 
+    def _write_new(self, members: Sequence[Member], ends: Tensor, sigmas: Tensor) -> None:
+        """Write what has just been found, by one look at each buffer where `write` takes several."""
+        known = self._buffers
+        if known is None or not known.are_of(members):
+            known = self._buffers = KnownBuffers.of(members)
+        if known is None:
+            return
+        sizes, owners = self._tracking.vector_sizes, self._tracking.vector_owners
+        self._plans.store.write(ends, sizes, owners, sigmas, known.addresses, eps=self._plans.eps)
+        for _, _, kept in members:
+            kept.is_in_buffers = True
+
     def following(self) -> Following | None:
         """What a captured graph goes on from.
 
@@ -342,6 +364,36 @@ def _pairs_of(tracking: Any, tracked: Any, out_dims: Sequence[int]) -> list[tupl
     return list(zip(us, vs, strict=True))
 
 
+class KnownBuffers:
+    """The buffers of weights of one view each, all in training mode, and where these are in memory."""
+
+    def __init__(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        self._buffers = [(u, v, u.data_ptr(), v.data_ptr()) for u, v in buffers]
+        self.addresses = for_one_call([address for _, _, *both in self._buffers for address in both])
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> KnownBuffers | None:
+        """Those of ``members``; None if one is not in training mode, or the kernels cannot write to one."""
+        buffers = [normalization.buffers_of_views() for normalization, _, _ in members if normalization.training]
+        if len(buffers) < len(members) or not can_write([each for both in buffers for each in both]):
+            return None
+        return cls([(u, v) for u, v in buffers])
+
+    def are_of(self, members: Sequence[Member]) -> bool:
+        """Whether they are still those of ``members``, at the same addresses."""
+        for (normalization, _, _), (u, v, of_u, of_v) in zip(members, self._buffers, strict=True):
+            buffers = normalization._buffers
+            if (
+                not normalization.training
+                or buffers["_u"] is not u
+                or buffers["_v"] is not v
+                or u.data_ptr() != of_u
+                or v.data_ptr() != of_v
+            ):
+                return False
+        return True
+
+
 class SameMembers(list[Member]):
     """Members of a `ByKernels` that go on together, in its order."""
 
@@ -389,8 +441,8 @@ def quotient_by_kernels(
     return division.quotient(0, normalization.watched(weight).now())
 
 
-def refresh_by_kernels(members: Sequence[Member]) -> None:
+def refresh_by_kernels(members: Sequence[Member], *, into_buffers: bool = False) -> None:
     """As `refresh_together`, for weights that the kernels can read, all on one device."""
     before = members[0].kept.followed
     followed = before if isinstance(before, ByKernels) and before.is_of(members) else ByKernels(members)
-    followed.renew(members)
+    followed.renew(members, into_buffers=into_buffers)

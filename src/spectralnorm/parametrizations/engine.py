@@ -91,10 +91,13 @@ def stepped_together(normalization: SpectralNorm, weight: Tensor, kept: Kept) ->
     return members
 
 
-def refresh_together(members: Sequence[Member]) -> None:
+def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -> None:
     """Give each member a new kept value, by power iteration from its frames.
 
-    The members have one device, type of arithmetic, ``n_power_iterations`` and ``eps``.
+    Args:
+        members: they have one device, type of arithmetic, ``n_power_iterations`` and ``eps``.
+        into_buffers: whether to write u and v into the buffers of those in training mode as well, where that is sooner
+            done now than by `write_buffers`.
     """
     for member in members:
         member.kept.forget_graphs()
@@ -107,7 +110,7 @@ def refresh_together(members: Sequence[Member]) -> None:
             (by_kernels if can_be_read(member.normalization, member.weight) else others).append(member)
     try:
         if by_kernels:
-            refresh_by_kernels(by_kernels)
+            refresh_by_kernels(by_kernels, into_buffers=into_buffers)
         if others:
             _refresh(others)
     except BaseException:

@@ -554,7 +554,7 @@ class SpectralNorm(VectorBuffers):
         with one_at_a_time:
             kept = self._kept
             if kept is None or not kept.is_current(weight):
-                kept = self._current(weight)
+                kept = self._current(weight, into_buffers=_is_grad_enabled() and self.training)
             return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
@@ -647,8 +647,8 @@ class SpectralNorm(VectorBuffers):
             return None
         return norm_alone.changing_parameter(self, weight)
 
-    def _current(self, weight: Tensor) -> Kept:
-        """The kept value, renewed if the weight has changed."""
+    def _current(self, weight: Tensor, *, into_buffers: bool = False) -> Kept:
+        """The kept value, renewed if the weight has changed; see `engine.refresh_together`."""
         with one_at_a_time, plain_arithmetic(weight):
             self.settle()
             kept, clock = self._kept, self.watched(weight)
@@ -656,7 +656,7 @@ class SpectralNorm(VectorBuffers):
             if kept is not None and kept.is_current(weight):
                 return kept
             if kept is not None and self.kept_to_follow(clock) is kept:
-                engine.refresh_together(engine.stepped_together(self, weight, kept))
+                engine.refresh_together(engine.stepped_together(self, weight, kept), into_buffers=into_buffers)
             else:
                 self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]

@@ -8,6 +8,7 @@ A weight that is zero or not finite has no singular vectors: what was kept of it
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -62,13 +63,19 @@ class VectorStore:
     ) -> None:
         """As `copy`, of checked vectors that are given by their addresses and sizes."""
         addresses = for_one_call([target.data_ptr() for target in targets])
+        self.write(sources, sizes, owners, sigmas, addresses, eps=eps)
+
+    def write(
+        self, sources: Tensor, sizes: Tensor, owners: Tensor, sigmas: Tensor, addresses: array[int], *, eps: float
+    ) -> None:
+        """As `copy_from`, where the targets are given by their addresses too."""
         sigmas = sigmas.contiguous()  # a copy has to be there until the kernel has read it
         kernels().spectralnorm_store(
             sources.data_ptr(),
             addresses.buffer_info()[0],
             sizes.data_ptr(),
             owners.data_ptr(),
-            len(targets),
+            len(addresses),
             sigmas.data_ptr(),
             eps,
         )
