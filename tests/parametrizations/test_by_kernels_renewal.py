@@ -59,6 +59,35 @@ def test_buffers_are_written_after_a_backward_in_eval_mode(device: torch.device)
 
 
 @pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("how", ["another tensor", "other memory", "in eval mode"])
+def test_buffers_that_change_between_steps_are_written_where_they_are(how: str, device: torch.device) -> None:
+    model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10) for _ in range(2))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (layer.parametrizations.weight[0] for layer in model)
+    left: list[Tensor] = []
+    for step in range(5):
+        sum(layer.weight.square().sum() for layer in model).backward()
+        for layer, normalization in zip(model, (first, second), strict=True):
+            weight = layer.parametrizations.weight.original.detach()
+            found = normalization._u @ weight @ normalization._v
+            if how != "in eval mode" or normalization is first or step < 2:
+                torch.testing.assert_close(found, normalization.sigma(weight), rtol=1e-5, atol=0)
+        optimizer.step()
+        if step == 1 and how == "another tensor":
+            left = [second._u, second._v]
+            second._u, second._v = (torch.zeros_like(buffer) for buffer in left)
+        elif step == 1 and how == "other memory":
+            left = [second._u.detach(), second._v.detach()]
+            second._u.data, second._v.data = (torch.zeros_like(buffer) for buffer in left)
+        elif step == 1:
+            model[1].eval()
+            left = [second._u, second._v]
+        if step == 1:
+            copies = [buffer.clone() for buffer in left]
+    assert all(map(torch.equal, left, copies))
+
+
+@pytest.mark.usefixtures("with_kernels")
 def test_values_are_written_over_only_when_nobody_holds_them(device: torch.device) -> None:
     model = sn.add_spectral_norm(nn.ModuleList(nn.Linear(9, 10) for _ in range(2))).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -53,9 +53,9 @@ def calls(monkeypatch) -> list[int]:
     sizes: list[int] = []
     original = engine.refresh_together
 
-    def counted(members):
+    def counted(members, **options):
         sizes.append(len(members))
-        original(members)
+        original(members, **options)
 
     monkeypatch.setattr(engine, "refresh_together", counted)
     return sizes

@@ -22,9 +22,8 @@ __all__ = [
 
 def plain_arithmetic(weight: Tensor) -> AbstractContextManager[None]:
     """No graph, no rounding by autocast, and tensors that a later backward may save (not those of inference mode)."""
-    kind = weight.device.type
-    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind):
-        return _switched_back(kind)
+    if torch.is_inference_mode_enabled() or torch._C._is_any_autocast_enabled():
+        return _switched_back(weight.device.type)
     return torch.no_grad()
 
 

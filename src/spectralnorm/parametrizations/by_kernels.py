@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.linalg import TrackedTriplet
-from spectralnorm.linalg.cpu.tables import for_one_call
+from spectralnorm.linalg.cpu.tables import Ends, for_one_call
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory
@@ -123,7 +123,7 @@ class ByKernels:
             sigmas, ends = tracked.weight_sigmas, self._tracking.ends(tracked)
             pairs = partial(_pairs_of, self._tracking, tracked, plans.out_dims)
             promised = plans.promised(self._promises(members), sigmas)
-            divided = values, *plans.quotients.divide(sigmas, outs, rules=promised["rules"])[1:]
+            plans.quotients.prepared(outs, targets=values.addresses, rules=promised["rules"]).divide(sigmas)
         else:
             also: dict[str, Any] = {}
             if narrows is not None and rounded is not None:
@@ -131,12 +131,13 @@ class ByKernels:
                 also["narrow_targets"] = narrows.addresses
             how = plans.quotients.prepared(outs, targets=values.addresses, **also)
             track = partial(self._tracking.track, *options, eps=eps)
-            self._tracked, sigmas, ends, pairs = tracked_and_divided(plans, self._tracking, track, how)
-            divided = values, how.divisors, how.active
+            tracked, sigmas, ends, pairs = tracked_and_divided(plans, self._tracking, track, how)
+            self._tracked = tracked
             if is_first and not plans.kernels.are_of_host:
-                self._tracking.prepare_in_place(self._tracked, plans.out_dims)
-        self._division = division = Division(plans, sigmas, pairs, divided, gradients_memory, ends, **promised)
-        self._verdict = verdict = Verdict(sigmas, eps, self._verdict)
+                self._tracking.prepare_in_place(tracked, plans.out_dims)
+        self._division = division = Division(plans, sigmas, pairs, values, gradients_memory, ends, **promised)
+        are_all_good = tracked.num_bad == 0 if plans.kernels.are_of_host else None
+        self._verdict = verdict = Verdict(sigmas, eps, self._verdict, are_all_good=are_all_good)
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
@@ -295,7 +296,7 @@ class ByKernels:
         assert self._division is not None
         write_vectors(self._division, self._tracking, places, buffers)
 
-    def _write_new(self, members: Sequence[Member], ends: Tensor, sigmas: Tensor) -> None:
+    def _write_new(self, members: Sequence[Member], ends: Ends, sigmas: Tensor) -> None:
         """Write what has just been found, by one look at each buffer where `write` takes several."""
         known = self._buffers
         if known is None or not known.are_of(members):
@@ -435,9 +436,9 @@ def quotient_by_kernels(
     values = Memory([None], plans.device)
     promised: dict[str, Any] = {} if promise is None else plans.promised({0: promise}, sigma)
     options: dict[str, Any] = {"rules": promised["rules"]} if promised else {}
-    _, *others = plans.quotients.divide(sigma, values.free_at([0], plans.prototypes), **options)
+    plans.quotients.divide(sigma, values.free_at([0], plans.prototypes), **options)
     memory = Memory([None], plans.device)
-    division = Division(plans, sigma, lambda: [pair], (values, *others), memory, **promised)
+    division = Division(plans, sigma, lambda: [pair], values, memory, **promised)
     return division.quotient(0, normalization.watched(weight).now())
 
 

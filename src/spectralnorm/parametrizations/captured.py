@@ -192,7 +192,7 @@ class InGraphs:
         how = plans.quotients.prepared(outs, targets=values.addresses, **also)
         track = partial(tracking.track_in_place, frames, self._ages, num_iterations, eps=eps)
         _, sigmas, ends, pairs = tracked_and_divided(plans, tracking, track, how)
-        self._division = division = Division(plans, sigmas, pairs, (values, how.divisors, how.active), new(), ends)
+        self._division = division = Division(plans, sigmas, pairs, values, new(), ends)
         division.rounded = rounded
         write_vectors(division, tracking, everywhere, self._buffers)
         self._ages = [age + num_iterations + num_iterations % 2 for age in self._ages]

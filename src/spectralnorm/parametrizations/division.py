@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg.cpu.tables import integers
+from spectralnorm.linalg.cpu.tables import Ends, integers
 from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.memory import Memory
 from spectralnorm.parametrizations.quotient import Quotient, gradients_of, is_batched
@@ -34,7 +34,7 @@ class Division:
         sigmas: the norms, (weights,).
         values: the weights divided.
         gradients_memory: on the CPU that of the last gradients.
-        ends: where the vectors are, if that is known: on the CPU their addresses, (weights, 2).
+        ends: where the vectors are, if that is known: `Ends`, on a GPU those of its kernels.
         rounded: the values of another type for uses under autocast, and that type; None: there are none.
         uppers: of strict weights, by place, what the norm is guaranteed not to exceed.
     """
@@ -44,7 +44,7 @@ class Division:
         plans: Plans,
         sigmas: Tensor,
         pairs: Callable[[], _Pairs],
-        divided: tuple[Memory, Tensor | None, Tensor | None],
+        values: Memory,
         gradients_memory: Memory,
         ends: Any = None,
         *,
@@ -57,20 +57,18 @@ class Division:
             plans: as the attribute.
             sigmas: as the attribute.
             pairs: gives the whole vectors u and v of each.
-            divided: the values, what they were divided by, and whether that depends on the norm; None where it is to
-                be found out when it is asked for.
+            values: as the attribute.
             gradients_memory: as the attribute.
             ends: as the attribute.
             uppers: as the attribute; None: no weight is strict.
             rules: that the weights were divided by; None: those of the plans.
         """
         self.uppers, self._rules = uppers or {}, rules
-        self.plans, self.sigmas = plans, sigmas
-        self.values, self._divisors, self._active = divided
+        self.plans, self.sigmas, self.values = plans, sigmas, values
         self.gradients_memory = gradients_memory
         self.ends, self._pairs = ends, pairs
         self._found_pairs: _Pairs | None = None
-        self._ends_of_pairs: Tensor | None = None
+        self._ends_of_pairs: Ends | None = None
         self.rounded: tuple[torch.dtype, Memory] | None = None
         self._numbers: tuple[Sequence[Any], Sequence[Any]] | None = None
 
@@ -90,10 +88,8 @@ class Division:
         that is gone.
         """
         if self._numbers is None:
-            divisors, active = self._divisors, self._active
-            if divisors is None or active is None:
-                with plain_arithmetic(self.sigmas):
-                    divisors, active = self.plans.quotients.divisors(self.sigmas)
+            with plain_arithmetic(self.sigmas):
+                divisors, active = self.plans.quotients.divisors(self.sigmas, **self._rules_if_any())
             is_of_host = self.plans.kernels.are_of_host
             self._numbers = (divisors.tolist(), active.tolist()) if is_of_host else (divisors.unbind(), active.unbind())
         coefficient, is_cap = self.plans.rules[place]
@@ -125,7 +121,6 @@ class Division:
         self, places: Sequence[int], values: Sequence[Tensor], pairs: _Pairs, grads: Sequence[Sequence[Tensor]]
     ) -> Sequence[Tensor]:
         firsts, others = self._laid_out(places, grads)
-        options: dict[str, Any] = {} if self._rules is None else {"rules": self._rules}
         return self.plans.quotients.gradients(
             firsts,
             values,
@@ -135,8 +130,11 @@ class Division:
             more_grads=others,
             places=places,
             are_checked=True,
-            **options,
+            **self._rules_if_any(),
         )
+
+    def _rules_if_any(self) -> dict[str, Any]:
+        return {} if self._rules is None else {"rules": self._rules}
 
     def gradients_at(
         self, places: Sequence[int], grads: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None
@@ -159,7 +157,7 @@ class Division:
             return quotients.differentiate(firsts, others, addresses, self.ends, self.sigmas, places)
         ends = self._ends_of_pairs if self.ends is None else self.ends
         if ends is None:
-            ends = self._ends_of_pairs = integers([[u.data_ptr(), v.data_ptr()] for u, v in self.pairs])
+            ends = self._ends_of_pairs = Ends(None, integers([[u.data_ptr(), v.data_ptr()] for u, v in self.pairs]))
         outs = self.gradients_memory.free_at(places, self.plans.prototypes)
         quotients.differentiate(
             firsts,
@@ -171,7 +169,7 @@ class Division:
             None if is_whole else places,
             self._rules,
         )
-        return [out.detach() for out in outs]
+        return [out.data for out in outs]  # sooner than `detach`
 
     def _laid_out(
         self, places: Sequence[int], grads: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None

@@ -42,15 +42,23 @@ class Verdict:
 
     __slots__ = ("_are_all_good", "_on_host", "_sigmas", "eps", "is_immediate")
 
-    def __init__(self, sigmas: Tensor, eps: float, before: Verdict | None = None) -> None:
-        """Start to find out about ``sigmas``, one for each weight, in the place of the last verdict about them."""
-        self.eps = eps
-        self.is_immediate = host_has(sigmas.device)
+    def __init__(
+        self, sigmas: Tensor, eps: float, before: Verdict | None = None, *, are_all_good: bool | None = None
+    ) -> None:
+        """Start to find out about ``sigmas``, one for each weight, in the place of the last verdict about them.
+
+        Args:
+            sigmas: float32 or float64, (weights,).
+            eps: a norm up to here counts as zero.
+            before: the last verdict, whose memory is used again.
+            are_all_good: whether all are norms, where the host knows that already.
+        """
+        self.eps, self._are_all_good = eps, are_all_good
+        self.is_immediate = are_all_good is not None or host_has(sigmas.device)
         self._on_host: Tensor | None = None
         self._sigmas: list[float] | None = None
-        self._are_all_good: bool | None = None
         if self.is_immediate:
-            self._sigmas = sigmas.tolist()
+            self._on_host = sigmas
         elif sigmas.device.type == "cuda":
             if before is not None and before._sigmas is not None and before._on_host is not None:
                 self._on_host, before._on_host = before._on_host, None
@@ -64,7 +72,7 @@ class Verdict:
         """The norms as numbers; None while they have not come."""
         if self._sigmas is None and self._on_host is not None:
             sigmas = self._on_host.tolist()
-            if -1 not in sigmas:
+            if self.is_immediate or -1 not in sigmas:
                 self._sigmas = sigmas
         return self._sigmas
 
@@ -79,6 +87,8 @@ class Verdict:
 
     def is_bad(self, index: int) -> bool:
         """The same of one norm."""
+        if not self.is_any_bad():
+            return False
         sigmas = self.sigmas
         return sigmas is not None and not self.eps < sigmas[index] < math.inf
 

@@ -221,18 +221,20 @@ def _reader(name: str) -> Callable[[Any], Any]:
         if _is_compiling():
             handed = self._handed_over
             return parts() if handed is None or name not in handed else handed[name].for_use()
-        modules = parts._modules
-        weight = parts._parameters.get("original")
+        of_parts = parts.__dict__  # asked for once: each attribute of a module is looked for in its classes first
+        modules = of_parts["_modules"]
+        weight = of_parts["_parameters"].get("original")
         only = modules["0"]
+        of_only = only.__dict__
         if (
             weight is None
             or type(only) is not SpectralNorm
             or len(modules) > 1
             or nn.Module.__call__ is not _module_call  # torch.fx replaces it to see what is called
-            or only._forward_hooks
-            or only._forward_pre_hooks
-            or parts._forward_hooks
-            or parts._forward_pre_hooks
+            or of_only["_forward_hooks"]
+            or of_only["_forward_pre_hooks"]
+            or of_parts["_forward_hooks"]
+            or of_parts["_forward_pre_hooks"]
         ):
             return parts()
         return only.read(weight)

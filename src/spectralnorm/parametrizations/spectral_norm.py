@@ -409,14 +409,15 @@ class SpectralNorm(VectorBuffers):
 
     def read(self, weight: Tensor) -> Tensor:
         """As `forward`; quick where the value is kept, because every use of the layer comes here."""
+        own = self.__dict__  # asked for once: each attribute of a module is looked for in its classes first
         if (
-            self.scale is None
+            own.get("scale", self) is None
             and not _are_transforms_active()
             and _tracing_state() is None
             and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             with one_at_a_time:
-                kept = self._kept
+                kept = own["_kept"]
                 if kept is not None and kept.is_current(weight):
                     fresh = kept.outputs.fresh
                     if (  # as `_handed_out` finds after several calls

@@ -121,8 +121,7 @@ def test_without_the_threads_of_openmp_the_bits_are_the_same(threads) -> None:
         after = plan.track(start)
     finally:
         compiled._share_threads(kernels)
-    assert torch.equal(before.vectors, after.vectors)
-    assert torch.equal(before.rows, after.rows)
+    assert torch.equal(before.memory, after.memory)
 
 
 def test_a_plan_goes_on_from_what_it_found() -> None:
@@ -131,9 +130,9 @@ def test_a_plan_goes_on_from_what_it_found() -> None:
     plan = cpu.TrackingPlan(matrices)
     on = plan.track(plan.track(starts))
     twice = plan.track(starts, None, 2)
-    assert torch.equal(on.vectors, twice.vectors)
+    assert torch.equal(on.memory[on.num_rows :], twice.memory[twice.num_rows :])
     again = plan.track([triplet.frame for triplet in plan.track(starts).triplets])
-    assert torch.equal(again.vectors, twice.vectors)
+    assert torch.equal(again.memory[again.num_rows :], twice.memory[twice.num_rows :])
 
 
 @pytest.mark.parametrize("name", ["wide", "channels_last", "few rows", "columns side by side"])
@@ -306,7 +305,6 @@ def test_dividing_while_following_gives_the_bits_of_dividing_after(threads) -> N
         tracked = tracking.track(starts, division=division)
         sigmas = tracking.whole(tracked, [0, 0, 0, 1])[2]
         after = quotients.divide(sigmas)
-        assert torch.equal(division.divisors, after.divisors)
         for mine, its in zip(outs, after.values, strict=True):
             assert torch.equal(mine, its)
 

@@ -27,10 +27,10 @@ _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread"
 _FOR_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 _POINTER, _COUNT, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _ARGUMENTS = {
-    "renew": [_POINTER, _POINTER, _COUNT, *[_POINTER] * 7, _DOUBLE, *[_POINTER] * 6, _INT],
-    "divide": [*[_POINTER] * 3, _COUNT, *[_POINTER] * 4, _INT],
-    "gradients": [*[_POINTER] * 6, _COUNT, _COUNT, _POINTER, _POINTER, _INT],
-    "store": [*[_POINTER] * 4, _COUNT, _POINTER, _DOUBLE],
+    "renew": [_POINTER, _POINTER, _COUNT, *[_POINTER] * 7, _DOUBLE, *[_POINTER] * 4, _INT],
+    "divide": [*[_POINTER] * 4, _COUNT, _POINTER, _INT],
+    "gradients": [*[_POINTER] * 4, _COUNT, *[_POINTER] * 2, _COUNT, _COUNT, *[_POINTER] * 2, _INT],
+    "store": [_POINTER, _COUNT, *[_POINTER] * 3, _COUNT, _POINTER, _DOUBLE],
     "panel_rows": [],
     "panel_matrix_size": [_COUNT],
     "pack_kernel": [_POINTER, *[_COUNT] * 6, *[_POINTER] * 5, _INT],
@@ -39,8 +39,8 @@ _ARGUMENTS = {
     "follow": [*[_POINTER] * 2, *[_COUNT] * 5, _INT, *[_POINTER] * 2, _INT],
     "factorize": [*[_POINTER] * 2, *[_COUNT] * 2, _DOUBLE, _POINTER, _INT],
 }
-_RESULTS = {"divide": None, "store": None, "interpolate": None, "panel_matrix_size": _COUNT, "factorize": _COUNT}
-"""What is not an int: a status, 0 if all is well."""
+_RESULTS = {"store": None, "interpolate": None, "panel_matrix_size": _COUNT, "factorize": _COUNT}
+"""What is not an int: a status, 0 if all is well; of \"renew\" how many weights have no norm, -1 if it failed."""
 
 
 @cache

@@ -46,13 +46,14 @@ ALWAYS void written(void) {
 enum rule_field { COEFFICIENT, THRESHOLD, CONSTANT, RULE_WIDTH };
 
 /* What a weight of this norm is divided by; whether that depends on the norm. */
-static double divisor_of(const double *rule, float sigma, int8_t *active) {
+static double divisor_of(const double *rule, float sigma, int *active) {
     *active = sigma > rule[THRESHOLD] && sigma < INFINITY; /* false for NaN */
     return *active ? sigma / rule[COEFFICIENT] : rule[CONSTANT];
 }
 
 void decide(const division *how, int64_t which, float sigma) {
-    how->divisors[which] = (float)divisor_of(how->rules + which * RULE_WIDTH, sigma, how->active + which);
+    int active;
+    how->divisors[which] = (float)divisor_of(how->rules + which * RULE_WIDTH, sigma, &active);
 }
 
 void divide(const division *how, int64_t which, const team *all, int thread) {
@@ -78,10 +79,12 @@ static void divide_all(void *arguments, team *all, int thread) {
     for (int64_t which = 0; which < these->num_weights; which++) divide(&these->how, which, all, thread);
 }
 
-/* Each weight divided by its norm. */
-void spectralnorm_divide(const int64_t *weights, const int64_t *targets, const int64_t *sizes, int64_t num_weights,
-                         const double *rules, const float *sigmas, float *divisors, int8_t *active, int threads) {
-    dividing these = {{weights, targets, sizes, rules, divisors, active, 0}, num_weights};
+/* Each weight divided by its norm. Returns 0, or 1 where there is no memory. */
+int spectralnorm_divide(const int64_t *weights, const int64_t *targets, const int64_t *sizes, const double *rules,
+                        int64_t num_weights, const float *sigmas, int threads) {
+    float *divisors = malloc(sizeof(float) * num_weights);
+    if (!divisors) return 1;
+    dividing these = {{weights, targets, sizes, rules, divisors, 0}, num_weights};
     int64_t entries = 0;
     for (int64_t which = 0; which < num_weights; which++) {
         decide(&these.how, which, sigmas[which]);
@@ -89,6 +92,8 @@ void spectralnorm_divide(const int64_t *weights, const int64_t *targets, const i
     }
     these.how.is_streamed = entries >= STREAMED;
     together(divide_all, &these, entries, threads);
+    free(divisors);
+    return 0;
 }
 
 /* Its gradient ----------------------------------------------------------------------------------------------------- */
@@ -101,7 +106,9 @@ enum call_field {
 };
 
 typedef struct {
-    const int64_t *calls, *values, *targets, *ends; /* of all weights; all but calls are addresses, ends of u and v */
+    const int64_t *calls, *values, *targets; /* of all weights; values and targets are addresses */
+    const int64_t *ends;                     /* of u and v, from a common beginning */
+    int64_t beginning;
     const int64_t *grads, *more_grads;              /* addresses, of those that are asked for; there may be no more */
     const int64_t *places;                          /* which those are; where there are none, all */
     int64_t num_calls;
@@ -149,14 +156,15 @@ static void differentiate(const differentiating *these, int64_t number, const te
     float *target = (float *)(intptr_t)these->targets[which];
     int64_t rows = call[CALL_ROWS], outers = call[CALL_OUTERS], inner = call[CALL_INNER], size = rows * outers * inner;
     float *of_rows = scratch, *of_columns = scratch + rows;
-    int8_t active;
+    int active;
     double divisor = divisor_of(these->rules + which * RULE_WIDTH, these->sigmas[which], &active);
     float factor = (float)(1 / (double)(float)divisor);
     int64_t begin, end;
     meet(barrier); /* nobody reads what the last one left */
     if (thread == 0) {
         if (active) {
-            int64_t along_rows = ends[call[CALL_IS_TRANSPOSED]], along_columns = ends[!call[CALL_IS_TRANSPOSED]];
+            int64_t along_rows = these->beginning + ends[call[CALL_IS_TRANSPOSED]];
+            int64_t along_columns = these->beginning + ends[!call[CALL_IS_TRANSPOSED]];
             gathered((const float *)(intptr_t)along_rows, rows, call + CALL_ROW_PLACE_INNER, of_rows);
             gathered((const float *)(intptr_t)along_columns, outers * inner, call + CALL_COLUMN_PLACE_INNER,
                      of_columns);
@@ -217,11 +225,12 @@ static void differentiate_all(void *arguments, team *all, int thread) {
 /* dL/dW of some of the weights that were divided, which have ``all_entries`` together. Returns 0, or 1 where there is
  * no memory. */
 int spectralnorm_gradients(const int64_t *calls, const int64_t *values, const int64_t *targets, const int64_t *ends,
-                           const int64_t *grads, const int64_t *places, int64_t num_calls, int64_t all_entries,
-                           const double *rules, const float *sigmas, int threads) {
-    differentiating these = {.calls = calls, .values = values, .targets = targets, .ends = ends, .grads = grads,
-                             .more_grads = grads + num_calls, .places = places, .num_calls = num_calls, .rules = rules,
-                             .sigmas = sigmas, .is_streamed = all_entries >= STREAMED};
+                           int64_t beginning, const int64_t *grads, const int64_t *places, int64_t num_calls,
+                           int64_t all_entries, const double *rules, const float *sigmas, int threads) {
+    differentiating these = {.calls = calls, .values = values, .targets = targets, .ends = ends,
+                             .beginning = beginning, .grads = grads, .more_grads = grads + num_calls, .places = places,
+                             .num_calls = num_calls, .rules = rules, .sigmas = sigmas,
+                             .is_streamed = all_entries >= STREAMED};
     int64_t entries = 0, size = 0, parts = 0;
     for (int64_t number = 0; number < num_calls; number++) {
         const int64_t *call = calls + place_of(&these, number) * CALL_WIDTH;

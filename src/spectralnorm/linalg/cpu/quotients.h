@@ -10,12 +10,11 @@
 
 #define STREAMED (1 << 23) /* entries of all weights from which on their quotients are written past the caches */
 
-/* Where weights are divided, and what came of it. */
+/* Where weights are divided, and by what. */
 typedef struct {
     const int64_t *weights, *targets, *sizes; /* addresses, entries */
     const double *rules;
-    float *divisors;
-    int8_t *active;
+    float *divisors; /* found on the way */
     int is_streamed;
 } division;
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
-from spectralnorm.linalg.cpu.tables import floats, for_one_call, form_of, integers
+from spectralnorm.linalg.cpu.tables import Ends, for_one_call, form_of, integers
 from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import layout_of
 
@@ -36,14 +36,18 @@ class _Call(IntEnum):
 
 
 class Division(NamedTuple):
-    """What the kernels read and write when they divide weights; one entry for each."""
+    """A division whose norms are still to be found: what the kernels read, one entry for each weight."""
 
     weights: Tensor  # addresses
     targets: Tensor  # the same of the quotients
     sizes: Tensor
     rules: Tensor
-    divisors: Tensor
-    active: Tensor  # bool
+
+    def divide(self, sigmas: Tensor) -> None:
+        """Divide all weights by their norms, (weights,), float32 and contiguous."""
+        tables = (each.data_ptr() for each in self)
+        if kernels().spectralnorm_divide(*tables, len(self.sizes), sigmas.data_ptr(), torch.get_num_threads()):
+            raise MemoryError("No memory for what the weights are divided by.")
 
 
 class Divided(NamedTuple):
@@ -130,27 +134,30 @@ class QuotientPlan:
         """
         sigmas = self._checked(sigmas)
         outs = [_like(shape) for shape in self._shapes] if outs is None else list(outs)
-        division = self.prepared(outs)
-        if rules is not None:
-            division = division._replace(rules=rules)
-        weights, targets, sizes, of_rules, divisors, active = (each.data_ptr() for each in division)
-        kernels().spectralnorm_divide(
-            weights, targets, sizes, len(outs), of_rules, sigmas.data_ptr(), divisors, active, torch.get_num_threads()
-        )
-        return Divided(outs, division.divisors, division.active)
+        self.prepared(outs, rules=rules).divide(sigmas)
+        return Divided(outs, *self.divisors(sigmas, rules=rules))
 
-    def prepared(self, outs: Sequence[Tensor], *, targets: Tensor | None = None) -> Division:
-        """The division into ``outs`` as `TrackingPlan.track` takes it, which fills in divisors and ``active``.
+    def divisors(self, sigmas: Tensor, *, rules: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `divide` divides by, and whether that is ``sigma / coefficient``; each (weights,)."""
+        coefficients, thresholds, constants = (self._rules if rules is None else rules).unbind(1)
+        norms = sigmas.double()
+        active = (norms > thresholds) & (norms < math.inf)  # false for NaN
+        return torch.where(active, norms / coefficients, constants).float(), active
+
+    def prepared(
+        self, outs: Sequence[Tensor], *, targets: Tensor | None = None, rules: Tensor | None = None
+    ) -> Division:
+        """The division into ``outs`` as `TrackingPlan.track` takes it.
 
         Args:
             outs: as for `divide`.
             targets: their addresses, where the caller has had them checked before; None: not yet.
+            rules: as for `divide`.
         """
         if targets is None:
             self._check_layouts(outs, range(len(self._shapes)))
             targets = integers([out.data_ptr() for out in outs])
-        divisors, active = floats(len(outs)), torch.empty(len(outs), dtype=torch.bool, device="cpu")
-        return Division(self._addresses, targets, self._sizes, self._rules, divisors, active)
+        return Division(self._addresses, targets, self._sizes, self._rules if rules is None else rules)
 
     def gradients(
         self,
@@ -200,8 +207,8 @@ class QuotientPlan:
         for place, *tensors in zip(places, values, results, us, vs, strict=True):
             for table, tensor in zip(at_places, tensors, strict=True):
                 table[place] = tensor.data_ptr()
-        of_values, targets, *ends = map(integers, at_places)
-        ends = torch.stack(ends, 1)
+        of_values, targets, *both = map(integers, at_places)
+        ends = Ends(None, torch.stack(both, 1))
         self.differentiate(grads, more_grads, of_values, targets, ends, self._checked(sigmas), places, rules)
         return results
 
@@ -211,7 +218,7 @@ class QuotientPlan:
         more_grads: Sequence[Tensor | None] | None,
         values: Tensor,
         targets: Tensor,
-        ends: Tensor,
+        ends: Ends,
         sigmas: Tensor,
         places: Sequence[int] | None,
         rules: Tensor | None = None,
@@ -223,7 +230,7 @@ class QuotientPlan:
             more_grads: as for `gradients`.
             values: (weights,): addresses of W'.
             targets: (weights,): addresses of the gradients.
-            ends: (weights, 2): addresses of u and v.
+            ends: where u and v are.
             sigmas: as for `gradients`.
             places: as for `gradients`.
             rules: as for `gradients`.
@@ -236,7 +243,8 @@ class QuotientPlan:
         of_grads = for_one_call(addresses)
         which = None if places is None else integers(list(places))
         has_failed = kernels().spectralnorm_gradients(
-            *(each.data_ptr() for each in (self._calls, values, targets, ends)),
+            *(each.data_ptr() for each in (self._calls, values, targets, ends.table)),
+            ends.beginning,
             of_grads.buffer_info()[0],
             None if which is None else which.data_ptr(),
             len(grads),

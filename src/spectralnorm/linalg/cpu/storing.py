@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
-from spectralnorm.linalg.cpu.tables import for_one_call, integers
+from spectralnorm.linalg.cpu.tables import Ends, for_one_call, integers
 from spectralnorm.linalg.kernel_arguments import require_target
 
 __all__ = ["VectorStore"]
@@ -47,13 +47,13 @@ class VectorStore:
         """
         for vector, target in zip(vectors, targets, strict=True):
             require_target(vector, target, (torch.float32,))
-        sources = integers([vector.data_ptr() for vector in vectors])
+        sources = Ends(None, integers([vector.data_ptr() for vector in vectors]))
         sizes = integers([target.numel() for target in targets])
         self.copy_from(sources, sizes, integers(list(owners)), sigmas, targets, eps=eps)
 
     def copy_from(
         self,
-        sources: Tensor,
+        sources: Ends,
         sizes: Tensor,
         owners: Tensor,
         sigmas: Tensor,
@@ -61,17 +61,18 @@ class VectorStore:
         *,
         eps: float,
     ) -> None:
-        """As `copy`, of checked vectors that are given by their addresses and sizes."""
+        """As `copy`, of checked vectors that are given by where they are and their sizes."""
         addresses = for_one_call([target.data_ptr() for target in targets])
         self.write(sources, sizes, owners, sigmas, addresses, eps=eps)
 
     def write(
-        self, sources: Tensor, sizes: Tensor, owners: Tensor, sigmas: Tensor, addresses: array[int], *, eps: float
+        self, sources: Ends, sizes: Tensor, owners: Tensor, sigmas: Tensor, addresses: array[int], *, eps: float
     ) -> None:
         """As `copy_from`, where the targets are given by their addresses too."""
         sigmas = sigmas.contiguous()  # a copy has to be there until the kernel has read it
         kernels().spectralnorm_store(
-            sources.data_ptr(),
+            sources.table.data_ptr(),
+            sources.beginning,
             addresses.buffer_info()[0],
             sizes.data_ptr(),
             owners.data_ptr(),

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from spectralnorm.linalg.layout import Layout, Levels
 
-__all__ = ["Form", "floats", "for_one_call", "form_of", "integers"]
+__all__ = ["Ends", "Form", "floats", "for_one_call", "form_of", "integers"]
+
+
+_CPU = torch.device("cpu")  # read once, not at every call
 
 
 def floats(count: int) -> Tensor:
     """Memory for float32 numbers, whatever torch's default type and device are."""
-    return torch.empty(count, dtype=torch.float32, device="cpu")
+    return torch.empty(count, dtype=torch.float32, device=_CPU)
 
 
 def integers(values: Any) -> Tensor:
@@ -27,6 +30,23 @@ def integers(values: Any) -> Tensor:
 def for_one_call(values: Iterable[int]) -> array[int]:
     """``values`` as int64, at ``buffer_info()[0]``, for as long as it is held: made sooner than a tensor."""
     return array("q", values)
+
+
+class Ends(NamedTuple):
+    """Where singular vectors of all weights are.
+
+    Attributes:
+        memory: float32, in which all are; None: they are anywhere.
+        table: (weights, 2): where u and v begin, in bytes from the beginning of ``memory``; without it, addresses.
+    """
+
+    memory: Tensor | None
+    table: Tensor
+
+    @property
+    def beginning(self) -> int:
+        """From where the table counts."""
+        return 0 if self.memory is None else self.memory.data_ptr()
 
 
 class Form(NamedTuple):

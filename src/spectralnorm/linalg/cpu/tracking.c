@@ -168,11 +168,11 @@ static void renew_all(void *arguments, team *all, int thread) {
 }
 
 /* One step for all weights, each of which is one or several matrices of one size; then, where there are targets, the
- * division. Returns 0, or 1 where there is no memory. */
+ * division. Returns how many weights have no norm, or -1 where there is no memory. */
 int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t num_weights, const float *frames,
                        const float *directions, const int64_t *ages, float *next, float *vectors, float *sigmas,
                        float *weight_sigmas, double eps, const int64_t *weights, const int64_t *targets,
-                       const int64_t *sizes, const double *rules, float *divisors, int8_t *active, int threads) {
+                       const int64_t *sizes, const double *rules, int threads) {
     int64_t entries = 0, size = 0;
     for (int64_t number = 0; number < first_maps[num_weights]; number++) {
         const int64_t *map = maps + number * MAP_WIDTH;
@@ -182,14 +182,17 @@ int spectralnorm_renew(const int64_t *maps, const int64_t *first_maps, int64_t n
     }
     size = (size + 31) / 16 * 16;
     threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
-    float *scratch = malloc(sizeof(float) * size * (threads + 1));
-    if (!scratch) return 1;
-    division how = {weights, targets, sizes, rules, divisors, active, entries >= STREAMED};
+    float *scratch = malloc(sizeof(float) * (size * (threads + 1) + num_weights));
+    if (!scratch) return -1;
+    division how = {weights, targets, sizes, rules, scratch + size * (threads + 1), entries >= STREAMED};
     following all = {maps, first_maps, ages, num_weights, frames, directions, next, vectors, sigmas, weight_sigmas,
                      scratch, size, eps, targets ? &how : NULL};
     /* By entries and not by products: where another process has the core, a thread is waited for as long as a whole
      * model of small weights takes. */
     together(renew_all, &all, entries, threads);
     free(scratch);
-    return 0;
+    int num_bad = 0;
+    for (int64_t which = 0; which < num_weights; which++)
+        num_bad += !(weight_sigmas[which] > eps && weight_sigmas[which] < INFINITY);
+    return num_bad;
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spectralnorm.linalg.cpu.compiled import kernels
 from spectralnorm.linalg.cpu.quotients import Division
-from spectralnorm.linalg.cpu.tables import floats, for_one_call, form_of, integers
+from spectralnorm.linalg.cpu.tables import Ends, floats, for_one_call, form_of, integers
 from spectralnorm.linalg.kernel_arguments import packed_frames
 from spectralnorm.linalg.layout import layout_of
 from spectralnorm.linalg.matrix_view import MatrixView
@@ -61,28 +61,36 @@ class Tracked:
     Attributes:
         sigmas: (matrices,): those of all matrices, one after the other.
         weight_sigmas: (tensors,): the largest of each tensor's.
+        num_bad: how many of those are up to ``eps`` or not finite.
         sides: for each tensor whether its next frame is on the left.
-        rows: the memory of all frames.
-        vectors: that of all u and v: those of the first tensor, then those of the next.
+        num_rows: entries of all frames.
+        memory: that of the frames; behind them all u and v: those of the first tensor, then those of the next.
     """
 
     def __init__(
-        self, shapes: _Shapes, sides: tuple[bool, ...], rows: Tensor, vectors: Tensor, sigmas: Tensor, largest: Tensor
+        self,
+        shapes: _Shapes,
+        sides: tuple[bool, ...],
+        memory: Tensor,
+        num_rows: int,
+        sigmas: Tensor,
+        largest: Tensor,
+        num_bad: int,
     ) -> None:
-        self.sides, self.rows, self.vectors, self.sigmas, self.weight_sigmas = sides, rows, vectors, sigmas, largest
-        self._shapes = shapes
+        self.sides, self.memory, self.sigmas, self.weight_sigmas = sides, memory, sigmas, largest
+        self._shapes, self.num_rows, self.num_bad = shapes, num_rows, num_bad
 
     @cached_property
     def vector_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """For each tensor u, flat, and the same of v."""
         sizes = [batch * size for batch, *both in self._shapes for size in both]
-        parts = self.vectors.split(sizes)
+        parts = self.memory[self.num_rows :].split(sizes)
         return list(parts[0::2]), list(parts[1::2])
 
     @cached_property
     def triplets(self) -> list[TrackedTriplet]:
         """For each tensor u, v, sigma and the next frame."""
-        frames = self.rows.split(_frame_sizes(self._shapes, self.sides))
+        frames = self.memory[: self.num_rows].split(_frame_sizes(self._shapes, self.sides))
         sigmas = self.sigmas.split([batch for batch, _, _ in self._shapes])
         parts = zip(self._shapes, *self.vector_pairs, sigmas, frames, self.sides, strict=True)
         return [
@@ -143,6 +151,7 @@ class TrackingPlan:
         self.vector_owners = integers([place // 2 for place in range(len(sizes))])
         self._first_matrices = integers([0, *accumulate(batch for batch, _, _ in self.shapes)])
         self._tables: dict[tuple[bool, ...], tuple[Tensor, tuple[bool, ...], int]] = {}
+        self._tables_of_ends: dict[int, Tensor] = {}
 
     def track(
         self,
@@ -170,27 +179,33 @@ class TrackingPlan:
             sigma (batch,), and frames with the columns in that of the memory.
         """
         if isinstance(frames, Tracked):
-            sides, rows = frames.sides, frames.rows
+            sides, memory = frames.sides, frames.memory
         else:
-            sides, rows = tuple(frame.is_left for frame in frames), packed_frames(frames, self.shapes)
+            sides, memory = tuple(frame.is_left for frame in frames), packed_frames(frames, self.shapes)
         shifts = None
         if ages is not None:
             if self._directions is None:
                 raise ValueError("Ages were given to a plan without directions; make it with directions.")
             shifts = for_one_call(ages)
         for _ in range(num_iterations - 1):
-            tracked = self._iterated(sides, rows, shifts, eps, None)
-            sides, rows, shifts = tracked.sides, tracked.rows, None
-        return self._iterated(sides, rows, shifts, eps, division)
+            tracked = self._iterated(sides, memory, shifts, eps, None)
+            sides, memory, shifts = tracked.sides, tracked.memory, None
+        return self._iterated(sides, memory, shifts, eps, division)
 
-    def ends(self, tracked: Tracked) -> Tensor | None:
-        """Addresses of u and v for each weight, (weights, 2), if each is one matrix; else None.
+    def ends(self, tracked: Tracked) -> Ends | None:
+        """Where u and v of each weight are, if each is one matrix; else None.
 
-        They are those of the vectors that `whole` returns, without as many tensors being made.
+        They are the vectors that `whole` returns, without as many tensors being made.
         """
         if self._num_matrices != len(self.shapes):
             return None
-        return self._vector_places + tracked.vectors.data_ptr()
+        return Ends(tracked.memory, self._table_of_ends(tracked.num_rows))
+
+    def _table_of_ends(self, num_rows: int) -> Tensor:
+        table = self._tables_of_ends.get(num_rows)
+        if table is None:
+            table = self._tables_of_ends[num_rows] = self._vector_places + 4 * num_rows
+        return table
 
     def whole(self, tracked: Tracked, out_dims: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """The vectors of whole weights whose batch is that of their diagonal blocks: `MatrixView.vectors_of_largest`.
@@ -216,26 +231,27 @@ class TrackingPlan:
         self, sides: tuple[bool, ...], frames: Tensor, shifts: array[int] | None, eps: float, division: Division | None
     ) -> Tracked:
         table, next_sides, num_next = self._table_of(sides)
-        rows, vectors = floats(num_next), floats(self._num_entries)
-        sigmas, largest = floats(self._num_matrices), floats(len(self.shapes))
-        has_failed = kernels().spectralnorm_renew(
+        memory, sigmas = floats(num_next + self._num_entries), floats(self._num_matrices)
+        largest = sigmas if self._num_matrices == len(self.shapes) else floats(len(self.shapes))
+        address = memory.data_ptr()
+        num_bad = kernels().spectralnorm_renew(
             table.data_ptr(),
             self._first_matrices.data_ptr(),
             len(self.shapes),
             frames.data_ptr(),
             None if self._directions is None else self._directions.data_ptr(),
             None if shifts is None else shifts.buffer_info()[0],
-            rows.data_ptr(),
-            vectors.data_ptr(),
+            address,
+            address + 4 * num_next,
             sigmas.data_ptr(),
             largest.data_ptr(),
             eps,
-            *([None] * 6 if division is None else (each.data_ptr() for each in division)),
+            *([None] * 4 if division is None else (each.data_ptr() for each in division)),
             torch.get_num_threads(),
         )
-        if has_failed:
+        if num_bad < 0:
             raise MemoryError("No memory for following the singular vectors of the weights.")
-        return Tracked(self.shapes, next_sides, rows, vectors, sigmas, largest)
+        return Tracked(self.shapes, next_sides, memory, num_next, sigmas, largest, num_bad)
 
     def _table_of(self, sides: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...], int]:
         """The table for frames on given sides; the sides of the next frames, and their entries in all."""

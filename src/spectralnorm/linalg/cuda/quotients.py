@@ -73,8 +73,6 @@ class Division(NamedTuple):
     plan: QuotientPlan
     targets: Tensor
     narrow: torch.dtype | None
-    divisors: None = None  # `QuotientPlan.divisors` are computed when they are asked for
-    active: None = None
 
     def divide(self, sigmas: Tensor) -> None:
         """Divide all weights by their norms, (weights,), float32."""
