@@ -101,3 +101,19 @@ def _seed() -> None:
     """Give every test the same random numbers alone and in any order."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def renewals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each call of the engine has renewed."""
+    from spectralnorm.parametrizations import engine
+
+    sizes: list[int] = []
+    refresh = engine.refresh_together
+
+    def counted(members, **options):
+        sizes.append(len(members))
+        refresh(members, **options)
+
+    monkeypatch.setattr(engine, "refresh_together", counted)
+    return sizes

@@ -10,7 +10,6 @@ from torch import nn
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
-from spectralnorm.parametrizations import engine
 
 pytestmark = pytest.mark.usefixtures("engine_or_kernels")
 
@@ -47,21 +46,7 @@ def pull(layers: nn.ModuleList, optimizer: torch.optim.Optimizer, seed: int) -> 
     optimizer.step()
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[int]:
-    """How many weights each call of the engine has renewed."""
-    sizes: list[int] = []
-    original = engine.refresh_together
-
-    def counted(members, **options):
-        sizes.append(len(members))
-        original(members, **options)
-
-    monkeypatch.setattr(engine, "refresh_together", counted)
-    return sizes
-
-
-def test_weights_of_one_optimizer_are_renewed_in_one_go_wherever_they_were_normalized(calls, device):
+def test_weights_of_one_optimizer_are_renewed_in_one_go_wherever_they_were_normalized(renewals, device):
     model = sn.add_spectral_norm(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4))).to(device)
     other = spectral_norm(nn.Linear(5, 5).to(device))
     layers = nn.ModuleList([*model, other])
@@ -71,17 +56,17 @@ def test_weights_of_one_optimizer_are_renewed_in_one_go_wherever_they_were_norma
     pull(layers, optimizer, seed=0)
     for layer in layers:
         layer.weight  # noqa: B018
-    assert calls == [3]
+    assert renewals == [3]
 
 
-def test_weights_of_another_optimizer_are_left_alone(calls):
+def test_weights_of_another_optimizer_are_left_alone(renewals):
     layers = nn.ModuleList([spectral_norm(nn.Linear(5, 5)) for _ in range(2)])
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers]
     for layer, optimizer in zip(layers, optimizers, strict=True):
         pull(nn.ModuleList([layer]), optimizer, seed=0)
     for layer in layers:
         layer.weight  # noqa: B018
-    assert calls == [1, 1]
+    assert renewals == [1, 1]
 
 
 def test_together_gives_what_each_weight_alone_gives(device):
@@ -139,7 +124,7 @@ def test_layers_may_be_read_in_another_order_at_each_step():
             torch.testing.assert_close(raw(layers[place]).grad, weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(calls):
+def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(renewals):
     layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(3))
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
     pull(layers, optimizer, seed=0)
@@ -147,11 +132,11 @@ def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(calls):
         raw(layers[1]).mul_(3)
     for layer in layers:
         assert norm_of(layer.weight) == pytest.approx(1, abs=1e-2)
-    assert calls == [2]
+    assert renewals == [2]
     pull(layers, optimizer, seed=1)
     for layer in layers:
         assert norm_of(layer.weight) == pytest.approx(1, abs=1e-2)
-    assert calls == [2, 3]
+    assert renewals == [2, 3]
 
 
 def test_writing_into_one_weight_of_a_batch_reaches_that_one_alone():

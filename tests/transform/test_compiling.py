@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import spectralnorm as sn
-from spectralnorm.parametrizations import engine
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -60,13 +59,10 @@ def test_training_is_one_graph_and_that_of_the_model_as_it_is(options):
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_all_weights_are_renewed_together_and_once_for_two_uses(counter, monkeypatch):
-    renewed = []
-    refresh = engine.refresh_together
-    monkeypatch.setattr(engine, "refresh_together", lambda members: renewed.append(len(members)) or refresh(members))
+def test_all_weights_are_renewed_together_and_once_for_two_uses(counter, renewals):
     model = sn.add_spectral_norm(images_model())
     trained(sn.compile(model, fullgraph=True, backend=counter), model, steps=3)
-    assert renewed == [3, 3]  # after the first step and after the second
+    assert renewals == [3, 3]  # after the first step and after the second
 
 
 def test_each_mode_is_compiled_once_however_often_it_changes(counter):
