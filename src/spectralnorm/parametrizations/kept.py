@@ -18,7 +18,7 @@ from spectralnorm.parametrizations.weight_clock import Moment, watch
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["Alone", "Followed", "HandedOut", "Kept", "Member", "Verdict", "free_memory", "host_has", "is_same"]
+__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory", "host_has", "is_same"]
 
 
 def host_has(device: torch.device) -> bool:
@@ -309,30 +309,6 @@ class Kept:
             rounded=None,
             followed=Alone(self.triplets, self.index),
         )
-
-
-class HandedOut(NamedTuple):
-    """A value that was handed out without being kept.
-
-    Attributes:
-        value: detached.
-        version: its version then.
-        moment: of the weight then.
-        numbers: a copy of the value, where one was asked for.
-    """
-
-    value: Tensor
-    version: int
-    moment: Moment
-    numbers: Tensor | None
-
-    def was_written_to(self) -> bool:
-        """Whether somebody wrote into the value."""
-        return self.value._version != self.version
-
-    def was_changed_unseen(self) -> bool:
-        """Whether somebody wrote into it through ``.data``, as far as its numbers tell."""
-        return self.numbers is not None and not self.was_written_to() and not is_same(self.value, self.numbers)
 
 
 class Member(NamedTuple):

@@ -12,21 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
-from spectralnorm.linalg import (
-    MatrixView,
-    compute_dtype,
-    view_of,
-)
-from spectralnorm.linalg.gram import gram_upper_bound
-from spectralnorm.linalg.leading_of_map import LeadingImages
-from spectralnorm.linalg.symbol import followed_convolution_bound
-from spectralnorm.linalg.trial import tried_upper_bound
+from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
-from spectralnorm.parametrizations.fsdp import sharded_of
-from spectralnorm.parametrizations.image_size import gain_of, geometry_of, require_input_size_of, usual_input_size
-from spectralnorm.parametrizations.kept import HandedOut, Kept
-from spectralnorm.parametrizations.map_norm import MapNorm, found_map, map_norm
+from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.options import (
     Options,
     check_dim,
@@ -38,8 +27,9 @@ from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
-from spectralnorm.parametrizations.vector_buffers import VectorBuffers
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
+from spectralnorm.parametrizations.weight_norms import WeightNorms
+from spectralnorm.parametrizations.written_values import HandedOut, WrittenValues, is_ordinary
 
 __all__ = ["SpectralNorm"]
 
@@ -58,7 +48,7 @@ _are_transforms_active, _tracing_state = torch._C._are_functorch_transforms_acti
 _is_autocast_enabled, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 
 
-class SpectralNorm(VectorBuffers):
+class SpectralNorm(WeightNorms, WrittenValues):
     """The spectral norm of one weight, as a parametrization (`spectral_norm` registers it) or on its own.
 
     Args:
@@ -110,7 +100,6 @@ class SpectralNorm(VectorBuffers):
         input_size: tuple[int, ...] | None = None,
         update: str = "step",
     ) -> None:
-        super().__init__()
         check_options(
             n_power_iterations=n_power_iterations,
             eps=eps,
@@ -123,36 +112,15 @@ class SpectralNorm(VectorBuffers):
         )
         check_dim(dim)
         weight = _weight_of(module, name)
-        self.name = name
-        self.strict = strict
-        self.input_size = checked_input_size(input_size)
-        self.geometry = geometry_of(module, name, weight) if strict or norm == "operator" else None
-        self._gain = 1.0
-        self.learned_size: tuple[int, ...] | None = None
-        self.leading_images: LeadingImages | None = None
-        # Of a strict convolution, from where the next bound of its symbol starts.
-        self.symbol_vectors: Tensor | None = None
-        if self.geometry is not None:
-            if weight.is_complex():
-                raise UserError('strict=True and norm="operator" are not offered for complex convolutions.')
-            if self.input_size is not None:
-                require_input_size_of(self.geometry, self.input_size)
-            self._refuse_other_updates(update)
-            self._gain = gain_of(self.geometry, self.input_size)
-        elif self.input_size is not None:
-            raise UserError(
-                f'input_size is for convolutions with strict=True or norm="operator", not for {name!r} of this '
-                f"{type(module).__name__} with strict={strict} and norm={norm!r}; leave it out."
-            )
+        super().__init__(module, name, weight, norm=norm, strict=strict, input_size=input_size, dim=dim)
+        self._refuse_other_updates(update)
         self.n_power_iterations: int = plain_value("n_power_iterations", n_power_iterations)
         self.eps: float = plain_value("eps", eps)
-        self.norm = norm
         self.mode = mode
         self.update = update
         self._kept: Kept | None = None
         self._norm_alone: norm_alone.NormAlone | None = None
         self.keeps_value_when_sharded = False
-        # The last value that was handed out without being kept; whether a copy of its numbers is kept then.
         self.handed_out: HandedOut | None = None
         self.remembers_numbers = False
         # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
@@ -163,8 +131,6 @@ class SpectralNorm(VectorBuffers):
             dtype = weight.real.dtype if weight.is_complex() else weight.dtype
             self.scale = nn.Parameter(torch.full((), float(coefficient), dtype=dtype, device=weight.device))
         self._coefficient = float(coefficient)
-        self.views = _views(view_of(module, weight, dim), norm)
-        self._is_vector = weight.ndim < 2
         # Whether autocast would round the weight at every use, so that it is handed out rounded.
         self._is_cast = name == "weight" and type(module).forward in _CAST_FORWARDS
         self._is_captured = False
@@ -183,11 +149,6 @@ class SpectralNorm(VectorBuffers):
             self._kept.is_in_buffers = True  # type: ignore[union-attr]
         else:
             self.find_first_vectors(weight)
-
-    @property
-    def view(self) -> MatrixView:
-        """How the weight is read as the matrix with outputs first."""
-        return self.views[0]
 
     @property
     def coefficient(self) -> float:
@@ -271,10 +232,6 @@ class SpectralNorm(VectorBuffers):
         """
         return self(_weight_of(module, self.name))
 
-    def weight_matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` as the matrix whose norm is meant: (out, in), or (groups, out / groups, in / groups)."""
-        return weight.unsqueeze(1) if self._is_vector else self.view.matrix(weight)
-
     @torch.no_grad()
     def sigma(self, weight: Tensor) -> Tensor:
         """The norm of ``weight`` by which it is divided: a scalar estimate. Changes nothing that is saved."""
@@ -310,96 +267,14 @@ class SpectralNorm(VectorBuffers):
             return upper
         return self.upper_bound(whole(weight))
 
-    def upper_bound(self, weight: Tensor, leading: Tensor | None = None, *, is_followed: bool = False) -> Tensor:
-        """As `sigma_upper`, computed now for any tensor of the weight's shape.
-
-        Args:
-            weight: real or complex.
-            leading: vectors of the shorter side of each block near to the leading singular ones, in the order of
-                `MatrixView.memory_blocks`; they say what is worth a try, and tighten.
-            is_followed: whether the next bound will be of nearly this weight, and may start from this one.
-        """
-        if self.is_bounded_by_symbol and is_eager(weight):
-            assert self.geometry is not None
-            upper, vectors = followed_convolution_bound(
-                weight.detach(), self.geometry, self.input_size, self.symbol_vectors
-            )
-            if is_followed:
-                self.symbol_vectors = vectors
-            return upper
-        if self.geometry is not None:
-            # A convolution copies its patches out, which has the norm `gain`, before its reshaped kernel; a transposed
-            # one is the adjoint of that. That is looser than its symbol, but has no branch on values, which what is
-            # compiled or transformed cannot have.
-            kernel = weight.detach().unflatten(0, (self.geometry.groups, -1)).flatten(2)
-            if leading is None or self.geometry.transposed:  # whose vectors are of the kernel with outputs first
-                return gram_upper_bound(kernel).amax() * self._gain
-        if leading is None:
-            return gram_upper_bound(self.weight_matrix(weight.detach())).amax()
-        return tried_upper_bound(self.view.memory_blocks(weight.detach()), leading).amax() * self._gain
-
-    @property
-    def is_bounded_by_symbol(self) -> bool:
-        """Whether the bound of a weight is one of a convolution's symbol, where values may be looked at."""
-        return self.geometry is not None and self._gain > 1
-
     def target(self, dtype: torch.dtype) -> Target:
         """What a strict value has to be whose entries are rounded to ``dtype``."""
         return Target(self.divided_to, self.mode == "cap", self.eps, dtype, self._gain)
 
-    @property
-    def follows_map(self) -> bool:
-        """Whether the norm is an estimate of the norm of a map of images."""
-        return self.geometry is not None and not self.strict
-
-    @property
-    def waits_for_size(self) -> bool:
-        """Whether the norm is to be meant for images of a size that nobody has told yet."""
-        return self.follows_map and self.input_size is None and self.learned_size is None
-
     def learn_size(self, size: tuple[int, ...]) -> None:
         """From now on the norm is meant for images of ``size``."""
         self.learned_size = size
-        if size != self._map_size():
-            self.leading_images = None
         self.invalidate()
-
-    def _map_size(self) -> tuple[int, ...]:
-        assert self.geometry is not None
-        return self.input_size or self.learned_size or usual_input_size(self.geometry)
-
-    def followed_map(self, weight: Tensor) -> MapNorm:
-        """The norm of the map one step after it was looked at."""
-        return self._map_found(weight, self.leading_images, is_kept=True)
-
-    def refined_map(self, weight: Tensor) -> MapNorm:
-        """The norm of the map from nothing but the weight, to be followed from then on."""
-        return self._map_found(weight, None, is_kept=True)
-
-    def map_of(self, weight: Tensor) -> MapNorm:
-        """The norm of the map with any tensor of the weight's shape."""
-        return self._map_found(weight, None, is_kept=False)
-
-    def map_again(self, weight: Tensor, leading: LeadingImages | None = None) -> MapNorm:
-        """The norm of the map by the images that are there, or by those that are given."""
-        if leading is not None:
-            self.leading_images = leading
-        assert self.geometry is not None
-        assert self.leading_images is not None
-        with plain_arithmetic(weight):
-            return map_norm(weight.detach(), self.geometry, self.leading_images)
-
-    def _map_found(self, weight: Tensor, leading: LeadingImages | None, *, is_kept: bool) -> MapNorm:
-        assert self.geometry is not None
-        size = self._map_size()
-        if leading is not None and tuple(leading.images.shape[2:]) != size:
-            leading = None
-        with plain_arithmetic(weight):
-            detached = weight.detach()
-            leading = found_map(detached, self.geometry, size, leading, self.n_power_iterations)
-            if is_kept:
-                self.leading_images = leading
-            return map_norm(detached, self.geometry, leading)
 
     def _refuse_other_updates(self, update: str) -> None:
         if self.follows_map and update != "step":
@@ -471,52 +346,6 @@ class SpectralNorm(VectorBuffers):
             self._hand_out(value, weight)
         return value
 
-    def sees_writes(self, weight: Tensor) -> bool:
-        """Whether what is written into the value of ``weight`` is to reach it: a parameter that is all here."""
-        return is_eager(weight) and _is_ordinary(weight) and weight.numel() > 0
-
-    def hands_out_kept(self, weight: Tensor) -> bool:
-        """Whether the value of ``weight`` is kept and handed out itself, not what a learned scale makes of it."""
-        return self.scale is None and self._can_keep(weight)
-
-    def _hand_out(self, value: Tensor, weight: Tensor) -> None:
-        """Remember a value that is not kept, so that a write into it is noticed."""
-        if value.is_inference():  # it has no version; a write into it stays unseen
-            self.handed_out = None
-            return
-        numbers = value.detach().clone() if self.remembers_numbers else None
-        clock = self.watched(weight)
-        clock.observe()
-        self.handed_out = HandedOut(value.detach(), value._version, clock.now(), numbers)
-
-    def settle(self) -> Tensor | None:
-        """Let what was written into the value that was handed out be the weight, if nothing has changed that since.
-
-        Returns:
-            The weight, if something was.
-        """
-        if torch.compiler.is_compiling():  # traced values are not written into, and nobody can wait for a lock there
-            return None
-        with one_at_a_time:  # and `no_grad` only where it is needed: that takes longer than to look
-            kept, handed = self._kept, self.handed_out
-            if kept is not None and kept.was_written_to() and kept.moment.is_now():
-                with torch.no_grad():
-                    return kept.moment.clock.weight.copy_(kept.written_value())
-            if handed is not None and handed.was_written_to():
-                return self._settle_handed_out(handed)
-        return None
-
-    @torch.no_grad()
-    def _settle_handed_out(self, handed: HandedOut) -> Tensor | None:
-        self.handed_out = None
-        if not handed.moment.is_now():
-            return None
-        weight = handed.moment.clock.weight
-        weight.copy_(handed.value)
-        self._restore_scale()
-        self.find_vectors_of_start(weight)  # what was found since was of memory that held anything
-        return weight
-
     def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
         """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
         moments = self._first_moments
@@ -534,6 +363,10 @@ class SpectralNorm(VectorBuffers):
                 f"parametrizations.{self.name}.0.scale by add_param_group.",
                 stacklevel=2,
             )
+
+    def hands_out_kept(self, weight: Tensor) -> bool:
+        """Whether the value of ``weight`` is kept and handed out itself, not what a learned scale makes of it."""
+        return self.scale is None and self._can_keep(weight)
 
     def _divided(self, weight: Tensor) -> Tensor:
         if self.in_graphs is not None and is_eager(weight):
@@ -640,7 +473,7 @@ class SpectralNorm(VectorBuffers):
 
     def _is_own(self, weight: Tensor) -> bool:
         """What `_can_keep` asks of the weight itself; all that may have changed of one of which something is kept."""
-        return self._keeps and _is_ordinary(weight)
+        return self._keeps and is_ordinary(weight)
 
     def _changing_parameter(self, weight: Tensor) -> Tensor | None:
         """The parameter that ``weight`` follows, if the norm of it is kept but not the value."""
@@ -773,19 +606,6 @@ class SpectralNorm(VectorBuffers):
                     copied._kept = kept.for_copy(weight)
                     copied.watched(weight)
         return copied
-
-
-def _is_ordinary(weight: Tensor) -> bool:
-    """Whether ``weight`` is a parameter that is all here."""
-    # The type is exact, so it is no DTensor, and FSDP2 is all that may change another parameter instead.
-    return type(weight) is nn.Parameter and sharded_of(weight) is None
-
-
-def _views(view: MatrixView, norm: str) -> tuple[MatrixView, ...]:
-    """The matrices whose norms are averaged."""
-    if norm != "bidirectional":
-        return (view,)
-    return view, MatrixView(out_dim=1 if view.out_dim == 0 else 0, groups=view.groups)
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:
