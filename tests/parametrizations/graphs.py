@@ -9,6 +9,7 @@ read a number of the device, to let a number decide about a shape, and to send a
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
@@ -104,18 +105,20 @@ class _ByHand(Graph):
             for tensor in self._made:
                 if tensor.is_floating_point():
                     tensor.untyped_storage().copy_(torch.full_like(tensor, float("nan")).untyped_storage())
-            # Nobody sees what a graph writes: no version counts it.
-            with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self._changed)):
+            with ExitStack() as unseen:  # nobody sees what a graph writes: no version counts it
+                for tensor in self._changed:
+                    unseen.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor))
                 for call in self._calls:
                     call()
 
     def lost(self) -> list[Tensor]:
         # Memory that was allocated in the capture is held by it; one count is for the object through which it is asked.
-        ours = Counter(each.untyped_storage()._cdata for each in self._arguments)
+        storages = [each.untyped_storage() for each in self._arguments]
+        ours = Counter(storage._cdata for storage in storages)
         return [
             each
-            for each in self._arguments
-            if torch._C._storage_Use_Count(each.untyped_storage()._cdata) == ours[each.untyped_storage()._cdata] + 1
+            for each, storage in zip(self._arguments, storages, strict=True)
+            if torch._C._storage_Use_Count(storage._cdata) == ours[storage._cdata] + 1
         ]
 
     def _recorded(self, launch: Callable[..., None]) -> Callable[..., None]:

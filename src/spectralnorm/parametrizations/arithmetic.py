@@ -44,8 +44,17 @@ def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
     Where it is off this is nothing, so that what is traced has no context in it.
     """
     kind = weight.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    is_on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler: Dynamo calls the function, in
+# which that of torch 2.6 cannot look.
+_has_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_eager(weight: Tensor) -> bool:
