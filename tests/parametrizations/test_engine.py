@@ -269,14 +269,16 @@ def test_second_derivative_after_the_weight_has_changed_is_refused():
 
 def test_what_is_kept_of_one_model_does_not_hold_the_weights_of_another():
     layers = [spectral_norm(nn.Linear(6, 6)) for _ in range(2)]
-    pull(nn.ModuleList(layers), torch.optim.SGD([raw(layer) for layer in layers], lr=0.1), seed=0)
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight  # noqa: B018
-    weight = weakref.ref(raw(layers[0]))
-    del layers[0], layer
+    optimizer = torch.optim.SGD([raw(layer) for layer in layers], lr=0.1)
+    for is_training in (True, False):
+        pull(nn.ModuleList(layers), optimizer, seed=0)
+        with torch.set_grad_enabled(is_training):
+            for layer in layers:
+                layer.weight  # noqa: B018
+    found = [weakref.ref(each) for each in (raw(layers[0]), *layers[0].buffers())]
+    del layers[0], layer, optimizer
     gc.collect()
-    assert weight() is None
+    assert [each() for each in found] == [None, None, None]
 
 
 def test_nothing_of_a_model_outlives_it():

@@ -102,6 +102,23 @@ class TestUnchangedWeight:
         use(layer).backward()
         assert raw(layer).grad is not None
 
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"update": "forward"}], ids=str)
+    def test_writing_into_its_norms_and_vectors_changes_nothing(self, options, device):
+        layer = spectral_norm(nn.Linear(16, 15).to(device), **options)
+        normalization, seen = layer.parametrizations.weight[0], []
+        buffers = vectors(layer.eval())
+        for _ in range(2):
+            raw(layer).grad = None
+            weight = layer.weight
+            norms = normalization.sigma(raw(layer)), normalization.sigma_upper(raw(layer))
+            both = normalization.vectors(raw(layer))
+            weight.pow(3).sum().backward()
+            seen.append([each.detach().clone() for each in (weight, raw(layer).grad, *norms, *both)])
+            for each in (*norms, *both):
+                each.mul_(3)
+        assert all(map(torch.equal, *seen))
+        assert_same_vectors(layer, buffers)
+
 
 class TestBuffers:
     def test_written_once_per_change_in_training_with_grad(self, layer):

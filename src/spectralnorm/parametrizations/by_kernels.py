@@ -369,7 +369,8 @@ class KnownBuffers:
     """The buffers of weights of one view each, all in training mode, and where these are in memory."""
 
     def __init__(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
-        self._buffers = [(u, v, u.data_ptr(), v.data_ptr()) for u, v in buffers]
+        # Weak, as a `ByKernels` holds its members.
+        self._buffers = [(ref(u), ref(v), u.data_ptr(), v.data_ptr()) for u, v in buffers]
         self.addresses = for_one_call([address for _, _, *both in self._buffers for address in both])
 
     @classmethod
@@ -382,10 +383,12 @@ class KnownBuffers:
 
     def are_of(self, members: Sequence[Member]) -> bool:
         """Whether they are still those of ``members``, at the same addresses."""
-        for (normalization, _, _), (u, v, of_u, of_v) in zip(members, self._buffers, strict=True):
-            buffers = normalization._buffers
+        for (normalization, _, _), (known_u, known_v, of_u, of_v) in zip(members, self._buffers, strict=True):
+            buffers, u, v = normalization._buffers, known_u(), known_v()
             if (
                 not normalization.training
+                or u is None
+                or v is None
                 or buffers["_u"] is not u
                 or buffers["_v"] is not v
                 or u.data_ptr() != of_u

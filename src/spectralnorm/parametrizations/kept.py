@@ -35,9 +35,8 @@ def is_same(tensor: Tensor, copy: Tensor) -> bool:
 class Verdict:
     """Which norms could be computed, known to the host without making it wait.
 
-    On the CPU the norms are read at once. A GPU is still busy with what was queued: the numbers travel behind it into
-    pinned memory and are looked at when they are next needed, a training step later. Until they have come they count
-    as good.
+    On the CPU the norms are there. A GPU is still busy with what was queued: the numbers travel behind it into pinned
+    memory and are looked at when they are next needed, a training step later. Until they have come they count as good.
     """
 
     __slots__ = ("_are_all_good", "_on_host", "_sigmas", "eps", "is_immediate")

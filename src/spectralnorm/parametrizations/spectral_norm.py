@@ -234,18 +234,18 @@ class SpectralNorm(WeightNorms, WrittenValues):
 
     @torch.no_grad()
     def sigma(self, weight: Tensor) -> Tensor:
-        """The norm of ``weight`` by which it is divided: a scalar estimate. Changes nothing that is saved."""
+        """The norm of ``weight`` by which it is divided: a scalar estimate, a copy. Changes nothing that is saved."""
         self.settle()
         if self._is_vector:
             return torch.linalg.vector_norm(weight)
         if self._can_keep(weight):
             with one_at_a_time:
-                return self._current(weight).sigma
+                return self._current(weight).sigma.clone()
         if self.follows_map:
             return self.map_of(whole(weight)).sigma
         parameter = self._changing_parameter(weight)
         if parameter is not None:
-            return norm_alone.sigma_of(self, weight, parameter)
+            return norm_alone.sigma_of(self, weight, parameter).clone()
         return unkept.rayleigh(self.views, whole(weight), self.pairs())
 
     @torch.no_grad()
@@ -264,7 +264,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             with one_at_a_time:
                 upper = self._current(weight).quotient.upper
             assert upper is not None
-            return upper
+            return upper.clone()
         return self.upper_bound(whole(weight))
 
     def target(self, dtype: torch.dtype) -> Target:
@@ -313,17 +313,20 @@ class SpectralNorm(WeightNorms, WrittenValues):
         Of a bidirectional norm they are those of the matrix with outputs first.
 
         Returns:
-            Unit vectors of (out,) and (in * kernel,); of a 1-D weight, a matrix with one column, (out,) and (1,).
+            Unit vectors of (out,) and (in * kernel,); of a 1-D weight, a matrix with one column, (out,) and (1,). They
+            are copies.
         """
         self.settle()
         if self._is_vector:
             return torch.nn.functional.normalize(weight, dim=0, eps=self.eps), weight.new_ones(1)
         if self._can_keep(weight):
             with one_at_a_time:
-                return self._current(weight).quotient.pairs[0]
-        if self.follows_map:
-            return self._u, self._v
-        return unkept.turned(self.views, whole(weight), self.pairs())[0]
+                u, v = self._current(weight).quotient.pairs[0]
+        elif self.follows_map:
+            u, v = self._u, self._v
+        else:
+            u, v = unkept.turned(self.views, whole(weight), self.pairs())[0]
+        return u.clone(), v.clone()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The normalized ``weight``, of its shape and type."""

@@ -186,7 +186,7 @@ class Writer:
             )
         like = normalization._buffers.get("_u")
         dtype = weight.dtype if like is None else like.dtype
-        return u.to(dtype, copy=True), v.to(dtype, copy=True)
+        return u.to(dtype), v.to(dtype)
 
 
 def _input_of(parts: Any, index: int) -> Tensor:
