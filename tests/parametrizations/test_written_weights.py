@@ -186,6 +186,57 @@ def test_initialization_that_is_applied_may_write_through_data_twice(layer):
     assert is_written(layer)
 
 
+def by_a_loop(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.copy_(WANTED)
+
+
+INITIALIZATIONS = {
+    "loop": by_a_loop,
+    "name": lambda model: model[1].weight.data.copy_(WANTED),
+    "no_grad": torch.no_grad()(lambda model: model[1].weight.data.copy_(WANTED)),
+    "after a forward": lambda model: (model(torch.ones(1, 6)), model[1].weight.data.copy_(WANTED)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": True}], ids=["step", "strict"])
+@pytest.mark.parametrize("initialize", INITIALIZATIONS.values(), ids=INITIALIZATIONS)
+class TestInitializationThroughDataBeforeTheFirstStep:
+    """On the CPU, where models are initialized, by whatever code: it reaches the weight as with torch's hook."""
+
+    @pytest.fixture
+    def model(self, options) -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(6, 4), **options))
+
+    def test_reaches_the_weight(self, initialize, model):
+        initialize(model)
+        assert float(torch.linalg.matrix_norm(model[1].weight.detach(), 2)) == pytest.approx(1, abs=0.01)
+        assert is_written(model[1])
+
+    def test_may_come_twice(self, initialize, model):
+        by_a_loop(model)
+        model.requires_grad_(True)
+        model[1].weight.data.zero_()
+        initialize(model)
+        model[1].weight  # noqa: B018 - a use
+        assert is_written(model[1])
+
+    def test_is_what_an_optimizer_steps_from(self, initialize, model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        initialize(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert torch.equal(raw(model[1]).detach(), WANTED - 1)
+
+    def test_is_in_the_state_and_moves_along(self, initialize, model):
+        initialize(model)
+        assert torch.equal(model.state_dict()[f"1.{KEY}"], WANTED)
+        initialize(model)
+        assert is_written(model.double()[1])
+
+
 def test_what_is_applied_and_only_reads_changes_nothing(layer):
     before, value = raw(layer).detach().clone(), layer.eval().weight.detach().clone()
     nn.Sequential(layer).apply(lambda module: module.weight if isinstance(module, nn.Linear) else None)

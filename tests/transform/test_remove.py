@@ -167,3 +167,55 @@ def test_weight_that_cannot_be_read_is_told_before_anything_is_changed():
     with pytest.raises(UserError, match="summon_full_params"):
         remove_spectral_norm(model)
     assert all(is_normalized(layer) for layer in model)
+
+
+class TestOneWeightByName:
+    """The second argument of torch's function, with which code takes the normalizations of a recurrent layer off."""
+
+    @pytest.fixture
+    def layer(self) -> nn.LSTM:
+        layer = nn.LSTM(4, 3, bidirectional=True)
+        for name in ("weight_hh_l0", "weight_hh_l0_reverse"):
+            spectral_norm(layer, name, coefficient=0.5)
+        return layer
+
+    @pytest.mark.parametrize("by", ["position", "keyword"])
+    def test_goes_and_the_others_stay(self, layer, by):
+        inputs = torch.linspace(-1, 1, 24).view(3, 2, 4)
+        before = layer(inputs)[0]
+        if by == "position":
+            assert remove_spectral_norm(layer, "weight_hh_l0") is layer
+        else:
+            remove_spectral_norm(layer, name="weight_hh_l0")
+        assert [is_normalized(layer, name) for name in ("weight_hh_l0", "weight_hh_l0_reverse")] == [False, True]
+        assert torch.equal(layer(inputs)[0], before)
+        remove_spectral_norm(layer, "weight_hh_l0_reverse")
+        assert type(layer) is nn.LSTM
+        assert torch.equal(layer(inputs)[0], before)
+
+    def test_that_is_not_normalized_is_refused_as_by_torch(self, layer):
+        for module in (layer, nn.Linear(2, 2)):
+            with pytest.raises(ValueError, match=r"'weight' of this (LSTM|Linear) is not normalized"):
+                remove_spectral_norm(module, name="weight")
+        assert is_normalized(layer, "weight_hh_l0")
+
+    def test_is_that_of_the_layer_and_not_of_one_in_it(self):
+        model = add_spectral_norm(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(UserError, match="of this Sequential"):
+            remove_spectral_norm(model, "weight")
+        assert is_normalized(model[0])
+
+    def test_of_a_lazy_layer_waits_no_longer(self):
+        layer = remove_spectral_norm(spectral_norm(nn.LazyLinear(3)), "weight")
+        layer(torch.ones(1, 5))
+        assert not is_normalized(layer)
+
+    def test_that_shares_its_parameter_with_a_normalized_one_gets_its_own(self):
+        layer = nn.ParameterDict({"a": torch.randn(3, 3)})
+        layer["b"] = layer["a"]
+        add_spectral_norm(layer, include=["a", "b"])
+        before = layer["b"].detach().clone()
+        with pytest.warns(UserWarning, match="^a shared a weight"):
+            remove_spectral_norm(layer, "a")
+        assert torch.equal(layer["b"], before)
+        assert torch.equal(layer["a"], before)

@@ -62,6 +62,8 @@ class _KeptValue:
         self._normalization, self._kept = normalization, normalization._current(weight)
         self._weight, self._value = weight, self._kept.value
         self._copies = weight.clone(), self._value.clone()
+        # What the function writes is one write, however often it reads the weight in between.
+        self._numbers, self._kept.numbers = self._kept.numbers, None
 
     def take_over(self) -> None:
         """Let what was written into the value be the new weight, and forget the value if the weight was written."""
@@ -72,3 +74,5 @@ class _KeptValue:
             torch.autograd.graph.increment_version(self._value)
         elif not is_same(self._weight, raw):
             self._normalization.invalidate()
+        else:
+            self._kept.numbers = self._numbers

@@ -101,6 +101,7 @@ def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -
     """
     for member in members:
         member.kept.forget_graphs()
+        member.kept.numbers = None  # what is trained is initialized
     before = members[0].kept.followed
     by_kernels, others = [], []
     if isinstance(before, ByKernels) and before.is_of(members):

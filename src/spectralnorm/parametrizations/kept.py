@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet
+from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.memory import is_held_once
 from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, watch
@@ -29,7 +30,8 @@ def host_has(device: torch.device) -> bool:
 @torch.no_grad()
 def is_same(tensor: Tensor, copy: Tensor) -> bool:
     """Whether all numbers are equal."""
-    return torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
+    # The first takes a fraction of the time, and is enough where no number is NaN.
+    return torch.equal(tensor, copy) or torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
 class Verdict:
@@ -175,6 +177,10 @@ class Alone(NamedTuple):
         return self.triplets
 
 
+# How often a value is compared with a copy of it. An initialization reads a weight a few times.
+_LOOKS = 32
+
+
 @dataclass(slots=True)
 class Kept:
     """The value of a normalized weight, and what the next one starts from.
@@ -192,6 +198,8 @@ class Kept:
         rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
         has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
+        numbers: a copy of the value, by which a write through ``.data`` is noticed; None: none is expected any more.
+        looks: how often it is still compared.
     """
 
     moment: Moment
@@ -206,6 +214,8 @@ class Kept:
     rounded: Rounded | None = None
     own_quotient: Quotient | None = None
     has_left: bool = False
+    numbers: Tensor | None = None
+    looks: int = 0
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -266,6 +276,7 @@ class Kept:
             and weight.data_ptr() == clock.data_ptr
             and self.value._version == self.value_version
             and (self.rounded is None or not self.rounded.was_written_to())
+            and (self.numbers is None or not self.was_written_unseen())
         )
 
     def was_written_to(self) -> bool:
@@ -273,6 +284,23 @@ class Kept:
         if self.rounded is not None and self.rounded.was_written_to():
             return True
         return self.value._version != self.value_version
+
+    def expect_unseen_writes(self) -> None:
+        """Let the next looks at the value find what is written into it through ``.data``."""
+        self.numbers, self.looks = self.value.clone(), _LOOKS
+
+    def was_written_unseen(self) -> bool:
+        """Whether that happened, as far as a copy of the numbers tells. From then on it is a write as any other."""
+        numbers = self.numbers
+        if numbers is None or not is_eager(self.value) or torch._C._len_torch_dispatch_stack() > 0:
+            return False  # what is traced may not depend on numbers
+        self.looks -= 1
+        is_changed = not is_same(self.value, numbers)
+        if is_changed:
+            torch.autograd.graph.increment_version(self.value)
+        if is_changed or self.looks == 0:
+            self.numbers = None
+        return is_changed
 
     def written_value(self) -> Tensor:
         """The tensor that was written into."""
@@ -307,6 +335,7 @@ class Kept:
             outputs=Outputs(),
             rounded=None,
             followed=Alone(self.triplets, self.index),
+            numbers=None,
         )
 
 

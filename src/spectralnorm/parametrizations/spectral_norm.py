@@ -15,7 +15,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
-from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.kept import Kept, host_has
 from spectralnorm.parametrizations.options import (
     Options,
     check_dim,
@@ -123,6 +123,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
         self.keeps_value_when_sharded = False
         self.handed_out: HandedOut | None = None
         self.remembers_numbers = False
+        self.awaits_initialization = False
         # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
         self._first_moments: tuple[Moment, Moment] | None = None
         self._has_seen_step = False
@@ -498,8 +499,17 @@ class SpectralNorm(WeightNorms, WrittenValues):
                 self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
                 engine.keep_triplets(self, weight, found, age=0)
+                if self.awaits_initialization:
+                    self.expect_initialization()
         assert self._kept is not None
         return self._kept
+
+    def expect_initialization(self) -> None:
+        """Until an optimizer moves a new weight it may be initialized, through ``.data`` as well."""
+        self.awaits_initialization = False
+        kept = self._kept
+        if kept is not None and kept.moment.steps == 0 and host_has(kept.value.device):
+            kept.expect_unseen_writes()
 
     # What the engine asks for
 

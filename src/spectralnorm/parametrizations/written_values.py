@@ -52,10 +52,12 @@ class WrittenValues:
     Attributes:
         handed_out: the last value that was handed out without being kept.
         remembers_numbers: whether a copy of its numbers is kept then.
+        awaits_initialization: whether the next value that is kept is that of a weight that is being initialized.
     """
 
     handed_out: HandedOut | None
     remembers_numbers: bool
+    awaits_initialization: bool
     _kept: Kept | None
 
     def sees_writes(self, weight: Tensor) -> bool:
@@ -82,7 +84,8 @@ class WrittenValues:
             return None
         with one_at_a_time:  # and `no_grad` only where it is needed: that takes longer than to look
             kept, handed = self._kept, self.handed_out
-            if kept is not None and kept.was_written_to() and kept.moment.is_now():
+            if kept is not None and kept.moment.is_now() and (kept.was_written_to() or kept.was_written_unseen()):
+                self.awaits_initialization = True  # which may go on
                 with torch.no_grad():
                     return kept.moment.clock.weight.copy_(kept.written_value())
             if handed is not None and handed.was_written_to():

@@ -1,4 +1,4 @@
-"""Taking the normalization off a whole model."""
+"""Taking the normalization off a whole model, or off one weight of a layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp
 from spectralnorm.parametrizations.arithmetic import without_autocast
-from spectralnorm.parametrizations.lazy import pending_of_module
-from spectralnorm.parametrizations.registration import unregister
+from spectralnorm.parametrizations.layer_class import plain_class
+from spectralnorm.parametrizations.lazy import pending_of, pending_of_module
+from spectralnorm.parametrizations.registration import normalization_of, unregister
 from spectralnorm.parametrizations.shards import is_distributed, whole
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.parametrizations.state_dict import in_eval_mode
@@ -25,7 +26,7 @@ __all__ = ["remove_spectral_norm"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def remove_spectral_norm(model: M) -> M:
+def remove_spectral_norm(model: M, name: str | None = None) -> M:
     """Take the normalization off all weights of a model and write the normalized weights into the parameters.
 
     The model computes the same function as before, and its parameters are the same objects. Only where layers share a
@@ -34,12 +35,16 @@ def remove_spectral_norm(model: M) -> M:
     does not have. The old one stays with the layer without a normalization, else with the first. What shares a
     parameter from outside of ``model`` is not seen, and reads the new numbers.
 
+    Args:
+        model: a model or a layer; weights that are not normalized are left as they are.
+        name: of a layer, the one weight that is meant, as in torch's function; the others stay as they are.
+
     Returns:
         The model.
 
     Raises:
         UserError: a weight cannot be read or written where it is sharded, or layers would have to get parameters of
-            their own there. Nothing has been changed then.
+            their own there, or the layer has no normalized weight ``name``. Nothing has been changed then.
 
     >>> import torch
     >>> from spectralnorm import add_spectral_norm
@@ -50,8 +55,14 @@ def remove_spectral_norm(model: M) -> M:
     True
     """
     with unchanged_on_failure(model):
-        _end_waiting(model)
-        uses = [_Use(*found[:3]) for found in normalized_weights(model)]
+        if name is not None and normalization_of(model, name) is None and pending_of(model, name) is None:
+            raise UserError(
+                f"{name!r} of this {plain_class(model).__name__} is not normalized by this package; name one that is, "
+                "or leave the name out to take all normalizations off."
+            )
+        _end_waiting(model, name)
+        found = (_Use(*found[:3]) for found in normalized_weights(model))
+        uses = [use for use in found if name is None or (use.module is model and use.tensor_name == name)]
         for use in uses:
             fsdp.require_sharded(use.parts, "original")
             use.value()  # now, because from the first removal on nothing may be refused
@@ -92,10 +103,12 @@ class _Use:
             return getattr(self.module, self.tensor_name).detach()
 
 
-def _end_waiting(model: nn.Module) -> None:
-    """Leave no weight that waits for a normalization: it gets it if it has a shape by now."""
+def _end_waiting(model: nn.Module, name: str | None) -> None:
+    """Leave no weight of those meant that waits for a normalization: it gets it if it has a shape by now."""
     for module in list(model.modules()):
         for pending in pending_of_module(module):
+            if name is not None and not (module is model and pending.name == name):
+                continue
             if pending.has_shape(module):
                 with suppress(UserError, IndexError):  # options that do not fit: no forward has ever succeeded
                     pending.normalize(module)
