@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralnorm.parametrizations.kept import is_same
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.unseen_writes import is_same
 
 __all__ = ["apply_of"]
 

@@ -25,7 +25,16 @@ from spectralnorm.parametrizations.by_kernels import (
     quotient_by_kernels,
     refresh_by_kernels,
 )
-from spectralnorm.parametrizations.kept import Alone, Kept, Member, Outputs, Rounded, Verdict, free_memory, host_has
+from spectralnorm.parametrizations.kept import (
+    Alone,
+    Kept,
+    Member,
+    Outputs,
+    Rounded,
+    Verdict,
+    free_memory,
+    host_has,
+)
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.plans import can_be_read, can_write
 from spectralnorm.parametrizations.promise import (
@@ -45,6 +54,7 @@ from spectralnorm.parametrizations.quotient import (
     divisor_of,
     host_divisor_of,
 )
+from spectralnorm.parametrizations.unseen_writes import Sample
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -101,7 +111,7 @@ def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -
     """
     for member in members:
         member.kept.forget_graphs()
-        member.kept.numbers = None  # what is trained is initialized
+        member.kept.numbers = member.kept.sample = None  # what is trained is initialized, and no copy of another
     before = members[0].kept.followed
     by_kernels, others = [], []
     if isinstance(before, ByKernels) and before.is_of(members):
@@ -206,7 +216,10 @@ def keep_triplets(
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
-    normalization.keep(Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age))
+    kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
+    if kept.moment.steps == 0:
+        kept.sample = Sample.of(weight)
+    normalization.keep(kept)
 
 
 def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:

@@ -14,24 +14,18 @@ from spectralnorm.linalg import TrackedTriplet
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.memory import is_held_once
 from spectralnorm.parametrizations.quotient import Quotient
+from spectralnorm.parametrizations.unseen_writes import Sample, is_same
 from spectralnorm.parametrizations.weight_clock import Moment, watch
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory", "host_has", "is_same"]
+__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory", "host_has"]
 
 
 def host_has(device: torch.device) -> bool:
     """Whether the host reads a number of that device without waiting."""
     return device.type == "cpu"
-
-
-@torch.no_grad()
-def is_same(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether all numbers are equal."""
-    # The first takes a fraction of the time, and is enough where no number is NaN.
-    return torch.equal(tensor, copy) or torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
 class Verdict:
@@ -200,6 +194,7 @@ class Kept:
         has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
         numbers: a copy of the value, by which a write through ``.data`` is noticed; None: none is expected any more.
         looks: how often it is still compared.
+        sample: of a weight that no optimizer has moved, by which a write into it through ``.data`` is noticed.
     """
 
     moment: Moment
@@ -216,6 +211,7 @@ class Kept:
     has_left: bool = False
     numbers: Tensor | None = None
     looks: int = 0
+    sample: Sample | None = None
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -277,6 +273,7 @@ class Kept:
             and self.value._version == self.value_version
             and (self.rounded is None or not self.rounded.was_written_to())
             and (self.numbers is None or not self.was_written_unseen())
+            and (self.sample is None or self.sample.is_still_of(clock))
         )
 
     def was_written_to(self) -> bool:
@@ -336,6 +333,7 @@ class Kept:
             rounded=None,
             followed=Alone(self.triplets, self.index),
             numbers=None,
+            sample=Sample.of(weight),
         )
 
 

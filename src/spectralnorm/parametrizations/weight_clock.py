@@ -44,9 +44,11 @@ class WeightClock:
         watchers: weak references to whoever wants to be found through a step, to settle before it what a user has
             written, and to be told of one that is captured.
         num_watches: how many watchers all clocks ever had.
+        num_steps: how many steps all optimizers have made, of weights that nobody watches too.
     """
 
     num_watches: ClassVar[int] = 0
+    num_steps: ClassVar[int] = 0
 
     __slots__ = (
         "__weakref__",
@@ -91,6 +93,11 @@ class WeightClock:
             self.writes += 1
             self.before_step = None
             self._look()
+
+    def count_unseen_write(self) -> None:
+        """Count a write that has left no trace but in the numbers."""
+        self.writes += 1
+        self.before_step = None
 
     def count_step(self, step: Step, began: tuple[int, int]) -> None:
         """Count a step of an optimizer that ``began`` when there were so many steps and writes."""
@@ -220,6 +227,7 @@ def _begin_step(optimizer: Optimizer) -> None:
 
 
 def _end_step(optimizer: Optimizer) -> None:
+    WeightClock.num_steps += 1
     # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
     moved = [clock for clock in _watched(optimizer) if clock.weight.grad is not None or not clock.is_unmoved()]
     began = _began.get(optimizer)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.fsdp import sharded_of
-from spectralnorm.parametrizations.kept import Kept, is_same
+from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.threads import one_at_a_time
+from spectralnorm.parametrizations.unseen_writes import is_same
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock
 
 __all__ = ["HandedOut", "WrittenValues", "is_ordinary"]
