@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,5 +59,5 @@ class Sample:
 
 def _some_entries(weight: Tensor) -> Tensor:
     """At equal distances in memory, the first among them."""
-    step = max(weight.numel() // _SAMPLED, 1)
-    return weight.detach().as_strided((weight.numel() // step,), (step,))
+    step = math.ceil(weight.numel() / _SAMPLED)
+    return weight.detach().as_strided((math.ceil(weight.numel() / step),), (step,))
