@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import spectralnorm as sn
 from spectralnorm import spectral_norm
@@ -123,6 +124,25 @@ def test_a_network_that_stays_the_same_is_not_normalized_again(comparisons, devi
         assert layer.weight.data_ptr() == value.data_ptr()
         if device.type == "cpu":
             assert len(comparisons) == 1
+
+
+def test_an_update_of_ones_own_counts_as_a_step_beside_an_average(device):
+    model = spectral_norm(nn.Linear(40, 30).to(device))
+    model.weight.sum().backward()
+    average = copy.deepcopy(model)
+    with torch.no_grad(), sn.optimizer_step(model):
+        model.parametrizations.weight.original.sub_(0.1)
+    average.parametrizations.weight.original.data.mul_(3)
+    assert torch.linalg.matrix_norm(average.weight, 2).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_what_is_recorded_depends_on_no_comparison(comparisons, device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device)).eval()
+    images = torch.ones(2, 40, device=device)
+    steps(1)
+    graph = make_fx(layer)(images)
+    assert not comparisons
+    torch.testing.assert_close(graph(images), layer(images))
 
 
 def test_a_network_that_nobody_trains_beside_is_not_looked_at(comparisons, device):

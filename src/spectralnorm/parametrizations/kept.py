@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet
-from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.memory import is_held_once
 from spectralnorm.parametrizations.quotient import Quotient
-from spectralnorm.parametrizations.unseen_writes import Sample, is_same
+from spectralnorm.parametrizations.unseen_writes import Sample, is_same, may_be_compared
 from spectralnorm.parametrizations.weight_clock import Moment, watch
 
 if TYPE_CHECKING:
@@ -289,8 +288,8 @@ class Kept:
     def was_written_unseen(self) -> bool:
         """Whether that happened, as far as a copy of the numbers tells. From then on it is a write as any other."""
         numbers = self.numbers
-        if numbers is None or not is_eager(self.value) or torch._C._len_torch_dispatch_stack() > 0:
-            return False  # what is traced may not depend on numbers
+        if numbers is None or not may_be_compared(self.value):
+            return False
         self.looks -= 1
         is_changed = not is_same(self.value, numbers)
         if is_changed:

@@ -11,11 +11,16 @@ from spectralnorm.linalg.layout import is_dense
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.weight_clock import WeightClock
 
-__all__ = ["Sample", "is_same"]
+__all__ = ["Sample", "is_same", "may_be_compared"]
 
 _SAMPLED = 256  # entries
 # Steps after which what stays the same is compared at the latest, by the kind of device; a GPU is waited for.
 _LONGEST_WAIT = {"cpu": 1, "else": 64}
+
+
+def may_be_compared(tensor: Tensor) -> bool:
+    """Whether what is done next may depend on the numbers of ``tensor``: nothing traces or records it."""
+    return is_eager(tensor) and torch._C._len_torch_dispatch_stack() == 0
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ class Sample:
     def is_still_of(self, clock: WeightClock) -> bool:
         """Whether the clock's weight has these entries, as far as is known; if not, the clock has counted a write."""
         weight = clock.weight
-        if WeightClock.num_steps - self._num_steps < self._wait or not is_eager(weight):
+        if WeightClock.num_steps - self._num_steps < self._wait or not may_be_compared(weight):
             return True
         self._num_steps = WeightClock.num_steps
         if not is_same(_some_entries(weight), self._entries):

@@ -227,7 +227,6 @@ def _begin_step(optimizer: Optimizer) -> None:
 
 
 def _end_step(optimizer: Optimizer) -> None:
-    WeightClock.num_steps += 1
     # Optimizers pass over a parameter without a gradient, unless the step made and freed it: then it was written.
     moved = [clock for clock in _watched(optimizer) if clock.weight.grad is not None or not clock.is_unmoved()]
     began = _began.get(optimizer)
@@ -247,6 +246,7 @@ def _observed(clocks: list[WeightClock]) -> _Counts:
 
 def _count_step(moved: list[WeightClock], began: _Counts) -> None:
     step = Step()
+    WeightClock.num_steps += 1
     for clock in moved:
         clock.count_step(step, began.get(id(clock), (clock.steps, clock.writes)))
         step.parameter_ids.append(id(clock.weight))
