@@ -123,7 +123,6 @@ class SpectralNorm(WeightNorms, WrittenValues):
         self.keeps_value_when_sharded = False
         self.handed_out: HandedOut | None = None
         self.remembers_numbers = False
-        self.awaits_initialization = False
         # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
         self._first_moments: tuple[Moment, Moment] | None = None
         self._has_seen_step = False

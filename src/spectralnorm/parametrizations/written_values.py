@@ -58,7 +58,7 @@ class WrittenValues:
 
     handed_out: HandedOut | None
     remembers_numbers: bool
-    awaits_initialization: bool
+    awaits_initialization: bool = False
     _kept: Kept | None
 
     def sees_writes(self, weight: Tensor) -> bool:
