@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,17 +28,21 @@ def is_full_precision(device: torch.device) -> bool:
 is_full_precision._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, and float32 products rounded to float32. Inside ``torch.compile`` the latter is left as it is.
 
     The setting is torch's, of the whole process: what other threads multiply in the meantime is as precise.
     """
+    # A setting cannot change within a compiled graph; callers ask is_full_precision there. Nor can the compiler of
+    # torch 2.6 look into a context that is a generator.
+    if torch.compiler.is_compiling() or is_full_precision(device):
+        return torch.autocast(device.type, enabled=False)
+    return _raised(device)
+
+
+@contextmanager
+def _raised(device: torch.device) -> Iterator[None]:
     with torch.autocast(device.type, enabled=False):
-        # A setting cannot change within a compiled graph; callers ask is_full_precision there.
-        if torch.compiler.is_compiling() or is_full_precision(device):
-            yield
-            return
         settings = _settings(device)
         if settings is None:
             before = torch.get_float32_matmul_precision()
