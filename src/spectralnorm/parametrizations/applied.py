@@ -6,6 +6,7 @@ the numbers are compared with those of before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,9 @@ class _KeptValue:
         self._weight, self._value = weight, self._kept.value
         self._copies = weight.clone(), self._value.clone()
         # What the function writes is one write, however often it reads the weight in between.
-        self._numbers, self._kept.numbers = self._kept.numbers, None
+        kept = self._kept
+        self._initialization, self._wait = kept.initialization, kept.wait
+        kept.initialization, kept.wait = None, math.inf
 
     def take_over(self) -> None:
         """Let what was written into the value be the new weight, and forget the value if the weight was written."""
@@ -75,4 +78,4 @@ class _KeptValue:
         elif not is_same(self._weight, raw):
             self._normalization.invalidate()
         else:
-            self._kept.numbers = self._numbers
+            self._kept.initialization, self._kept.wait = self._initialization, self._wait

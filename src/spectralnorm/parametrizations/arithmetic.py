@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "holds_numbers",
+    "host_has",
     "is_capturing",
     "is_eager",
     "is_plain",
@@ -76,6 +77,11 @@ def is_plain(weight: Tensor) -> bool:
 def holds_numbers(tensor: Tensor) -> bool:
     """Whether ``tensor`` is more than its shape: neither on the meta device nor a fake one."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def host_has(device: torch.device) -> bool:
+    """Whether the host reads a number of that device without waiting."""
+    return device.type == "cpu"
 
 
 def is_capturing(weight: Tensor) -> bool:

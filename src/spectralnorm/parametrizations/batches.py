@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import Frame, TrackedTriplet, compute_dtype, probe_rows, seeded_direction, track_together
-from spectralnorm.parametrizations.kept import Member, host_has
+from spectralnorm.parametrizations.arithmetic import host_has
+from spectralnorm.parametrizations.kept import Member
 
 __all__ = ["SMALL", "Batch", "Pairs", "Together", "probe_at", "wholes"]
 

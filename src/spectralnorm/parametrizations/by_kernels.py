@@ -25,6 +25,7 @@ from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory
 from spectralnorm.parametrizations.memory import Memory
+from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.plans import Plans, Weights, can_write, plans_for
 from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
@@ -138,10 +139,12 @@ class ByKernels:
         self._division = division = Division(plans, sigmas, pairs, values, gradients_memory, ends, **promised)
         are_all_good = tracked.num_bad == 0 if plans.kernels.are_of_host else None
         self._verdict = verdict = Verdict(sigmas, eps, self._verdict, are_all_good=are_all_good)
+        looked_at = Occasions.num
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
+            kept.looked_at = looked_at
         if into_buffers and ends is not None and plans.kernels.are_of_host:
             self._write_new(members, ends, sigmas)
         self._used_dtype, self._narrow = None, None if narrows is None else rounded
@@ -284,6 +287,11 @@ class ByKernels:
         """What is to be known of a member's value, which was computed at a ``moment``."""
         assert self._division is not None
         return self._division.quotient(index, moment)
+
+    def divisor_of(self, index: int) -> float | Tensor:
+        """What a member's weight was divided by."""
+        assert self._division is not None
+        return self._division.divisor(index)
 
     def triplets_of(self, index: int) -> tuple[TrackedTriplet, ...]:
         """Those of a weight's blocks, in the order of the memory."""

@@ -87,19 +87,15 @@ class Division:
         That is not kept here: who goes on with one of the weights is not to hold the others, which may be of a model
         that is gone.
         """
-        if self._numbers is None:
-            with plain_arithmetic(self.sigmas):
-                divisors, active = self.plans.quotients.divisors(self.sigmas, **self._rules_if_any())
-            is_of_host = self.plans.kernels.are_of_host
-            self._numbers = (divisors.tolist(), active.tolist()) if is_of_host else (divisors.unbind(), active.unbind())
+        divisors, active = self._found_numbers()
         coefficient, is_cap = self.plans.rules[place]
         return Quotient(
             weight=moment.clock.weight,
             moment=moment,
             value=self.values[place],
             sigma=self.sigmas[place],
-            divisor=self._numbers[0][place],
-            active=self._numbers[1][place],
+            divisor=divisors[place],
+            active=active[place],
             pairs=(self.pairs[place],),
             views=(self.plans.views[place],),
             flat_v=None,
@@ -110,6 +106,19 @@ class Division:
             batch=self,
             place=place,
         )
+
+    def divisor(self, place: int) -> float | Tensor:
+        """What one weight was divided by."""
+        return self._found_numbers()[0][place]
+
+    def _found_numbers(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """What each weight was divided by, and whether that depends on its norm."""
+        if self._numbers is None:
+            with plain_arithmetic(self.sigmas):
+                divisors, active = self.plans.quotients.divisors(self.sigmas, **self._rules_if_any())
+            is_of_host = self.plans.kernels.are_of_host
+            self._numbers = (divisors.tolist(), active.tolist()) if is_of_host else (divisors.unbind(), active.unbind())
+        return self._numbers
 
     def gradients(self, quotients: Sequence[Quotient], grads: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
         """As `Batch` has it, of any of the weights, or of copies that have their values elsewhere."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet, compute_dtype
-from spectralnorm.parametrizations.arithmetic import plain_arithmetic
+from spectralnorm.parametrizations.arithmetic import host_has, plain_arithmetic
 from spectralnorm.parametrizations.batches import SMALL, Batch, Pairs, Together, wholes
 from spectralnorm.parametrizations.by_kernels import (
     ByKernels,
@@ -33,7 +33,6 @@ from spectralnorm.parametrizations.kept import (
     Rounded,
     Verdict,
     free_memory,
-    host_has,
 )
 from spectralnorm.parametrizations.map_norm import MapNorm
 from spectralnorm.parametrizations.plans import can_be_read, can_write
@@ -54,7 +53,6 @@ from spectralnorm.parametrizations.quotient import (
     divisor_of,
     host_divisor_of,
 )
-from spectralnorm.parametrizations.unseen_writes import Sample
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -111,7 +109,7 @@ def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -
     """
     for member in members:
         member.kept.forget_graphs()
-        member.kept.numbers = member.kept.sample = None  # what is trained is initialized, and no copy of another
+        member.kept.initialization = None  # what is trained is initialized
     before = members[0].kept.followed
     by_kernels, others = [], []
     if isinstance(before, ByKernels) and before.is_of(members):
@@ -216,10 +214,7 @@ def keep_triplets(
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
-    kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
-    if kept.moment.steps == 0:
-        kept.sample = Sample.of(weight)
-    normalization.keep(kept)
+    normalization.keep(Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age))
 
 
 def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:

@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from spectralnorm.linalg import TrackedTriplet
+from spectralnorm.parametrizations.arithmetic import host_has
 from spectralnorm.parametrizations.memory import is_held_once
+from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.quotient import Quotient
-from spectralnorm.parametrizations.unseen_writes import Sample, is_same, may_be_compared
-from spectralnorm.parametrizations.weight_clock import Moment, watch
+from spectralnorm.parametrizations.unseen_writes import (
+    Initialization,
+    first_wait,
+    is_quotient,
+    may_be_compared,
+    next_wait,
+)
+from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory", "host_has"]
+__all__ = ["Alone", "Followed", "Kept", "Member", "Verdict", "free_memory"]
 
-
-def host_has(device: torch.device) -> bool:
-    """Whether the host reads a number of that device without waiting."""
-    return device.type == "cpu"
+_is_grad_enabled = torch.is_grad_enabled  # asked at every use
 
 
 class Verdict:
@@ -170,10 +175,6 @@ class Alone(NamedTuple):
         return self.triplets
 
 
-# How often a value is compared with a copy of it. An initialization reads a weight a few times.
-_LOOKS = 32
-
-
 @dataclass(slots=True)
 class Kept:
     """The value of a normalized weight, and what the next one starts from.
@@ -191,9 +192,9 @@ class Kept:
         rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
         has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
-        numbers: a copy of the value, by which a write through ``.data`` is noticed; None: none is expected any more.
-        looks: how often it is still compared.
-        sample: of a weight that no optimizer has moved, by which a write into it through ``.data`` is noticed.
+        initialization: by which a write into the value through ``.data`` is noticed; None: none is expected any more.
+        looked_at: the number of `Occasions` when the value was last compared with the weight.
+        wait: how many more there have to be before it is compared again.
     """
 
     moment: Moment
@@ -208,9 +209,9 @@ class Kept:
     rounded: Rounded | None = None
     own_quotient: Quotient | None = None
     has_left: bool = False
-    numbers: Tensor | None = None
-    looks: int = 0
-    sample: Sample | None = None
+    initialization: Initialization | None = None
+    looked_at: int = 0
+    wait: float = 1
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -226,6 +227,8 @@ class Kept:
             verdict=verdict,
             index=index,
             own_quotient=quotient,
+            looked_at=Occasions.num,
+            wait=first_wait(quotient.moment.clock),
         )
 
     def forget_nodes(self) -> None:
@@ -256,6 +259,12 @@ class Kept:
         return self.followed.quotient_of(self.index, self.moment) if own is None else own  # type: ignore[attr-defined]
 
     @property
+    def divisor(self) -> float | Tensor:
+        """What the weight was divided by."""
+        own = self.own_quotient
+        return self.followed.divisor_of(self.index) if own is None else own.divisor  # type: ignore[attr-defined]
+
+    @property
     def sigma(self) -> Tensor:
         """The raw weight's norm, a scalar."""
         return self.quotient.sigma
@@ -271,9 +280,29 @@ class Kept:
             and weight.data_ptr() == clock.data_ptr
             and self.value._version == self.value_version
             and (self.rounded is None or not self.rounded.was_written_to())
-            and (self.numbers is None or not self.was_written_unseen())
-            and (self.sample is None or self.sample.is_still_of(clock))
+            and (self.initialization is None or not self.was_written_unseen())
+            and (
+                (self.looked_at == Occasions.num and Occasions.with_grad is _is_grad_enabled())
+                or self._is_still_of(clock)
+            )
         )
+
+    def _is_still_of(self, clock: WeightClock) -> bool:
+        """Whether the value is the clock's weight divided, as far as is known; if not, a write has been counted."""
+        Occasions.count_use()
+        if Occasions.num - self.looked_at < self.wait or not may_be_compared(clock.weight):
+            return True
+        self.looked_at = Occasions.num
+        if not is_quotient(self.value, clock.weight, self.divisor):
+            clock.count_unseen_write()
+            return False
+        self.wait = next_wait(clock, self.wait)
+        return True
+
+    def look_soon(self) -> None:
+        """Compare the value with the weight at the next use, unless it is left alone for a time."""
+        if self.wait < math.inf or not host_has(self.value.device):
+            self.looked_at, self.wait = -1, 0
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the tensor that was handed out, as ``nn.init.normal_(layer.weight)`` does."""
@@ -283,20 +312,19 @@ class Kept:
 
     def expect_unseen_writes(self) -> None:
         """Let the next looks at the value find what is written into it through ``.data``."""
-        self.numbers, self.looks = self.value.clone(), _LOOKS
+        self.initialization = Initialization(self.value)
 
     def was_written_unseen(self) -> bool:
         """Whether that happened, as far as a copy of the numbers tells. From then on it is a write as any other."""
-        numbers = self.numbers
-        if numbers is None or not may_be_compared(self.value):
+        initialization = self.initialization
+        if initialization is None or not may_be_compared(self.value):
             return False
-        self.looks -= 1
-        is_changed = not is_same(self.value, numbers)
-        if is_changed:
+        has_changed = initialization.has_changed(self.value)
+        if has_changed:
             torch.autograd.graph.increment_version(self.value)
-        if is_changed or self.looks == 0:
-            self.numbers = None
-        return is_changed
+        if has_changed or initialization.is_over:
+            self.initialization = None
+        return has_changed
 
     def written_value(self) -> Tensor:
         """The tensor that was written into."""
@@ -331,8 +359,9 @@ class Kept:
             outputs=Outputs(),
             rounded=None,
             followed=Alone(self.triplets, self.index),
-            numbers=None,
-            sample=Sample.of(weight),
+            initialization=None,
+            looked_at=Occasions.num,
+            wait=first_wait(moment.clock),
         )
 
 

@@ -14,7 +14,7 @@ from spectralnorm.linalg import MatrixView, cpu, cuda, seeded_direction
 from spectralnorm.linalg.kernel_arguments import require_countable
 from spectralnorm.linalg.layout import is_dense, layout_of
 from spectralnorm.linalg.tracking import PROBE_LENGTH
-from spectralnorm.parametrizations.kept import host_has
+from spectralnorm.parametrizations.arithmetic import host_has
 from spectralnorm.parametrizations.promise import Promise
 
 if TYPE_CHECKING:

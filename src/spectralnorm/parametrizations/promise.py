@@ -10,8 +10,9 @@ from torch import Tensor
 
 from spectralnorm.linalg import compute_dtype
 from spectralnorm.linalg.trial import tried_upper_bound
+from spectralnorm.parametrizations.arithmetic import host_has
 from spectralnorm.parametrizations.batches import Together
-from spectralnorm.parametrizations.kept import Member, host_has
+from spectralnorm.parametrizations.kept import Member
 from spectralnorm.parametrizations.strict import Bounded, bounded, careful_divisor
 
 if TYPE_CHECKING:

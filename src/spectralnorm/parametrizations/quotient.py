@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spectralnorm.linalg import MatrixView, compute_dtype
 from spectralnorm.parametrizations.memory import is_held_once
+from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.threads import one_at_a_time
 from spectralnorm.parametrizations.weight_clock import Moment
 
@@ -316,6 +317,7 @@ class NormalizedWeights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip(grads[: ctx.num_weights], grads[ctx.num_weights :], strict=True)
         with one_at_a_time:  # the memory of the last gradients may be written again
+            Occasions.num += 1
             return None, *ctx.quotients.gradients([[grad for grad in pair if grad is not None] for pair in pairs])
 
 

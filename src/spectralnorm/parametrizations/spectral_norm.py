@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
-from spectralnorm.parametrizations.arithmetic import holds_numbers, is_capturing, is_eager, plain_arithmetic
-from spectralnorm.parametrizations.kept import Kept, host_has
+from spectralnorm.parametrizations.arithmetic import holds_numbers, host_has, is_capturing, is_eager, plain_arithmetic
+from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.options import (
     Options,
     check_dim,
@@ -429,6 +429,12 @@ class SpectralNorm(WeightNorms, WrittenValues):
     def forget(self) -> None:
         """As `invalidate`, with what may have been written into the value."""
         self._kept = self._norm_alone = self.handed_out = None
+
+    def train(self, mode: bool = True) -> SpectralNorm:
+        """As that of every module. Averaged weights are often swapped in for evaluation."""
+        if self._kept is not None and mode != self.training:
+            self._kept.look_soon()
+        return super().train(mode)
 
     def leave_to_graphs(self) -> None:
         """Keep nothing outside of captured CUDA graphs any more, because one trains the weight."""

@@ -1,21 +1,30 @@
-"""Writes through ``.data``, which move no version: noticed by the numbers, where that costs little."""
+"""Writes through ``.data``, which move no version: noticed by the numbers, where that costs little.
+
+A kept value is the weight divided by a number that is known. So a write into either is found by some of their entries,
+without a copy; only which of the two was written takes one, of a new layer, whose value may be initialized.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
+from spectralnorm.linalg import compute_dtype, cpu
 from spectralnorm.linalg.layout import is_dense
-from spectralnorm.parametrizations.arithmetic import is_eager
+from spectralnorm.parametrizations.arithmetic import host_has, is_eager
 from spectralnorm.parametrizations.weight_clock import WeightClock
 
-__all__ = ["Sample", "is_same", "may_be_compared"]
+__all__ = ["Initialization", "first_wait", "is_quotient", "is_same", "may_be_compared", "next_wait"]
 
 _SAMPLED = 256  # entries
-# Steps after which what stays the same is compared at the latest, by the kind of device; a GPU is waited for.
-_LONGEST_WAIT = {"cpu": 1, "else": 64}
+# A quotient is rounded once, that of a strict weight a few times, in units of its type.
+_MOST_ROUNDED = 8
+_LONGEST_WAIT = 256  # occasions
+# How often a new value is compared with a copy of it. An initialization reads a weight a few times.
+_LOOKS = 32
 
 
 def may_be_compared(tensor: Tensor) -> bool:
@@ -30,39 +39,70 @@ def is_same(tensor: Tensor, copy: Tensor) -> bool:
     return torch.equal(tensor, copy) or torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
-class Sample:
-    """Some entries of a weight that no optimizer has moved, as of an average of another network or a target network.
+def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
+    """Whether some entries of ``value`` are those of ``weight`` by ``divisor``, but for rounding.
 
-    Code that keeps such a network up to date often writes through ``.data``, while the other one is trained. So they
-    are compared at the first use after a step of any optimizer, and not at all while nothing is trained. A GPU has to
-    be waited for: there what stays the same is compared after two steps then, after four, and at last after every 64.
+    Of tensors that lie densely in memory in the same order it is up to 256, at equal distances; of others all.
     """
-
-    __slots__ = ("_entries", "_num_steps", "_wait")
-
-    def __init__(self, entries: Tensor) -> None:
-        self._entries, self._num_steps, self._wait = entries, WeightClock.num_steps, 1
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Sample | None:
-        """Of a weight; None: of one whose entries do not lie side by side in memory."""
-        return cls(_some_entries(weight).clone()) if is_dense(weight) else None
-
-    def is_still_of(self, clock: WeightClock) -> bool:
-        """Whether the clock's weight has these entries, as far as is known; if not, the clock has counted a write."""
-        weight = clock.weight
-        if WeightClock.num_steps - self._num_steps < self._wait or not may_be_compared(weight):
-            return True
-        self._num_steps = WeightClock.num_steps
-        if not is_same(_some_entries(weight), self._entries):
-            clock.count_unseen_write()
-            return False
-        longest = _LONGEST_WAIT.get(weight.device.type, _LONGEST_WAIT["else"])
-        self._wait = min(2 * self._wait, longest)
-        return True
+    dtype, stride, size = weight.dtype, weight.stride(), weight.numel()
+    relative, absolute = _rounding(dtype)
+    if value.stride() == stride and _is_dense(weight.shape, stride):
+        step = -(-size // _SAMPLED)
+        if dtype is torch.float32 and type(divisor) is float and cpu.is_trusted():
+            return cpu.is_quotient(value, weight, size, step, divisor, relative, absolute)
+        some = (-(-size // step),), (step,)
+        value, weight = value.as_strided(*some), weight.detach().as_strided(*some)
+    wide = compute_dtype(dtype)
+    with torch.no_grad():
+        return torch.allclose(value.to(wide), weight.to(wide) / divisor, rtol=relative, atol=absolute, equal_nan=True)
 
 
-def _some_entries(weight: Tensor) -> Tensor:
-    """At equal distances in memory, the first among them."""
-    step = math.ceil(weight.numel() / _SAMPLED)
-    return weight.detach().as_strided((math.ceil(weight.numel() / step),), (step,))
+@cache
+def _rounding(dtype: torch.dtype) -> tuple[float, float]:
+    """What a quotient may be off by: relative to it, and where it is too small for the type."""
+    info = torch.finfo(dtype)
+    return _MOST_ROUNDED * info.eps, _MOST_ROUNDED * info.tiny
+
+
+@lru_cache(maxsize=4096)
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    return is_dense(torch.empty_strided(shape, stride, device="meta"))
+
+
+def first_wait(clock: WeightClock) -> float:
+    """How many occasions to wait for before a new value is compared with the weight.
+
+    On the CPU none is left out. A GPU has to be waited for, so a weight that an optimizer trains is not looked at
+    there, unless it has been found written by hand.
+    """
+    return 1 if host_has(clock.weight.device) or clock.steps == 0 or clock.is_written_by_hand else math.inf
+
+
+def next_wait(clock: WeightClock, wait: float) -> float:
+    """The same after a comparison that found nothing, for which ``wait`` was waited.
+
+    On a GPU what no optimizer moves, as frozen layers and averages, is compared half as often each time.
+    """
+    first = first_wait(clock)
+    if host_has(clock.weight.device) or clock.is_written_by_hand or first == math.inf:
+        return first
+    return min(max(2 * wait, first), _LONGEST_WAIT)
+
+
+class Initialization:
+    """The value of a new layer, whose next uses find what is written into it through ``.data``."""
+
+    __slots__ = ("_copy", "_looks")
+
+    def __init__(self, value: Tensor) -> None:
+        self._copy, self._looks = value.clone(), _LOOKS
+
+    def has_changed(self, value: Tensor) -> bool:
+        """Whether ``value`` was written to, by one more of a limited number of looks."""
+        self._looks -= 1
+        return not is_same(value, self._copy)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no look is left."""
+        return self._looks <= 0

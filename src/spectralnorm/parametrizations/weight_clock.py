@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 )
 
 from spectralnorm.parametrizations.arithmetic import is_capturing
+from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
 __all__ = ["Moment", "Step", "WeightClock", "as_one_step", "version_of", "watch"]
@@ -39,22 +40,22 @@ class WeightClock:
         version: `version_of` it when it was last looked at.
         data_ptr: address of its storage then; of a distributed tensor, of this process's part.
         is_distributed: whether the parameter is a DTensor.
+        is_written_by_hand: whether a write that left no trace has been found.
         storage: the same memory, held so that no new storage can come to lie at the same address.
         last_step: the last optimizer step that changed it.
         watchers: weak references to whoever wants to be found through a step, to settle before it what a user has
             written, and to be told of one that is captured.
         num_watches: how many watchers all clocks ever had.
-        num_steps: how many steps all optimizers have made, of weights that nobody watches too.
     """
 
     num_watches: ClassVar[int] = 0
-    num_steps: ClassVar[int] = 0
 
     __slots__ = (
         "__weakref__",
         "before_step",
         "data_ptr",
         "is_distributed",
+        "is_written_by_hand",
         "last_step",
         "steps",
         "storage",
@@ -67,6 +68,7 @@ class WeightClock:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.is_distributed = is_distributed(weight)
+        self.is_written_by_hand = False
         self.steps = 0
         self.writes = 0
         self.before_step: tuple[int, int] | None = None
@@ -96,6 +98,7 @@ class WeightClock:
 
     def count_unseen_write(self) -> None:
         """Count a write that has left no trace but in the numbers."""
+        self.is_written_by_hand = True
         self.writes += 1
         self.before_step = None
 
@@ -246,7 +249,7 @@ def _observed(clocks: list[WeightClock]) -> _Counts:
 
 def _count_step(moved: list[WeightClock], began: _Counts) -> None:
     step = Step()
-    WeightClock.num_steps += 1
+    Occasions.num += 1
     for clock in moved:
         clock.count_step(step, began.get(id(clock), (clock.steps, clock.writes)))
         step.parameter_ids.append(id(clock.weight))

@@ -15,9 +15,9 @@ What they call is in the C file of the same name beside each. Bounds of convolut
 """
 
 from spectralnorm.linalg.cpu.compiled import is_trusted
-from spectralnorm.linalg.cpu.quotients import QuotientPlan
+from spectralnorm.linalg.cpu.quotients import QuotientPlan, is_quotient
 from spectralnorm.linalg.cpu.storing import VectorStore
 from spectralnorm.linalg.cpu.tables import form_of
 from spectralnorm.linalg.cpu.tracking import Tracked, TrackingPlan
 
-__all__ = ["QuotientPlan", "Tracked", "TrackingPlan", "VectorStore", "form_of", "is_trusted"]
+__all__ = ["QuotientPlan", "Tracked", "TrackingPlan", "VectorStore", "form_of", "is_quotient", "is_trusted"]

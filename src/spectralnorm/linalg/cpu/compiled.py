@@ -29,6 +29,7 @@ _POINTER, _COUNT, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
 _ARGUMENTS = {
     "renew": [_POINTER, _POINTER, _COUNT, *[_POINTER] * 7, _DOUBLE, *[_POINTER] * 4, _INT],
     "divide": [*[_POINTER] * 4, _COUNT, _POINTER, _INT],
+    "is_quotient": [*[_POINTER] * 2, *[_COUNT] * 2, *[_DOUBLE] * 3],
     "gradients": [*[_POINTER] * 4, _COUNT, *[_POINTER] * 2, _COUNT, _COUNT, *[_POINTER] * 2, _INT],
     "store": [_POINTER, _COUNT, *[_POINTER] * 3, _COUNT, _POINTER, _DOUBLE],
     "panel_rows": [],
@@ -40,7 +41,8 @@ _ARGUMENTS = {
     "factorize": [*[_POINTER] * 2, *[_COUNT] * 2, _DOUBLE, _POINTER, _INT],
 }
 _RESULTS = {"store": None, "interpolate": None, "panel_matrix_size": _COUNT, "factorize": _COUNT}
-"""What is not an int: a status, 0 if all is well; of \"renew\" how many weights have no norm, -1 if it failed."""
+"""What is not an int: a status, 0 if all is well; of \"renew\" how many weights have no norm, -1 if it failed; of
+\"is_quotient\" the answer."""
 
 
 @cache

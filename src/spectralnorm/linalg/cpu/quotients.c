@@ -96,6 +96,17 @@ int spectralnorm_divide(const int64_t *weights, const int64_t *targets, const in
     return 0;
 }
 
+/* Whether each `step`th entry of a value is that of its weight by `divisor`, up to `relative` of it and `absolute`. */
+int spectralnorm_is_quotient(const float *value, const float *weight, int64_t size, int64_t step, double divisor,
+                             double relative, double absolute) {
+    for (int64_t i = 0; i < size; i += step) {
+        float expected = weight[i] / (float)divisor;
+        int is_equal = value[i] == expected || (isnan(value[i]) && isnan(expected)); /* infinite ones too */
+        if (!is_equal && !(fabsf(value[i] - expected) <= absolute + relative * fabsf(expected))) return 0;
+    }
+    return 1;
+}
+
 /* Its gradient ----------------------------------------------------------------------------------------------------- */
 
 enum call_field {

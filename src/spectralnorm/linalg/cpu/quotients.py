@@ -23,7 +23,7 @@ from spectralnorm.linalg.cpu.tables import Ends, for_one_call, form_of, integers
 from spectralnorm.linalg.kernel_arguments import require_dense, require_vectors, rule_of
 from spectralnorm.linalg.layout import layout_of
 
-__all__ = ["Divided", "Division", "QuotientPlan"]
+__all__ = ["Divided", "Division", "QuotientPlan", "is_quotient"]
 
 
 class _Call(IntEnum):
@@ -270,6 +270,24 @@ class QuotientPlan:
                     f"Expected a float32 tensor of shape {tuple(shape)} and strides {stride} as the weight, got "
                     f"{tensor.dtype}, {tuple(tensor.shape)} and {tensor.stride()}."
                 )
+
+
+def is_quotient(
+    value: Tensor, weight: Tensor, size: int, step: int, divisor: float, relative: float, absolute: float
+) -> bool:
+    """Whether each ``step``th entry in memory of ``value`` is that of ``weight`` by ``divisor``, but for rounding.
+
+    Args:
+        value: float32, dense in memory.
+        weight: of its shape, type and strides.
+        size: entries of each.
+        step: in entries.
+        divisor: what the weight is divided by.
+        relative: what the quotient of an entry may be off by, relative to it.
+        absolute: and beside that.
+    """
+    addresses = value.data_ptr(), weight.data_ptr()
+    return bool(kernels().spectralnorm_is_quotient(*addresses, size, step, divisor, relative, absolute))
 
 
 def _like(shape: tuple[torch.Size, tuple[int, ...]]) -> Tensor:

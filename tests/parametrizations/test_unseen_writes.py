@@ -1,0 +1,362 @@
+"""Writes through ``.data``, as averages, target networks and updates by hand are often written."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import spectralnorm as sn
+from spectralnorm import spectral_norm
+from spectralnorm.parametrizations import kept, unseen_writes
+
+
+def by_parameters(average: nn.Module, model: nn.Module) -> Callable[[], None]:
+    def update() -> None:
+        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            slow.data.copy_(0.5 * slow.data + 0.5 * fast.data)
+
+    return update
+
+
+def by_parameters_that_are_held(average: nn.Module, model: nn.Module) -> Callable[[], None]:
+    pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+
+    def update() -> None:
+        for slow, fast in pairs:
+            slow.data.lerp_(fast.data, 0.5)
+
+    return update
+
+
+def by_state_dicts_that_are_held(average: nn.Module, model: nn.Module) -> Callable[[], None]:
+    slow, fast = average.state_dict(), model.state_dict()
+
+    def update() -> None:
+        for name, tensor in slow.items():
+            tensor.data.copy_(0.5 * tensor.data + 0.5 * fast[name].data)
+
+    return update
+
+
+WAYS = {way.__name__: way for way in (by_parameters, by_parameters_that_are_held, by_state_dicts_that_are_held)}
+OPTIONS = {
+    "default": {},
+    "cap": {"mode": "cap", "coefficient": 0.7},
+    "strict": {"strict": True},
+    "bidirectional": {"norm": "bidirectional"},
+    "operator": {"norm": "operator", "input_size": (8, 8)},
+    "learnable": {"mode": "learnable", "coefficient": 2.0},
+}
+
+
+def a_network(**options: object) -> nn.Sequential:
+    linear = {name: value for name, value in options.items() if name != "input_size"}
+    first, last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 64, 5)
+    sn.add_spectral_norm(nn.Sequential(first), **options)
+    sn.add_spectral_norm(nn.Sequential(last), **linear)
+    return nn.Sequential(first, nn.LeakyReLU(0.1), nn.Flatten(), last)
+
+
+def expected(model: nn.Module, images: Tensor) -> Tensor:
+    """What a network computes that knows nothing but the model's weights, without a use of the model."""
+    fresh = pickle.loads(pickle.dumps(model))
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()(images)
+
+
+@pytest.fixture
+def images(device) -> Tensor:
+    return torch.randn(2, 3, 8, 8, device=device)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_an_average_is_normalized_as_it_is(way, options, images, device):
+    model = a_network(**options).to(device)
+    model(images)
+    average = copy.deepcopy(model).eval()
+    update, before = way(average, model), average(images)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(images).sum().backward()
+        optimizer.step()
+        update()
+        found = average(images)
+        assert not torch.allclose(found, before, rtol=1e-2)
+        torch.testing.assert_close(found, expected(average, images), rtol=1e-3, atol=1e-4)
+        before = found
+
+
+def added(parameter: nn.Parameter, step: Tensor) -> None:
+    parameter.data.add_(step)
+
+
+def added_by_operator(parameter: nn.Parameter, step: Tensor) -> None:
+    parameter.data += step
+
+
+def copied(parameter: nn.Parameter, step: Tensor) -> None:
+    parameter.data.copy_(parameter.data + step)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("write", [added, added_by_operator, copied])
+def test_a_model_that_is_updated_by_hand_is_normalized_as_it_is(write, options, images, device):
+    model = a_network(**options).to(device)
+    before = model(images)
+    for _ in range(50):  # so many uses that nobody takes a write for an initialization any more
+        model(images)
+    for _ in range(3):
+        model(images).square().sum().backward()
+        for parameter in model.parameters():
+            write(parameter, -1.0 * parameter.grad)
+            parameter.grad = None
+        found = model(images)
+        assert not torch.allclose(found, before, rtol=1e-2)
+        torch.testing.assert_close(found, expected(model, images), rtol=1e-3, atol=1e-4)
+        before = found
+
+
+class Extrapolating(torch.optim.SGD):
+    """The extragradient method, as it is often written (Gidel et al. 2019, algorithm 2)."""
+
+    saved: list[Tensor] | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def extrapolation(self) -> None:
+        self.saved = [parameter.data.clone() for parameter in self.parameters()]
+        for parameter in self.parameters():
+            parameter.data.add_(parameter.grad, alpha=-0.3)
+
+    def step(self, closure=None):
+        for parameter, saved in zip(self.parameters(), self.saved, strict=True):
+            parameter.data.copy_(saved)
+        return super().step(closure)
+
+
+def test_extrapolated_weights_are_normalized_as_they_are(images, device):
+    model = a_network().to(device)
+    optimizer = Extrapolating(model.parameters(), lr=0.3)
+    for _ in range(4):
+        for update in (optimizer.extrapolation, optimizer.step):
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            update()
+            torch.testing.assert_close(model(images), expected(model, images), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("calls_eval", [True, False])
+def test_averaged_weights_that_are_swapped_in_are_normalized_as_they_are(calls_eval, images, device):
+    if device.type != "cpu" and not calls_eval:
+        pytest.skip("on a GPU the change of mode is what tells of the swap")
+    model = a_network().to(device)
+    parameters = list(model.parameters())
+    averages = [parameter.data.clone() for parameter in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter.data, 0.1)
+        trained = model(images)
+        backup = [parameter.data.clone() for parameter in parameters]
+        for parameter, average in zip(parameters, averages, strict=True):
+            parameter.data.copy_(average)
+        model.train(not calls_eval)
+        with torch.no_grad():
+            found, wanted = model(images), expected(model, images)
+        assert not torch.allclose(found, trained, rtol=1e-2)
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+        for parameter, saved in zip(parameters, backup, strict=True):
+            parameter.data.copy_(saved)
+        model.train()
+        torch.testing.assert_close(model(images), expected(model, images), rtol=1e-2, atol=1e-3)
+
+
+def test_weights_that_are_swapped_in_for_evaluation_are_normalized_as_they_are(images, device):
+    model = a_network().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model(images).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():  # all uses, so that the mode alone tells
+        for mode in (False, True, False):
+            before = model(images)
+            for parameter in model.parameters():
+                parameter.data.add_(0.3)
+            found = model.train(mode)(images)
+            assert not torch.allclose(found, before, rtol=1e-2)
+            torch.testing.assert_close(found, expected(model, images), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_written_into_a_value_does_not_last(device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.weight.sum().backward()
+    optimizer.step()
+    layer.weight.data.clamp_(-0.01, 0.01)
+    layer.eval()
+    with torch.no_grad():
+        assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, rel=1e-4)
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 8),
+    "channels last": lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "large": lambda: nn.Linear(300, 200),
+    "not dense": lambda: _with(nn.Linear(12, 8), torch.randn(8, 24)[:, ::2]),
+    "zero": lambda: _with(nn.Linear(12, 8), torch.zeros(8, 12)),
+    "not finite": lambda: _with(nn.Linear(12, 8), torch.full((8, 12), torch.nan)),
+    "infinite": lambda: _with(nn.Linear(12, 8), torch.full((8, 12), torch.inf)),
+    "tiny": lambda: _with(nn.Linear(12, 8), 1e-36 * torch.randn(8, 12)),
+    "complex": lambda: _with(nn.Linear(12, 8), torch.randn(8, 12, dtype=torch.complex64)),
+    "float64": lambda: nn.Linear(12, 8).double(),
+    "bfloat16": lambda: nn.Linear(12, 8).bfloat16(),
+    "float16": lambda: nn.Linear(12, 8).half(),
+}
+
+
+def _with(layer: nn.Module, weight: Tensor) -> nn.Module:
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+@pytest.fixture
+def comparisons(monkeypatch) -> list[bool]:
+    """What comes of each comparison of a value with its weight."""
+    made: list[bool] = []
+
+    def noted(*arguments) -> bool:
+        made.append(unseen_writes.is_quotient(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(kept, "is_quotient", noted)
+    return made
+
+
+def steps(number: int) -> None:
+    """Steps of an optimizer of something else."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(1)
+    for _ in range(number):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_no_write_is_found_where_there_was_none(make, options, comparisons, device):
+    layer = make().to(device)
+    is_convolution = isinstance(layer, nn.modules.conv._ConvNd)
+    options = {name: value for name, value in options.items() if name != "input_size" or is_convolution}
+    if layer.weight.is_complex() and ("strict" in options or options.get("norm") == "bidirectional"):
+        pytest.skip("not offered for complex weights")
+    sn.add_spectral_norm(nn.Sequential(layer), **options)
+    for _ in range(2):
+        steps(1)
+        address = layer.weight.data_ptr()
+        steps(1)
+        assert layer.weight.data_ptr() == address or "learnable" in options.values()
+    assert len(comparisons) >= 2
+    assert all(comparisons)
+    weight = layer.parametrizations.weight.original
+    if weight.isfinite().all() and weight.any():
+        weight.data.mul_(1.2)
+        steps(1)
+        layer.weight  # noqa: B018 - a use
+        assert not all(comparisons)
+
+
+def test_what_optimizers_move_is_compared_as_well(comparisons, device):
+    model = a_network(mode="cap", coefficient=0.3).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        comparisons.clear()
+        for _ in range(2):
+            model(torch.ones(1, 3, 8, 8, device=device)).square().sum().backward()
+        assert comparisons == ([True, True] if device.type == "cpu" else [])
+        optimizer.step()
+
+
+def test_a_step_with_one_backward_pass_compares_nothing(comparisons, device):
+    model, images = a_network().to(device), torch.ones(1, 3, 8, 8, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        (model(images) - model(2 * images)).square().sum().backward()
+        optimizer.step()
+    assert not comparisons
+
+
+def test_an_update_of_ones_own_counts_as_a_step_beside_an_average(device):
+    model = spectral_norm(nn.Linear(40, 30).to(device))
+    model.weight.sum().backward()
+    average = copy.deepcopy(model)
+    with torch.no_grad(), sn.optimizer_step(model):
+        model.parametrizations.weight.original.sub_(0.1)
+    average.parametrizations.weight.original.data.mul_(3).add_(0.1)
+    assert torch.linalg.matrix_norm(average.weight, 2).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_an_average_whose_norm_was_renewed_by_hand_is_still_compared(device):
+    average = spectral_norm(nn.Linear(40, 30).to(device))
+    sn.update_(average)
+    average.parametrizations.weight.original.data.add_(0.1)
+    steps(1)
+    assert torch.linalg.matrix_norm(average.weight, 2).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_what_is_recorded_depends_on_no_comparison(comparisons, device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device)).eval()
+    images = torch.ones(2, 40, device=device)
+    steps(1)
+    graph = make_fx(layer)(images)
+    assert not comparisons
+    torch.testing.assert_close(graph(images), layer(images))
+
+
+def test_a_network_that_nobody_trains_is_not_compared(comparisons, device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device)).eval()
+    with torch.no_grad():
+        layer.weight  # noqa: B018
+        comparisons.clear()
+        for _ in range(3):
+            layer.weight  # noqa: B018
+    assert not comparisons
+
+
+def test_a_gpu_is_waited_for_less_and_less_often(comparisons, device, monkeypatch):
+    monkeypatch.setattr(unseen_writes, "host_has", lambda _: False)
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    numbers = []
+    for step in range(1, 800):
+        steps(1)
+        comparisons.clear()
+        layer.weight  # noqa: B018
+        numbers += [step] * len(comparisons)
+    assert numbers == [1, 3, 7, 15, 31, 63, 127, 255, 511, 767]
+    layer.parametrizations.weight.original.data.mul_(3).add_(0.1)
+    steps(256)
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_gpu_is_not_waited_for_while_an_optimizer_trains(comparisons, device, monkeypatch):
+    monkeypatch.setattr(unseen_writes, "host_has", lambda _: False)
+    model, images = a_network().to(device), torch.ones(1, 3, 8, 8, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(images).square().sum().backward()
+    optimizer.step()
+    comparisons.clear()
+    for _ in range(5):
+        model(images).square().sum().backward()
+        model(images).square().sum().backward()
+        optimizer.step()
+    assert len(comparisons) <= 2  # each weight once, after its first step
