@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchHook
 
 import spectralnorm as sn
 from spectralnorm import UserError, add_spectral_norm, remove_spectral_norm
@@ -24,6 +25,30 @@ class Nested(nn.Module):
     def forward(self, images, labels):
         hidden = self.features(images).flatten(1)[:, :18]
         return self.heads["real"](hidden) + self.heads["both"](hidden, self.table(labels))
+
+
+class HalfByHook(TorchHook):
+    """Published code derives caps, and norms of convolutions, from torch's classes."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> torch.Tensor:
+        return super().compute_weight(module, do_power_iteration) / 2
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> nn.Module:
+        nn.utils.spectral_norm(layer)
+        (hook,) = layer._forward_pre_hooks.values()
+        hook.__class__ = cls
+        return layer.eval()
+
+
+class HalfByParametrization(torch_parametrizations._SpectralNorm):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return super().forward(weight) / 2
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> nn.Module:
+        parametrize.register_parametrization(layer, "weight", cls(layer.weight))
+        return layer.eval()
 
 
 INPUTS = torch.linspace(-1, 1, 2 * 3 * 5 * 5).view(2, 3, 5, 5), torch.tensor([1, 4])
@@ -267,6 +292,17 @@ class TestTakingOverFromTorch:
     def test_mode_is_kept(self, torchs):
         model = add_spectral_norm(torchs(nn.Linear(3, 3)).eval())
         assert not normalization_of(model).training
+
+    @pytest.mark.parametrize("kind", [HalfByHook, HalfByParametrization])
+    def test_a_class_derived_from_torchs_is_left_alone(self, kind):
+        model = nn.Sequential(kind.of(nn.Linear(3, 3)), nn.Linear(3, 3))
+        before = model[0](torch.ones(2, 3))
+        add_spectral_norm(model)
+        assert list(sn.monitor(model)) == ["1"]
+        assert f"already, by {kind.__name__}" in str(sn.summary(model))
+        torch.testing.assert_close(model[0](torch.ones(2, 3)), before)
+        with pytest.raises(UserError, match=f"already, by {kind.__name__}"):
+            add_spectral_norm(model, include="0*")
 
 
 class TestRemove:

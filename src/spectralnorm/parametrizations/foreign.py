@@ -1,6 +1,7 @@
 """Layers normalized by torch's own two functions: recognizing them, and turning them into ours in place.
 
-P is `torch.nn.utils.parametrizations.spectral_norm`, O the older hook `torch.nn.utils.spectral_norm`.
+P is `torch.nn.utils.parametrizations.spectral_norm`, O the older hook `torch.nn.utils.spectral_norm`. Classes that
+others have derived from theirs compute something else, a capped weight for example, and are not recognized.
 """
 
 from __future__ import annotations
@@ -15,26 +16,42 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, Spect
 
 from spectralnorm.parametrizations.options import Options
 
-__all__ = ["foreign_dim", "foreign_options", "hook_of", "names_under_hooks", "parametrization_of", "undo_hook"]
+__all__ = [
+    "derived_hooks",
+    "foreign_dim",
+    "foreign_options",
+    "hook_of",
+    "names_under_hooks",
+    "parametrization_of",
+    "undo_hook",
+]
 
 
 def parametrization_of(module: nn.Module, name: str) -> TorchParametrization | None:
     """Torch's parametrization on the weight, if it is there."""
     if not parametrize.is_parametrized(module, name):
         return None
-    found = (part for part in module.parametrizations[name] if isinstance(part, TorchParametrization))  # type: ignore
+    found = (part for part in module.parametrizations[name] if type(part) is TorchParametrization)  # type: ignore
     return next(found, None)
 
 
 def names_under_hooks(module: nn.Module) -> list[str]:
     """Names of the weights that torch's hook normalizes."""
-    return [hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
+    return [hook.name for hook in _hooks(module) if type(hook) is TorchHook]
+
+
+def derived_hooks(module: nn.Module) -> dict[str, TorchHook]:
+    """Hooks of classes derived from torch's, by the name of the weight that each computes."""
+    return {hook.name: hook for hook in _hooks(module) if type(hook) is not TorchHook}
 
 
 def hook_of(module: nn.Module, name: str) -> TorchHook | None:
     """Torch's hook on the weight, if it is there."""
-    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook))
-    return next((hook for hook in hooks if hook.name == name), None)
+    return next((hook for hook in _hooks(module) if type(hook) is TorchHook and hook.name == name), None)
+
+
+def _hooks(module: nn.Module) -> list[TorchHook]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
 
 
 def foreign_dim(module: nn.Module, name: str) -> int | None:

@@ -185,7 +185,7 @@ def _nothing_matches(glob: str | None, everything: list[Candidate]) -> str:
 
 
 def _raw_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    under_hooks = foreign.names_under_hooks(module)
+    under_hooks = [*foreign.names_under_hooks(module), *foreign.derived_hooks(module)]
     for name, parameter in module._parameters.items():
         name = name.removesuffix("_orig") if name.removesuffix("_orig") in under_hooks else name
         if parameter is not None:
@@ -224,6 +224,9 @@ def _obstacle(module: nn.Module, name: str, weight: Tensor) -> str | None:
         return "is a single number"
     if weight.numel() == 0:
         return "is empty"
+    derived = foreign.derived_hooks(module).get(name)
+    if derived is not None:
+        return f"is normalized already, by {type(derived).__name__}"
     is_ours = normalization_of(module, name) is not None
     is_torchs = foreign.parametrization_of(module, name) is not None
     if parametrize.is_parametrized(module, name) and not is_ours and not is_torchs:
