@@ -53,6 +53,20 @@ class TestCopies:
         expected = layer.weight
         assert torch.equal(copy.deepcopy(layer).weight, expected)
 
+    @pytest.mark.parametrize("options", [{}, {"strict": True}, {"update": "forward"}, {"norm": "operator"}], ids=str)
+    def test_deepcopy_in_inference_mode_computes_the_same_function(self, options):
+        layer = add_spectral_norm(nn.Conv2d(3, 8, 3, padding=1), **options)
+        images = torch.randn(2, 3, 8, 8)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        for _ in range(3):
+            layer(images).square().sum().sqrt().backward()
+            optimizer.step()
+        layer.eval()
+        with torch.inference_mode():
+            expected = layer(images)
+            copied = copy.deepcopy(layer)
+            torch.testing.assert_close(copied(images), expected)
+
     def test_deepcopy_trains_on_its_own(self):
         model = make()
         copied = copy.deepcopy(model)

@@ -37,6 +37,18 @@ def test_a_restored_model_goes_on_to_the_last_bit(device: torch.device):
         assert torch.equal(tensor, restored.state_dict()[name]), name
 
 
+def test_tracking_is_restored_in_inference_mode(device: torch.device):
+    model = _model(device)
+    _train(model, torch.optim.SGD(model.parameters(), lr=0.5), 5, device)
+    restored = copy.deepcopy(model)
+    with torch.inference_mode():
+        load_tracking_state(restored, tracking_state(model))
+    for each in (model, restored):
+        _train(each, torch.optim.SGD(each.parameters(), lr=0.5), 5, device)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, restored.state_dict()[name]), name
+
+
 def test_a_model_without_normalization_has_nothing_to_track(device: torch.device):
     model = nn.Linear(3, 2, device=device)
     assert tracking_state(model) == {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import wraps
 from typing import Any
@@ -271,8 +272,10 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 copied.copy_(weight)
     replica = self.__class__.__new__(self.__class__)
     memo[id(self)] = replica
-    deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
-    replica.__dict__.update(deepcopy(self.__dict__, memo))
+    # Of what inference mode makes no value can be kept.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        deepcopy(self._modules.get("parametrizations"), memo)  # before the hooks, which lead to one without its weight
+        replica.__dict__.update(deepcopy(self.__dict__, memo))
     # Code that `Module.compile` made is bound to the layer that it was made for, and torch gives copies none.
     replica.__dict__.pop("_compiled_call_impl", None)
     return replica

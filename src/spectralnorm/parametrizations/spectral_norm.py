@@ -620,7 +620,8 @@ class SpectralNorm(WeightNorms, WrittenValues):
             kept = self._kept
             if kept is not None and kept.is_current(kept.moment.clock.weight):
                 weight = memo.get(id(kept.moment.clock.weight))
-                if type(weight) is nn.Parameter:  # the copy computes with the very value of the original
+                # The copy computes with the very value of the original.
+                if type(weight) is nn.Parameter and not weight.is_inference():
                     copied._kept = kept.for_copy(weight)
                     copied.watched(weight)
         return copied

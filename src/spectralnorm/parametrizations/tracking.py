@@ -13,6 +13,7 @@ from torch import Tensor
 from spectralnorm.linalg import Frame, TrackedTriplet
 from spectralnorm.linalg.leading_of_map import LeadingImages
 from spectralnorm.parametrizations import engine
+from spectralnorm.parametrizations.arithmetic import plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept
 from spectralnorm.parametrizations.promise import shorter_vectors
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -75,14 +76,14 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
     def part(number: int, name: str) -> Tensor:
         return state[f"{number}.{name}"].to(weight.device, copy=True)
 
-    triplets = []
-    for number, view in enumerate(normalization.views):
-        is_left = bool(state[f"{number}.is_left"])
-        rows = part(number, "frame")
-        frame = Frame(rows if is_left else view.in_memory_order(rows, weight), is_left)
-        v = view.in_memory_order(part(number, "v"), weight)
-        triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
-    with torch.no_grad():
+    with plain_arithmetic(weight):
+        triplets = []
+        for number, view in enumerate(normalization.views):
+            is_left = bool(state[f"{number}.is_left"])
+            rows = part(number, "frame")
+            frame = Frame(rows if is_left else view.in_memory_order(rows, weight), is_left)
+            v = view.in_memory_order(part(number, "v"), weight)
+            triplets.append(TrackedTriplet(part(number, "u"), v, part(number, "sigma"), frame))
         leading = shorter_vectors(triplets[0].u, triplets[0].v)
         vectors = state.get("symbol_vectors")
         normalization.symbol_vectors = None if vectors is None else vectors.to(weight.device, copy=True)
