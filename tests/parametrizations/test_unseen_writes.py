@@ -122,6 +122,83 @@ def test_a_model_that_is_updated_by_hand_is_normalized_as_it_is(write, options, 
         before = found
 
 
+def test_a_model_that_is_updated_by_hand_is_followed_where_comparing_takes_long(images, device, monkeypatch):
+    monkeypatch.setattr(unseen_writes, "host_has", lambda _: False)
+    model = a_network().to(device)
+    for _ in range(20):
+        model(images).square().mean().backward()
+        for parameter in model.parameters():
+            added(parameter, -0.3 * parameter.grad)
+            parameter.grad = None
+        torch.testing.assert_close(model(images), expected(model, images), rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_weight_that_was_written(images, device):
+    model = a_network().to(device)
+    for _ in range(3):
+        model(images).square().mean().backward()
+        for parameter in model.parameters():
+            added(parameter, -0.3 * parameter.grad)
+            parameter.grad = None
+    fresh = pickle.loads(pickle.dumps(model))
+    for each in (model, fresh):
+        each(images).square().mean().backward()
+    for parameter, other in zip(model.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_search_along_the_gradient_is_seen():
+    """Not on a GPU, which would have to be waited for."""
+    model, images = a_network(), torch.randn(2, 3, 8, 8)
+    for _ in range(3):
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(model(images).square().mean(), parameters)
+        with torch.no_grad():
+            for _ in range(3):
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    parameter.data.sub_(grad)
+                torch.testing.assert_close(model(images), expected(model, images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_features", [28 * 28, 256, 6])
+def test_an_update_of_some_columns_is_seen(num_features, device):
+    """Features that are zero in all inputs, as at the margin of images, leave their columns as they were."""
+    layer = spectral_norm(nn.Linear(num_features, 256).to(device), mode="cap", coefficient=100.0)
+    inputs = torch.ones(4, num_features, device=device)
+    inputs[:, : num_features // 2] = 0
+    layer(inputs).sum().backward()
+    raw = layer.parametrizations.weight.original
+    raw.data.sub_(raw.grad, alpha=1e-3)
+    assert torch.equal(layer.weight, raw)
+
+
+def initialized(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+
+
+def clipped(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
+
+
+def loaded(model: nn.Module) -> None:
+    own = model.state_dict()
+    for name, tensor in own.items():
+        own[name].data.copy_(torch.randn_like(tensor))
+
+
+@pytest.mark.parametrize("is_used", [True, False], ids=["used", "new"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("write", [initialized, clipped, loaded])
+def test_what_is_written_where_parameters_were_asked_for_is_seen(write, options, is_used, images, device):
+    model = a_network(**options).to(device).eval()
+    if is_used:
+        model(images)
+    write(model)
+    torch.testing.assert_close(model(images), expected(model, images), rtol=1e-3, atol=1e-4)
+
+
 class Extrapolating(torch.optim.SGD):
     """The extragradient method, as it is often written (Gidel et al. 2019, algorithm 2)."""
 

@@ -193,7 +193,7 @@ class Kept:
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
         has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
         initialization: by which a write into the value through ``.data`` is noticed; None: none is expected any more.
-        looked_at: the number of `Occasions` when the value was last compared with the weight.
+        looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
         wait: how many more there have to be before it is compared again.
     """
 
@@ -227,8 +227,8 @@ class Kept:
             verdict=verdict,
             index=index,
             own_quotient=quotient,
-            looked_at=Occasions.num,
-            wait=first_wait(quotient.moment.clock),
+            wait=(wait := first_wait(quotient.moment.clock)),
+            looked_at=_now_for(wait),
         )
 
     def forget_nodes(self) -> None:
@@ -292,11 +292,11 @@ class Kept:
         Occasions.count_use()
         if Occasions.num - self.looked_at < self.wait or not may_be_compared(clock.weight):
             return True
-        self.looked_at = Occasions.num
         if not is_quotient(self.value, clock.weight, self.divisor):
             clock.count_unseen_write()
             return False
         self.wait = next_wait(clock, self.wait)
+        self.looked_at = _now_for(self.wait)
         return True
 
     def look_soon(self) -> None:
@@ -360,9 +360,14 @@ class Kept:
             rounded=None,
             followed=Alone(self.triplets, self.index),
             initialization=None,
-            looked_at=Occasions.num,
-            wait=first_wait(moment.clock),
+            wait=(wait := first_wait(moment.clock)),
+            looked_at=_now_for(wait),
         )
+
+
+def _now_for(wait: float) -> int:
+    """When a value was looked at that is right now, for the next look after so many occasions."""
+    return Occasions.num if wait else -1
 
 
 class Member(NamedTuple):

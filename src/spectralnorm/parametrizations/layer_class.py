@@ -25,6 +25,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.applied import apply_of
 from spectralnorm.parametrizations.image_size import forget_input_size
+from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 from spectralnorm.parametrizations.state_dict import forget_other_formats
@@ -150,6 +151,7 @@ def _require_like(layer: Any, name: str, value: Any) -> None:
 
 def _settle(layer: Any) -> list[Tensor]:
     """Let what was written into the layer's normalized weights reach the parameters, which are returned."""
+    Occasions.num += 1  # who asks for parameters may write into them
     changed = []
     lists = layer._modules.get("parametrizations")
     for parts in () if lists is None else lists._modules.values():

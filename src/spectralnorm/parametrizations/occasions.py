@@ -13,11 +13,13 @@ class Occasions:
     """What is done before weights are written by hand, wherever it happens.
 
     An update by hand follows a backward pass, and that of an average the step of an optimizer; averaged weights are
-    swapped in to be used without a graph, and out again to be trained.
+    swapped in to be used without a graph, and out again to be trained; and most code asks a model for its parameters
+    before it writes into them.
 
     Attributes:
         num: how many backward passes through normalized weights there were, steps of optimizers, of weights that nobody
-            watches too, and changes between uses under grad and uses without it.
+            watches too, looks at the parameters of a normalized layer, as for a state dict or a copy, and changes
+            between uses under grad and uses without it.
         with_grad: whether the last use was under grad.
     """
 

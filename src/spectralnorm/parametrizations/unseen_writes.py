@@ -42,12 +42,13 @@ def is_same(tensor: Tensor, copy: Tensor) -> bool:
 def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
     """Whether some entries of ``value`` are those of ``weight`` by ``divisor``, but for rounding.
 
-    Of tensors that lie densely in memory in the same order it is up to 256, at equal distances; of others all.
+    Of tensors that lie densely in memory in the same order it is up to 256, of many columns, because those of inputs
+    that are always zero stay as they are; of others all.
     """
     dtype, stride, size = weight.dtype, weight.stride(), weight.numel()
     relative, absolute = _rounding(dtype)
-    if value.stride() == stride and _is_dense(weight.shape, stride):
-        step = -(-size // _SAMPLED)
+    step = _step(weight.shape, stride)
+    if step and value.stride() == stride:
         if dtype is torch.float32 and type(divisor) is float and cpu.is_trusted():
             return cpu.is_quotient(value, weight, size, step, divisor, relative, absolute)
         some = (-(-size // step),), (step,)
@@ -65,17 +66,29 @@ def _rounding(dtype: torch.dtype) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    return is_dense(torch.empty_strided(shape, stride, device="meta"))
+def _step(shape: torch.Size, stride: tuple[int, ...]) -> int:
+    """From one entry that is compared to the next, in memory; 0 where a tensor has gaps there."""
+    if not is_dense(torch.empty_strided(shape, stride, device="meta")):
+        return 0
+    size = math.prod(shape)
+    step, columns = math.ceil(size / _SAMPLED), size // shape[0]
+    if step >= columns:  # from row to row the column moves on by the golden section
+        step += (round(columns * (math.sqrt(5) - 1) / 2) - step) % columns
+    while math.gcd(step, columns) > 1:
+        step += 1
+    return step
 
 
 def first_wait(clock: WeightClock) -> float:
-    """How many occasions to wait for before a new value is compared with the weight.
+    """How many occasions to wait for before a new value is compared with the weight; 0: compare it at every use.
 
-    On the CPU none is left out. A GPU has to be waited for, so a weight that an optimizer trains is not looked at
-    there, unless it has been found written by hand.
+    On the CPU none is left out, and a weight that has once been found written by hand is compared whether there was one
+    or not. A GPU has to be waited for, so a weight that an optimizer trains is not looked at there, unless it has been
+    found written by hand.
     """
-    return 1 if host_has(clock.weight.device) or clock.steps == 0 or clock.is_written_by_hand else math.inf
+    if host_has(clock.weight.device):
+        return 0 if clock.is_written_by_hand else 1
+    return 1 if clock.steps == 0 or clock.is_written_by_hand else math.inf
 
 
 def next_wait(clock: WeightClock, wait: float) -> float:
