@@ -243,6 +243,14 @@ class TestRefine:
             leading = torch.linalg.svd(matrix).U[:, 0]
             assert (found.frame.rows @ leading).norm().item() == pytest.approx(1, rel=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    @pytest.mark.parametrize("shape", [(280, 300), (300, 280)])
+    def test_all_directions_of_the_frame_of_a_large_matrix_are_leading_ones(self, shape, dtype):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        found = refine(matrix, unit(shape[1]).to(dtype))
+        images = torch.linalg.vector_norm(found.frame.rows.conj() @ matrix, dim=-1)
+        assert (images > 0.95 * torch.linalg.svdvals(matrix)[:8]).all()
+
     def test_complex_matrix(self):
         for size in (20, 140):
             matrix = torch.randn(size, 150, dtype=torch.complex64)

@@ -125,7 +125,7 @@ def test_layers_may_be_read_in_another_order_at_each_step():
 
 
 def test_one_weight_that_changes_alone_does_not_take_the_others_with_it(renewals):
-    layers = nn.ModuleList(spectral_norm(nn.Linear(6, 6)) for _ in range(3))
+    layers = nn.ModuleList(spectral_norm(nn.Linear(20, 20)) for _ in range(3))
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
     pull(layers, optimizer, seed=0)
     with torch.no_grad():

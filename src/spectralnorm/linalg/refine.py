@@ -134,13 +134,14 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
         tridiagonal[step, step] = alpha
         largest = max(largest, alpha)
         complete = beta <= negligible * largest or step + 1 == steps
-        if complete or (step + 1) % _CHECK_EVERY == 0:
+        if complete or (step + 1 >= NUM_TRACKED and (step + 1) % _CHECK_EVERY == 0):
             values, vectors = torch.linalg.eigh(tridiagonal[: step + 1, : step + 1])
             if complete or beta * float(vectors[-1, -1].abs()) <= residual_goal * float(values[-1]):
                 break
         tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = beta
         basis[step + 1] = new / beta
     leading = vectors[:, -NUM_TRACKED:].flip(-1).mT.to(matrix) @ basis[: len(vectors)]
+    leading = _with_others_sharpened(leading, short if gram is None else gram, is_gram=gram is not None)
     if is_wide:
         frame = _unit_rows(leading)
         v = matrix.mH @ frame[0]
@@ -149,6 +150,26 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
     v = _unit_rows(leading[:1])[0]
     images = leading @ matrix.mT
     return _unit_rows(images[:1])[0], v, torch.linalg.vector_norm(matrix @ v), _unit_rows(images)
+
+
+def _with_others_sharpened(leading: Tensor, matrix: Tensor, *, is_gram: bool) -> Tensor:
+    """Eigenvectors of G, as rows, of which only the first have converged, by two steps of subspace iteration.
+
+    Args:
+        leading: orthonormal but for rounding, the largest eigenvalue's first.
+        matrix: G, or A where G = A A^H.
+        is_gram: which.
+    """
+
+    def image(rows: Tensor) -> Tensor:
+        return rows @ matrix.mT if is_gram else (rows @ matrix.conj()) @ matrix.mT
+
+    rows = leading
+    for _ in range(2):
+        rows = torch.linalg.qr(image(rows).mT)[0].mT
+    _, vectors = torch.linalg.eigh(image(rows) @ rows.mH)
+    rows = vectors.flip(-1).mH @ rows
+    return torch.cat([leading[:1], rows[1:]])
 
 
 def _orthogonal_to(basis: Tensor, vector: Tensor) -> Tensor:

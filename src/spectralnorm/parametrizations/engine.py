@@ -53,6 +53,7 @@ from spectralnorm.parametrizations.quotient import (
     divisor_of,
     host_divisor_of,
 )
+from spectralnorm.parametrizations.vector_buffers import REFINED_RTOL
 
 if TYPE_CHECKING:
     from spectralnorm.parametrizations.spectral_norm import SpectralNorm
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Member",
     "divisors_of",
+    "follow_closely",
     "forget_nodes",
     "keep_triplets",
     "output_for_use",
@@ -70,6 +72,8 @@ __all__ = [
     "write_buffers",
 ]
 
+# Of weights that have moved little, before a norm that still changes is found anew.
+_MOST_STEPS = 6
 # Weights up to this many entries share one node of the graph. Larger ones have nodes of their own, so that each one's
 # gradient is there as early as it can be (DistributedDataParallel sends it while the backward goes on).
 _SMALL = SMALL
@@ -127,6 +131,27 @@ def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -
         for member in members:
             member.normalization.forget()
         raise
+
+
+def follow_closely(members: Sequence[Member]) -> None:
+    """As `refresh_together`, until each norm is as accurate as one that is found anew.
+
+    Of one that is not after a few steps nothing is kept any more.
+    """
+    sigmas = [math.nan] * len(members)
+    for _ in range(_MOST_STEPS):
+        refresh_together(members)
+        before, kepts = sigmas, [normalization._kept for normalization, _, _ in members]
+        members = [member._replace(kept=kept) for member, kept in zip(members, kepts, strict=True) if kept is not None]
+        sigmas = [member.kept.sigma_on_host() for member in members]
+        have_converged = [abs(new - old) <= 0.1 * REFINED_RTOL * new for new, old in zip(sigmas, before, strict=True)]
+        if all(have_converged):
+            break
+    for member, has_converged in zip(members, have_converged, strict=True):
+        if has_converged:
+            member.kept.look_as_new()
+        else:
+            member.normalization.forget()
 
 
 def _refresh(members: Sequence[Member]) -> None:

@@ -195,6 +195,7 @@ class Kept:
         initialization: by which a write into the value through ``.data`` is noticed; None: none is expected any more.
         looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
         wait: how many more there have to be before it is compared again.
+        was_used: whether somebody has been handed the value out.
     """
 
     moment: Moment
@@ -212,6 +213,7 @@ class Kept:
     initialization: Initialization | None = None
     looked_at: int = 0
     wait: float = 1
+    was_used: bool = False
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -269,6 +271,11 @@ class Kept:
         """The raw weight's norm, a scalar."""
         return self.quotient.sigma
 
+    def sigma_on_host(self) -> float:
+        """The same as a number, for which a GPU is waited for."""
+        sigmas = self.verdict.sigmas
+        return float(self.sigma) if sigmas is None else sigmas[self.index]
+
     def is_current(self, weight: Tensor) -> bool:
         """Whether the value is still that of ``weight``. Called at every use."""
         clock, steps, writes = self.moment
@@ -303,6 +310,17 @@ class Kept:
         """Compare the value with the weight at the next use, unless it is left alone for a time."""
         if self.wait < math.inf or not host_has(self.value.device):
             self.looked_at, self.wait = -1, 0
+
+    def stay(self) -> None:
+        """Be the value of the weight as it is now, which was written and is the same."""
+        self.moment = self.moment.clock.now()
+        if self.own_quotient is not None:
+            self.own_quotient.moment = self.moment
+
+    def look_as_new(self) -> None:
+        """Compare the value with the weight as often as one that has just been found."""
+        self.wait = first_wait(self.moment.clock)
+        self.looked_at = _now_for(self.wait)
 
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the tensor that was handed out, as ``nn.init.normal_(layer.weight)`` does."""
@@ -360,6 +378,7 @@ class Kept:
             rounded=None,
             followed=Alone(self.triplets, self.index),
             initialization=None,
+            was_used=False,
             wait=(wait := first_wait(moment.clock)),
             looked_at=_now_for(wait),
         )

@@ -44,6 +44,7 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
     watch_input_size(module, normalization)
     if normalization._kept is not None:
         normalization._kept.forget_graphs()  # torch has read the weight to see that it fits
+        normalization._kept.was_used = False
         normalization.expect_initialization()
     share_class(module)
     accept_other_formats(module)

@@ -16,6 +16,7 @@ from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, host_has, is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.nearby import Distance, distance_from, moved_together
 from spectralnorm.parametrizations.options import (
     Options,
     check_dim,
@@ -302,6 +303,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
                         and weight.requires_grad
                         and not _is_autocast_enabled()
                     ):
+                        kept.was_used = True
                         return fresh.pop()
                     return self._handed_out(weight, kept)
         return self.forward(weight)
@@ -395,6 +397,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             return self._handed_out(weight, kept)
 
     def _handed_out(self, weight: Tensor, kept: Kept) -> Tensor:
+        kept.was_used = True
         dtype = self.type_for_use(weight) if _is_autocast_enabled() else None
         has_grad = _is_grad_enabled()
         if has_grad and self.training and not kept.is_in_buffers:
@@ -500,7 +503,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
                 return kept
             if kept is not None and self.kept_to_follow(clock) is kept:
                 engine.refresh_together(engine.stepped_together(self, weight, kept), into_buffers=into_buffers)
-            else:
+            elif kept is None or not self._has_been_nearby(weight, kept):
                 self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
                 engine.keep_triplets(self, weight, found, age=0)
@@ -508,6 +511,19 @@ class SpectralNorm(WeightNorms, WrittenValues):
                     self.expect_initialization()
         assert self._kept is not None
         return self._kept
+
+    def _has_been_nearby(self, weight: Tensor, kept: Kept) -> bool:
+        """Renew what is kept of a weight that has moved little, to the accuracy of what is found anew.
+
+        Returns:
+            Whether that was possible.
+        """
+        distance = distance_from(kept, self, weight)
+        if distance is Distance.NONE:
+            kept.stay()
+        elif distance is Distance.SMALL:
+            engine.follow_closely(moved_together(self, weight, kept))
+        return self._kept is not None and distance is not Distance.LARGE
 
     def expect_initialization(self) -> None:
         """Until an optimizer moves a new weight it may be initialized, through ``.data`` as well."""
@@ -588,6 +604,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.invalidate()  # what is loaded twice is the same function, whatever was there before
         if self.in_graphs is not None:  # the weight is there already: its parameter is the parent's
             self.in_graphs.restart(self)
 

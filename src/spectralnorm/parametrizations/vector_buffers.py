@@ -12,10 +12,10 @@ from spectralnorm.linalg import MatrixView, TrackedTriplet, compute_dtype, refin
 from spectralnorm.parametrizations.arithmetic import is_eager, plain_arithmetic
 from spectralnorm.parametrizations.shards import is_distributed, local_part, whole
 
-__all__ = ["VectorBuffers"]
+__all__ = ["REFINED_RTOL", "VectorBuffers"]
 
 # Lanczos gains a constant factor per step, so ten times better than the promised 1e-4 is nearly free.
-_REFINED_RTOL = 1e-5
+REFINED_RTOL = 1e-5
 # The buffers of each view's vectors.
 _BUFFERS = (("_u", "_v"), ("_u_in", "_v_in"))
 _States = list[tuple[int, int]]
@@ -138,7 +138,7 @@ class VectorBuffers(nn.Module):
         blocks = view.memory_blocks(weight)
         blocks = blocks.to(compute_dtype(blocks.dtype))
         start = seeded_direction(f"{self.name}.start", blocks.shape[-1], blocks)
-        return refine(blocks, start, rtol=_REFINED_RTOL, eps=self.eps)
+        return refine(blocks, start, rtol=REFINED_RTOL, eps=self.eps)
 
     def refined_vectors(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Whole u and v of each view for a ``weight`` of which nothing is known, in its type; to full accuracy."""

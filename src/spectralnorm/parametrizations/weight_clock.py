@@ -25,7 +25,7 @@ from spectralnorm.parametrizations.arithmetic import is_capturing
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed, local_part
 
-__all__ = ["Moment", "Step", "WeightClock", "as_one_step", "version_of", "watch"]
+__all__ = ["Moment", "Step", "WeightClock", "all_clocks", "as_one_step", "version_of", "watch"]
 
 
 class WeightClock:
@@ -185,6 +185,11 @@ def watch(weight: Tensor) -> WeightClock:
     if clock is None:
         clock = _clocks[id(weight)] = WeightClock(weight)
     return clock
+
+
+def all_clocks() -> list[WeightClock]:
+    """Those of all parameters that are watched."""
+    return list(_clocks.values())
 
 
 _Counts = dict[int, tuple[int, int]]
