@@ -159,6 +159,20 @@ def test_whatever_is_written_the_norm_is_right_to_1e_4(gap, decay, size, where, 
     assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("change", [0.0, 1e-4])
+def test_what_is_written_after_a_step_of_training_has_its_norm_found_to_the_same_accuracy(change, device):
+    """A step is followed by one iteration, which may be off by more."""
+    layer = spectral_norm(nn.Linear(60, 50).to(device))
+    optimizer = torch.optim.Adam([raw(layer)], lr=0.02)
+    for _ in range(3):
+        (layer.weight * torch.randn(50, 60, device=device)).sum().backward()
+        optimizer.step()
+    assert norm_of(layer.weight) != pytest.approx(1, rel=1e-3)
+    with torch.no_grad():
+        raw(layer).add_(change)
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
 def test_what_was_written_and_is_the_same_keeps_its_value(anew, device):
     layer = spectral_norm(nn.Linear(40, 30).to(device))
     value = layer.weight

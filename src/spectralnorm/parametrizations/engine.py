@@ -138,17 +138,17 @@ def follow_closely(members: Sequence[Member]) -> None:
 
     Of one that is not after a few steps nothing is kept any more.
     """
-    sigmas = [math.nan] * len(members)
+    sigmas, have_converged = [math.nan] * len(members), [False] * len(members)
     for _ in range(_MOST_STEPS):
         refresh_together(members)
-        before, kepts = sigmas, [normalization._kept for normalization, _, _ in members]
-        members = [member._replace(kept=kept) for member, kept in zip(members, kepts, strict=True) if kept is not None]
-        sigmas = [member.kept.sigma_on_host() for member in members]
+        members = [member._replace(kept=member.normalization._kept) for member in members]
+        before, sigmas = sigmas, [member.kept.sigma_on_host() for member in members]
         have_converged = [abs(new - old) <= 0.1 * REFINED_RTOL * new for new, old in zip(sigmas, before, strict=True)]
         if all(have_converged):
             break
     for member, has_converged in zip(members, have_converged, strict=True):
         if has_converged:
+            member.kept.is_refined = True
             member.kept.look_as_new()
         else:
             member.normalization.forget()
@@ -239,7 +239,9 @@ def keep_triplets(
         quotient = _quotient(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
-    normalization.keep(Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age))
+    kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
+    kept.is_refined = age == 0
+    normalization.keep(kept)
 
 
 def rounded_for_autocast(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype) -> Rounded:

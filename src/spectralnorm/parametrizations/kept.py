@@ -196,6 +196,7 @@ class Kept:
         looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
         wait: how many more there have to be before it is compared again.
         was_used: whether somebody has been handed the value out.
+        is_refined: whether the norm is as accurate as one that was found anew, and not followed for a step of training.
     """
 
     moment: Moment
@@ -214,6 +215,7 @@ class Kept:
     looked_at: int = 0
     wait: float = 1
     was_used: bool = False
+    is_refined: bool = False
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:

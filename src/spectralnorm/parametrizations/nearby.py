@@ -46,7 +46,8 @@ def distance_from(kept: Kept, normalization: SpectralNorm, weight: Tensor) -> Di
         normalization: of the weight.
         weight: raw, as it is now.
     """
-    if kept.moment.clock.weight is not weight or kept.was_written_to() or kept.verdict.is_bad(kept.index):
+    is_known = kept.is_refined and kept.moment.clock.weight is weight and not kept.verdict.is_bad(kept.index)
+    if not is_known or kept.was_written_to():
         return Distance.LARGE
     weight, value = weight.detach(), kept.value
     if _form_of(weight) != _form_of(value):
