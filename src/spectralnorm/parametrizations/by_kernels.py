@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from spectralnorm.linalg import TrackedTriplet
-from spectralnorm.linalg.cpu.tables import Ends, for_one_call
+from spectralnorm.linalg.cpu.tables import Ends
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory
+from spectralnorm.parametrizations.kernel_buffers import KnownBuffers, write_vectors
 from spectralnorm.parametrizations.memory import Memory
 from spectralnorm.parametrizations.occasions import Occasions
-from spectralnorm.parametrizations.plans import Plans, Weights, can_write, plans_for
+from spectralnorm.parametrizations.plans import Plans, Weights, plans_for
 from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
 from spectralnorm.parametrizations.weight_clock import Moment, Step, WeightClock
@@ -40,7 +41,6 @@ __all__ = [
     "quotient_by_kernels",
     "refresh_by_kernels",
     "tracked_and_divided",
-    "write_vectors",
 ]
 
 
@@ -300,7 +300,7 @@ class ByKernels:
         return (TrackedTriplet(u, v, sigma, frame),)
 
     def write(self, places: Sequence[int], buffers: Sequence[Tensor]) -> None:
-        """Write u and v of the weights at ``places``, those that have a norm, into ``buffers``: u, v, u, v, ..."""
+        """As `write_vectors`, what was found last."""
         assert self._division is not None
         write_vectors(self._division, self._tracking, places, buffers)
 
@@ -357,53 +357,9 @@ def tracked_and_divided(
     return tracked, sigmas, None, partial(list, zip(us, vs, strict=True))
 
 
-def write_vectors(division: Division, tracking: Any, places: Sequence[int], buffers: Sequence[Tensor]) -> None:
-    """As `ByKernels.write`, of a division whose norms and vectors were found by a plan."""
-    plans, ends = division.plans, division.ends
-    if ends is not None and len(places) == len(plans.views):
-        sizes, owners = tracking.vector_sizes, tracking.vector_owners
-        return plans.store.copy_from(ends, sizes, owners, division.sigmas, buffers, eps=plans.eps)
-    owners = [place for place in places for _ in range(2)]
-    vectors = [vector for place in places for vector in division.pairs[place]]
-    plans.store.copy(vectors, owners, division.sigmas, buffers, eps=plans.eps)
-
-
 def _pairs_of(tracking: Any, tracked: Any, out_dims: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     us, vs, _ = tracking.whole(tracked, out_dims)
     return list(zip(us, vs, strict=True))
-
-
-class KnownBuffers:
-    """The buffers of weights of one view each, all in training mode, and where these are in memory."""
-
-    def __init__(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
-        # Weak, as a `ByKernels` holds its members.
-        self._buffers = [(ref(u), ref(v), u.data_ptr(), v.data_ptr()) for u, v in buffers]
-        self.addresses = for_one_call([address for _, _, *both in self._buffers for address in both])
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> KnownBuffers | None:
-        """Those of ``members``; None if one is not in training mode, or the kernels cannot write to one."""
-        buffers = [normalization.buffers_of_views() for normalization, _, _ in members if normalization.training]
-        if len(buffers) < len(members) or not can_write([each for both in buffers for each in both]):
-            return None
-        return cls([(u, v) for u, v in buffers])
-
-    def are_of(self, members: Sequence[Member]) -> bool:
-        """Whether they are still those of ``members``, at the same addresses."""
-        for (normalization, _, _), (known_u, known_v, of_u, of_v) in zip(members, self._buffers, strict=True):
-            buffers, u, v = normalization._buffers, known_u(), known_v()
-            if (
-                not normalization.training
-                or u is None
-                or v is None
-                or buffers["_u"] is not u
-                or buffers["_v"] is not v
-                or u.data_ptr() != of_u
-                or v.data_ptr() != of_v
-            ):
-                return False
-        return True
 
 
 class SameMembers(list[Member]):

@@ -22,14 +22,10 @@ from torch import Tensor
 from spectralnorm.linalg import compute_dtype, track
 from spectralnorm.linalg.cuda.capture import capture_id
 from spectralnorm.parametrizations.arithmetic import is_plain, plain_arithmetic
-from spectralnorm.parametrizations.by_kernels import (
-    ByKernels,
-    Following,
-    tracked_and_divided,
-    write_vectors,
-)
+from spectralnorm.parametrizations.by_kernels import ByKernels, Following, tracked_and_divided
 from spectralnorm.parametrizations.division import Division, SomeOf
 from spectralnorm.parametrizations.kept import Outputs
+from spectralnorm.parametrizations.kernel_buffers import write_vectors
 from spectralnorm.parametrizations.memory import Memory
 from spectralnorm.parametrizations.plans import can_write, identity_of
 from spectralnorm.parametrizations.quotient import NormalizedWeights
