@@ -353,6 +353,24 @@ def test_no_write_is_found_where_there_was_none(make, options, comparisons, devi
         assert not all(comparisons)
 
 
+def test_another_view_of_the_same_memory_is_seen(device):
+    layer = spectral_norm(nn.Linear(30, 30).to(device))
+    layer.weight.sum().backward()
+    raw = layer.parametrizations.weight.original
+    raw.data = raw.data.T
+    expected = raw.detach() / torch.linalg.matrix_norm(raw.detach(), 2)
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_of_the_weight_in_its_place_is_refused(device):
+    layer = spectral_norm(nn.Linear(30, 30).to(device))
+    layer.weight.sum().backward()
+    raw = layer.parametrizations.weight.original
+    raw.data = raw.data[:20]
+    with pytest.raises(sn.UserError, match="should have 900 entries, but 600 are here"):
+        layer.weight  # noqa: B018
+
+
 def test_what_optimizers_move_is_compared_as_well(comparisons, device):
     model = a_network(mode="cap", coefficient=0.3).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

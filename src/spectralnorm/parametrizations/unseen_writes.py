@@ -45,6 +45,8 @@ def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
     Of tensors that lie densely in memory in the same order it is up to 256, of many columns, because those of inputs
     that are always zero stay as they are; of others all.
     """
+    if value.shape != weight.shape:  # another view of its memory
+        return False
     dtype, stride, size = weight.dtype, weight.stride(), weight.numel()
     relative, absolute = _rounding(dtype)
     step = _step(weight.shape, stride)
