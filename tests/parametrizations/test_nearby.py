@@ -174,6 +174,43 @@ def test_what_was_written_and_is_the_same_keeps_its_value(anew, device):
     assert raw(layer).grad.isfinite().all()
 
 
+def test_the_second_derivative_of_what_was_trained_then_written_and_is_the_same(device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.weight.square().sum().backward()
+    optimizer.step()
+    layer.weight  # noqa: B018 - a use, of two that there are nodes for
+    with torch.no_grad():
+        raw(layer).mul_(1)
+    (gradient,) = torch.autograd.grad(layer.weight.pow(3).sum(), raw(layer), create_graph=True)
+    gradient.square().sum().backward()
+    assert raw(layer).grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"coefficient": 2.0}, {"mode": "cap", "coefficient": 100.0}], ids=str)
+def test_what_was_written_and_is_the_same_is_divided_as_it_is_to_be_now(options, device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    layer.weight.sum().backward()
+    raw(layer).data = raw(layer).data.clone()
+    layer.parametrizations.weight[0].set_options(**options)
+    wanted = norm_of(raw(layer)) if "mode" in options else 2
+    assert norm_of(layer.weight) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_entries_that_move_by_less_than_rounding_are_looked_at_once(device):
+    layer = spectral_norm(nn.Linear(16, 16).to(device))
+    layer.weight.sum().backward()
+    raw(layer).data[0, 0] = 0
+    layer.weight.sum().backward()
+    raw(layer).data[0, 0] = 1e-9
+    assert layer.weight[0, 0] > 0
+    clock = layer.parametrizations.weight[0]._kept.moment.clock
+    writes = clock.writes
+    layer.weight.sum().backward()
+    layer.weight  # noqa: B018 - a use
+    assert clock.writes == writes
+
+
 def test_a_parameter_that_takes_the_place_of_an_equal_one_gets_the_gradient(device):
     layer = spectral_norm(nn.Linear(40, 30).to(device))
     layer.weight.sum().backward()

@@ -28,6 +28,7 @@ from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
+from spectralnorm.parametrizations.unseen_writes import is_quotient
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 from spectralnorm.parametrizations.weight_norms import WeightNorms
 from spectralnorm.parametrizations.written_values import HandedOut, WrittenValues, is_ordinary
@@ -470,6 +471,10 @@ class SpectralNorm(WeightNorms, WrittenValues):
         if not kept.is_current(weight := kept.moment.clock.weight):
             kept.leave_others()  # who are divided as they were
             return
+        self._divide_kept(weight, kept)
+
+    def _divide_kept(self, weight: Tensor, kept: Kept) -> None:
+        """Divide ``weight`` by the norm that is ``kept`` of it."""
         with plain_arithmetic(weight):
             found_map = self.map_again(weight) if self.follows_map else None
             engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
@@ -519,7 +524,9 @@ class SpectralNorm(WeightNorms, WrittenValues):
             Whether that was possible.
         """
         distance = distance_from(kept, self, weight)
-        if distance is Distance.NONE:
+        if distance is Distance.NONE and (kept.has_left or not is_quotient(kept.value, weight, kept.divisor)):
+            self._divide_kept(weight, kept)  # else what has moved by less than rounding would be looked at at every use
+        elif distance is Distance.NONE:
             kept.stay()
         elif distance is Distance.SMALL:
             engine.follow_closely(moved_together(self, weight, kept))
