@@ -102,6 +102,21 @@ def test_a_weight_that_moves_far_does_not_go_with_those_that_move_little(renewal
     assert set(renewals) == {2}
 
 
+def test_a_layer_is_renewed_once_whose_parameter_was_replaced_by_another(renewals, device):
+    shared = nn.Parameter(torch.randn(20, 30, device=device))
+    layers = [nn.Linear(30, 20), nn.Linear(30, 20)]
+    for layer in layers:
+        layer.weight = shared
+        spectral_norm(layer).weight.sum().backward()
+    layer, _ = layers
+    layer.parametrizations.weight.original = nn.Parameter(torch.randn(20, 30, device=device))
+    layer.weight.sum().backward()
+    renewals.clear()
+    written(layer, torch.full((20, 30), 1e-4, device=device))
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+    assert set(renewals) == {1}
+
+
 def test_target_networks_are_followed_beside_what_is_trained(anew, device):
     critic = sn.add_spectral_norm(nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 30)).to(device))
     target = copy.deepcopy(critic)

@@ -76,8 +76,9 @@ def moved_together(normalization: SpectralNorm, weight: Tensor, kept: Kept) -> l
     members = []
     for clock in all_clocks():
         for mate in (found() for found in clock.watchers):
-            if mate is normalization:
-                members.append(Member(normalization, weight, kept))
+            if mate is normalization:  # which may have watched another parameter before
+                if clock is kept.moment.clock:
+                    members.append(Member(normalization, weight, kept))
             elif mate is not None and _is_like(mate, clock, options):
                 members.append(Member(mate, clock.weight, mate._kept))
     return members
