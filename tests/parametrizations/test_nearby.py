@@ -72,6 +72,24 @@ def test_a_weight_that_moves_little_is_followed_to_the_accuracy_of_one_found_ane
     assert not anew
 
 
+def test_a_direction_that_a_step_of_an_optimizer_has_hidden_is_found_after_a_write(device):
+    values = torch.linspace(1, 0.3, 40)
+    weight = with_spectrum(values, rows=40, columns=40)
+    left, _, right = torch.linalg.svd(weight)
+    layer = nn.Linear(40, 40, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    layer = spectral_norm(layer.to(device))
+    layer.weight.sum().backward()
+    raw(layer).grad = -torch.outer(left[:, -1], right[-1]).to(raw(layer))
+    torch.optim.SGD([raw(layer)], lr=1.0).step()
+    layer.weight.sum().backward()
+    for _ in range(2):
+        with torch.no_grad():
+            raw(layer).add_(1e-6)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
 def test_weights_that_are_written_together_are_renewed_together(renewals, device):
     layers = nn.ModuleList(spectral_norm(nn.Linear(30, 20).to(device)) for _ in range(5))
     unused = spectral_norm(nn.Linear(30, 20).to(device))

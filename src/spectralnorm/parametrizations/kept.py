@@ -197,6 +197,8 @@ class Kept:
         looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
         wait: how many more there have to be before it is compared again.
         was_used: whether somebody has been handed the value out.
+        is_exact: whether the norm is right whatever it was before. After an optimizer's step it is as near as one power
+            iteration, which may miss a direction.
     """
 
     moment: Moment
@@ -215,6 +217,7 @@ class Kept:
     looked_at: int = 0
     wait: float = 1
     was_used: bool = False
+    is_exact: bool = False
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:

@@ -58,8 +58,8 @@ def distance_from(kept: Kept, normalization: SpectralNorm, weight: Tensor) -> Di
         return Distance.LARGE  # or not finite
     if moved < 1e-4 * sigma and moved <= torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(now)):
         return Distance.NONE
-    # A bound of a strict weight takes longer than to begin anew.
-    if normalization.strict or normalization.follows_map or weight.is_complex():
+    # What was missed before would be missed again. A bound of a strict weight takes longer than to begin anew.
+    if not kept.is_exact or normalization.strict or normalization.follows_map or weight.is_complex():
         return Distance.LARGE
     parts = zip(normalization.views, kept.triplets, strict=True)
     is_small = all(_is_led_from_within(view.memory_blocks(now), each.frame, moved) for view, each in parts)

@@ -477,7 +477,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
         """Divide ``weight`` by the norm that is ``kept`` of it."""
         with plain_arithmetic(weight):
             found_map = self.map_again(weight) if self.follows_map else None
-            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
+            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, is_exact=kept.is_exact, found_map=found_map)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -511,7 +511,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             elif kept is None or not self._has_been_nearby(weight, kept):
                 self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
-                engine.keep_triplets(self, weight, found, age=0)
+                engine.keep_triplets(self, weight, found, age=0, is_exact=True)
                 if self.awaits_initialization:
                     self.expect_initialization()
         assert self._kept is not None
