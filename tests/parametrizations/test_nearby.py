@@ -255,11 +255,20 @@ def test_a_parameter_that_takes_the_place_of_an_equal_one_gets_the_gradient(devi
     assert raw(layer).grad is not None
 
 
-def test_what_is_loaded_is_the_same_function_whatever_was_there_before(device):
-    model = nn.Sequential(spectral_norm(nn.Linear(40, 30).to(device)))
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: nn.Linear(40, 30), {}),
+        (lambda: nn.Conv2d(16, 24, 3), {"strict": True}),
+        (lambda: nn.Conv2d(16, 24, 3), {"norm": "operator", "input_size": (8, 8)}),
+    ],
+    ids=["default", "strict", "operator"],
+)
+def test_what_is_loaded_is_the_same_function_whatever_was_there_before(make, options, device):
+    model = nn.Sequential(spectral_norm(make().to(device), **options))
     state = copy.deepcopy(model.state_dict())
     other = copy.deepcopy(model)
-    written(other[0], 1e-3 * torch.randn_like(raw(other[0])))
+    written(other[0], 0.1 * torch.randn_like(raw(other[0])))
     other[0].weight.sum().backward()
     for each in (model, other):
         each.load_state_dict(state)

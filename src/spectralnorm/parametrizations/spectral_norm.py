@@ -612,6 +612,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()  # what is loaded twice is the same function, whatever was there before
+        self.symbol_vectors = None
         if self.in_graphs is not None:  # the weight is there already: its parameter is the parent's
             self.in_graphs.restart(self)
 
