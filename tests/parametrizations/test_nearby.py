@@ -90,6 +90,19 @@ def test_a_direction_that_a_step_of_an_optimizer_has_hidden_is_found_after_a_wri
         assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
 
 
+def test_what_overtakes_many_directions_of_one_length_is_found(device):
+    """An orthogonal weight of which a few directions have become shorter."""
+    values = torch.cat([torch.ones(291), torch.linspace(0.9, 0.5, 9)])
+    layer = nn.Linear(300, 300, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.copy_(with_spectrum(values, rows=300, columns=300))
+    layer = spectral_norm(layer)
+    left = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(raw(layer))
+    right = raw(layer).detach().T @ left
+    written(layer, 0.01 * torch.outer(left / left.norm(), right / right.norm()))
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
 def test_weights_that_are_written_together_are_renewed_together(renewals, device):
     layers = nn.ModuleList(spectral_norm(nn.Linear(30, 20).to(device)) for _ in range(5))
     unused = spectral_norm(nn.Linear(30, 20).to(device))
