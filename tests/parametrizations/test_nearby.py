@@ -72,6 +72,37 @@ def test_a_weight_that_moves_little_is_followed_to_the_accuracy_of_one_found_ane
     assert not anew
 
 
+def test_a_direction_that_a_step_of_an_optimizer_has_hidden_is_found_after_a_write(device):
+    values = torch.linspace(1, 0.3, 40)
+    weight = with_spectrum(values, rows=40, columns=40)
+    left, _, right = torch.linalg.svd(weight)
+    layer = nn.Linear(40, 40, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    layer = spectral_norm(layer.to(device))
+    layer.weight.sum().backward()
+    raw(layer).grad = -torch.outer(left[:, -1], right[-1]).to(raw(layer))
+    torch.optim.SGD([raw(layer)], lr=1.0).step()
+    layer.weight.sum().backward()
+    for _ in range(2):
+        with torch.no_grad():
+            raw(layer).add_(1e-6)
+        assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
+def test_what_overtakes_many_directions_of_one_length_is_found(device):
+    """An orthogonal weight of which a few directions have become shorter."""
+    values = torch.cat([torch.ones(291), torch.linspace(0.9, 0.5, 9)])
+    layer = nn.Linear(300, 300, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.copy_(with_spectrum(values, rows=300, columns=300))
+    layer = spectral_norm(layer)
+    left = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(raw(layer))
+    right = raw(layer).detach().T @ left
+    written(layer, 0.01 * torch.outer(left / left.norm(), right / right.norm()))
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
 def test_weights_that_are_written_together_are_renewed_together(renewals, device):
     layers = nn.ModuleList(spectral_norm(nn.Linear(30, 20).to(device)) for _ in range(5))
     unused = spectral_norm(nn.Linear(30, 20).to(device))
@@ -100,6 +131,21 @@ def test_a_weight_that_moves_far_does_not_go_with_those_that_move_little(renewal
     for layer in layers:
         assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
     assert set(renewals) == {2}
+
+
+def test_a_layer_is_renewed_once_whose_parameter_was_replaced_by_another(renewals, device):
+    shared = nn.Parameter(torch.randn(20, 30, device=device))
+    layers = [nn.Linear(30, 20), nn.Linear(30, 20)]
+    for layer in layers:
+        layer.weight = shared
+        spectral_norm(layer).weight.sum().backward()
+    layer, _ = layers
+    layer.parametrizations.weight.original = nn.Parameter(torch.randn(20, 30, device=device))
+    layer.weight.sum().backward()
+    renewals.clear()
+    written(layer, torch.full((20, 30), 1e-4, device=device))
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+    assert set(renewals) == {1}
 
 
 def test_target_networks_are_followed_beside_what_is_trained(anew, device):
@@ -188,6 +234,43 @@ def test_what_was_written_and_is_the_same_keeps_its_value(anew, device):
     assert raw(layer).grad.isfinite().all()
 
 
+def test_the_second_derivative_of_what_was_trained_then_written_and_is_the_same(device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.weight.square().sum().backward()
+    optimizer.step()
+    layer.weight  # noqa: B018 - a use, of two that there are nodes for
+    with torch.no_grad():
+        raw(layer).mul_(1)
+    (gradient,) = torch.autograd.grad(layer.weight.pow(3).sum(), raw(layer), create_graph=True)
+    gradient.square().sum().backward()
+    assert raw(layer).grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"coefficient": 2.0}, {"mode": "cap", "coefficient": 100.0}], ids=str)
+def test_what_was_written_and_is_the_same_is_divided_as_it_is_to_be_now(options, device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device))
+    layer.weight.sum().backward()
+    raw(layer).data = raw(layer).data.clone()
+    layer.parametrizations.weight[0].set_options(**options)
+    wanted = norm_of(raw(layer)) if "mode" in options else 2
+    assert norm_of(layer.weight) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_entries_that_move_by_less_than_rounding_are_looked_at_once(device):
+    layer = spectral_norm(nn.Linear(16, 16).to(device))
+    layer.weight.sum().backward()
+    raw(layer).data[0, 0] = 0
+    layer.weight.sum().backward()
+    raw(layer).data[0, 0] = 1e-9
+    assert layer.weight[0, 0] > 0
+    clock = layer.parametrizations.weight[0]._kept.moment.clock
+    writes = clock.writes
+    layer.weight.sum().backward()
+    layer.weight  # noqa: B018 - a use
+    assert clock.writes == writes
+
+
 def test_a_parameter_that_takes_the_place_of_an_equal_one_gets_the_gradient(device):
     layer = spectral_norm(nn.Linear(40, 30).to(device))
     layer.weight.sum().backward()
@@ -199,11 +282,20 @@ def test_a_parameter_that_takes_the_place_of_an_equal_one_gets_the_gradient(devi
     assert raw(layer).grad is not None
 
 
-def test_what_is_loaded_is_the_same_function_whatever_was_there_before(device):
-    model = nn.Sequential(spectral_norm(nn.Linear(40, 30).to(device)))
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: nn.Linear(40, 30), {}),
+        (lambda: nn.Conv2d(16, 24, 3), {"strict": True}),
+        (lambda: nn.Conv2d(16, 24, 3), {"norm": "operator", "input_size": (8, 8)}),
+    ],
+    ids=["default", "strict", "operator"],
+)
+def test_what_is_loaded_is_the_same_function_whatever_was_there_before(make, options, device):
+    model = nn.Sequential(spectral_norm(make().to(device), **options))
     state = copy.deepcopy(model.state_dict())
     other = copy.deepcopy(model)
-    written(other[0], 1e-3 * torch.randn_like(raw(other[0])))
+    written(other[0], 0.1 * torch.randn_like(raw(other[0])))
     other[0].weight.sum().backward()
     for each in (model, other):
         each.load_state_dict(state)

@@ -455,3 +455,46 @@ def test_a_gpu_is_not_waited_for_while_an_optimizer_trains(comparisons, device, 
         model(images).square().sum().backward()
         optimizer.step()
     assert len(comparisons) <= 2  # each weight once, after its first step
+
+
+def test_a_function_that_is_applied_and_changes_nothing_hides_no_later_write(device):
+    layer = spectral_norm(nn.Linear(40, 30).to(device)).eval()
+    raw = layer.parametrizations.weight.original
+
+    def clamp(_: nn.Module) -> None:
+        with torch.no_grad():
+            raw.clamp_(-100, 100)
+
+    layer.apply(clamp)
+    layer.weight.sum().backward()
+    before = layer.weight.detach().clone()
+    raw.data.add_(0.1)
+    layer.train()
+    assert not torch.allclose(layer.weight, before, rtol=1e-2)
+
+
+def test_a_function_that_is_applied_and_changes_nothing_hides_no_later_initialization():
+    layer = spectral_norm(nn.Linear(40, 30))
+    raw = layer.parametrizations.weight.original
+
+    def clamp(_: nn.Module) -> None:
+        with torch.no_grad():
+            raw.clamp_(-100, 100)
+
+    layer.apply(clamp)
+    layer.weight.data.normal_()
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, rel=1e-4)
+    assert raw.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_what_is_updated_by_hand_and_by_an_optimizer_is_compared_at_every_use():
+    layer = spectral_norm(nn.Linear(40, 30))
+    raw = layer.parametrizations.weight.original
+    optimizer = torch.optim.SGD([raw], lr=0.1)
+    layer.weight.sum().backward()
+    raw.data.add_(0.1)
+    layer.weight.square().sum().backward()
+    optimizer.step()
+    before = layer.weight.detach().clone()
+    raw.data.sub_(0.1)  # there is no occasion
+    assert not torch.allclose(layer.weight, before, rtol=1e-2)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectralnorm.linalg.directions import seeded_direction
 from spectralnorm.linalg.tracking import NUM_TRACKED, Frame, TrackedTriplet, complete_frame
 
 __all__ = ["refine"]
@@ -153,7 +154,10 @@ def _by_lanczos(matrix: Tensor, start: Tensor, rtol: float) -> _Parts:
 
 
 def _with_others_sharpened(leading: Tensor, matrix: Tensor, *, is_gram: bool) -> Tensor:
-    """Eigenvectors of G, as rows, of which only the first have converged, by two steps of subspace iteration.
+    """Eigenvectors of G, as rows, of which only the first has converged, by two steps of subspace iteration.
+
+    Lanczos sees one vector of each eigenvalue, so as many random ones go along: where the largest has several they show
+    that others are as long.
 
     Args:
         leading: orthonormal but for rounding, the largest eigenvalue's first.
@@ -164,12 +168,14 @@ def _with_others_sharpened(leading: Tensor, matrix: Tensor, *, is_gram: bool) ->
     def image(rows: Tensor) -> Tensor:
         return rows @ matrix.mT if is_gram else (rows @ matrix.conj()) @ matrix.mT
 
-    rows = leading
+    first, size = leading[:1], leading.shape[1]
+    others = [seeded_direction(f"refine.{number}", size, leading) for number in range(NUM_TRACKED)]
+    rows = torch.cat([leading[1:], torch.stack(others)])
     for _ in range(2):
-        rows = torch.linalg.qr(image(rows).mT)[0].mT
+        rows = torch.linalg.qr(torch.cat([first, image(rows)]).mT)[0].mT[1:]
     _, vectors = torch.linalg.eigh(image(rows) @ rows.mH)
     rows = vectors.flip(-1).mH @ rows
-    return torch.cat([leading[:1], rows[1:]])
+    return torch.cat([first, rows[: NUM_TRACKED - 1]])
 
 
 def _orthogonal_to(basis: Tensor, vector: Tensor) -> Tensor:

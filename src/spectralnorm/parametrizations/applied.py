@@ -70,12 +70,14 @@ class _KeptValue:
 
     def take_over(self) -> None:
         """Let what was written into the value be the new weight, and forget the value if the weight was written."""
-        if self._normalization._kept is not self._kept or not self._kept.is_current(self._weight):
+        kept = self._kept
+        is_current = self._normalization._kept is kept and kept.is_current(self._weight)
+        if kept.value is self._value:  # which may turn out to be that of the weight still
+            kept.initialization, kept.wait = self._initialization, self._wait
+        if not is_current:
             return  # written where it leaves a trace
         raw, value = self._copies
         if not is_same(self._value, value):
             torch.autograd.graph.increment_version(self._value)
         elif not is_same(self._weight, raw):
             self._normalization.invalidate()
-        else:
-            self._kept.initialization, self._kept.wait = self._initialization, self._wait

@@ -144,7 +144,7 @@ class ByKernels:
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
-            kept.looked_at, kept.was_used, kept.is_refined = looked_at, False, False
+            kept.looked_at, kept.was_used, kept.is_exact = looked_at if kept.wait else -1, False, False
         if into_buffers and ends is not None and plans.kernels.are_of_host:
             self._write_new(members, ends, sigmas)
         self._used_dtype, self._narrow = None, None if narrows is None else rounded

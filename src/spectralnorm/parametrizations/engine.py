@@ -148,7 +148,7 @@ def follow_closely(members: Sequence[Member]) -> None:
             break
     for member, has_converged in zip(members, have_converged, strict=True):
         if has_converged:
-            member.kept.is_refined = True
+            member.kept.is_exact = True
             member.kept.look_as_new()
         else:
             member.normalization.forget()
@@ -206,6 +206,7 @@ def keep_triplets(
     triplets: Sequence[TrackedTriplet],
     *,
     age: int,
+    is_exact: bool,
     upper: Tensor | None = None,
     found_map: MapNorm | None = None,
 ) -> None:
@@ -217,6 +218,7 @@ def keep_triplets(
         triplets: for each view those of its blocks: u of (blocks, out), v of (blocks, in) in the order of
             `MatrixView.memory_matrix`, sigma of (blocks,).
         age: refreshes since the frames were computed anew.
+        is_exact: as in `Kept`.
         upper: of a strict one the upper bound of its norm, where it is known already.
         found_map: the same of the norm of its map, where that is followed.
     """
@@ -240,7 +242,7 @@ def keep_triplets(
             normalization, weight, triplets[0].v[0], sigmas[0], pairs[0], divisor, None, promise, direction
         )
     kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
-    kept.is_refined = age == 0
+    kept.is_exact = is_exact
     normalization.keep(kept)
 
 

@@ -191,12 +191,14 @@ class Kept:
         index: this one's place in it.
         rounded: the same for a value whose entries autocast does not round any more, made at the first use under it.
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
-        has_left: whether it was ``followed`` with others, so that graphs may need the value and not hold its quotient.
+        has_left: whether it is to be divided in another way than those that it was ``followed`` with, whose graphs may
+            need the value and not hold its quotient.
         initialization: by which a write into the value through ``.data`` is noticed; None: none is expected any more.
         looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
         wait: how many more there have to be before it is compared again.
         was_used: whether somebody has been handed the value out.
-        is_refined: whether the norm is as accurate as one that was found anew, and not followed for a step of training.
+        is_exact: whether the norm is right whatever it was before. After an optimizer's step it is as near as one power
+            iteration, which may miss a direction.
     """
 
     moment: Moment
@@ -215,7 +217,7 @@ class Kept:
     looked_at: int = 0
     wait: float = 1
     was_used: bool = False
-    is_refined: bool = False
+    is_exact: bool = False
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -316,8 +318,10 @@ class Kept:
     def stay(self) -> None:
         """Be the value of the weight as it is now, which was written and is the same."""
         self.moment = self.moment.clock.now()
-        if self.own_quotient is not None:
-            self.own_quotient.moment = self.moment
+        for quotient in (self.own_quotient, self.rounded and self.rounded.quotient):
+            if quotient is not None:
+                quotient.moment = self.moment
+        self.forget_nodes()  # which may know the weight as it was alone, and have no second derivative now
 
     def look_as_new(self) -> None:
         """Compare the value with the weight as often as one that has just been found."""

@@ -46,7 +46,8 @@ def distance_from(kept: Kept, normalization: SpectralNorm, weight: Tensor) -> Di
         normalization: of the weight.
         weight: raw, as it is now.
     """
-    is_known = kept.is_refined and kept.moment.clock.weight is weight and not kept.verdict.is_bad(kept.index)
+    # What one iteration for a step of training has missed would be missed again.
+    is_known = kept.is_exact and kept.moment.clock.weight is weight and not kept.verdict.is_bad(kept.index)
     if not is_known or kept.was_written_to():
         return Distance.LARGE
     weight, value = weight.detach(), kept.value
@@ -77,8 +78,9 @@ def moved_together(normalization: SpectralNorm, weight: Tensor, kept: Kept) -> l
     members = []
     for clock in all_clocks():
         for mate in (found() for found in clock.watchers):
-            if mate is normalization:
-                members.append(Member(normalization, weight, kept))
+            if mate is normalization:  # which may have watched another parameter before
+                if clock is kept.moment.clock:
+                    members.append(Member(normalization, weight, kept))
             elif mate is not None and _is_like(mate, clock, options):
                 members.append(Member(mate, clock.weight, mate._kept))
     return members

@@ -28,6 +28,7 @@ from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
+from spectralnorm.parametrizations.unseen_writes import is_quotient
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 from spectralnorm.parametrizations.weight_norms import WeightNorms
 from spectralnorm.parametrizations.written_values import HandedOut, WrittenValues, is_ordinary
@@ -470,9 +471,13 @@ class SpectralNorm(WeightNorms, WrittenValues):
         if not kept.is_current(weight := kept.moment.clock.weight):
             kept.leave_others()  # who are divided as they were
             return
+        self._divide_kept(weight, kept)
+
+    def _divide_kept(self, weight: Tensor, kept: Kept) -> None:
+        """Divide ``weight`` by the norm that is ``kept`` of it."""
         with plain_arithmetic(weight):
             found_map = self.map_again(weight) if self.follows_map else None
-            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, found_map=found_map)
+            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, is_exact=kept.is_exact, found_map=found_map)
 
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
@@ -506,7 +511,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             elif kept is None or not self._has_been_nearby(weight, kept):
                 self._restore_scale()
                 found = [self.refined(view, weight.detach()) for view in self.views]
-                engine.keep_triplets(self, weight, found, age=0)
+                engine.keep_triplets(self, weight, found, age=0, is_exact=True)
                 if self.awaits_initialization:
                     self.expect_initialization()
         assert self._kept is not None
@@ -519,7 +524,9 @@ class SpectralNorm(WeightNorms, WrittenValues):
             Whether that was possible.
         """
         distance = distance_from(kept, self, weight)
-        if distance is Distance.NONE:
+        if distance is Distance.NONE and (kept.has_left or not is_quotient(kept.value, weight, kept.divisor)):
+            self._divide_kept(weight, kept)  # else what has moved by less than rounding would be looked at at every use
+        elif distance is Distance.NONE:
             kept.stay()
         elif distance is Distance.SMALL:
             engine.follow_closely(moved_together(self, weight, kept))
@@ -605,6 +612,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()  # what is loaded twice is the same function, whatever was there before
+        self.symbol_vectors = None
         if self.in_graphs is not None:  # the weight is there already: its parameter is the parent's
             self.in_graphs.restart(self)
 

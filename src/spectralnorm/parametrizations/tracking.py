@@ -29,7 +29,10 @@ def tracking_of(normalization: SpectralNorm, weight: Tensor) -> dict[str, Tensor
     kept = _kept(normalization, weight)
     if kept is None:
         return {}
-    state = {"age": torch.tensor(kept.age, device="cpu")}
+    state = {
+        "age": torch.tensor(kept.age, device="cpu"),
+        "is_exact": torch.tensor(kept.is_exact, device="cpu"),
+    }
     for number, (view, triplet) in enumerate(zip(normalization.views, kept.triplets, strict=True)):
         rows, is_left = triplet.frame
         parts = {
@@ -96,7 +99,10 @@ def restore_tracking(normalization: SpectralNorm, weight: Tensor, state: dict[st
             if bool(state["map.is_learned"]):
                 normalization.learned_size = tuple(images.images.shape[2:])
             found_map = normalization.map_again(weight, images)
-        engine.keep_triplets(normalization, weight, triplets, age=int(state["age"]), upper=upper, found_map=found_map)
+        age, is_exact = int(state["age"]), bool(state.get("is_exact", False))
+        engine.keep_triplets(
+            normalization, weight, triplets, age=age, is_exact=is_exact, upper=upper, found_map=found_map
+        )
 
 
 def _same_bound(
