@@ -72,6 +72,15 @@ def test_a_weight_that_moves_little_is_followed_to_the_accuracy_of_one_found_ane
     assert not anew
 
 
+def test_a_weight_is_measured_whose_squares_vanish(device):
+    layer = nn.Linear(40, 30).to(device)
+    with torch.no_grad():
+        layer.weight.mul_(1e-25)
+    layer = spectral_norm(layer, eps=1e-40)
+    written(layer, 0.01 * raw(layer).detach())
+    assert norm_of(layer.weight) == pytest.approx(1, rel=1e-4)
+
+
 def test_a_direction_that_a_step_of_an_optimizer_has_hidden_is_found_after_a_write(device):
     values = torch.linspace(1, 0.3, 40)
     weight = with_spectrum(values, rows=40, columns=40)

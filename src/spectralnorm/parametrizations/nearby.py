@@ -56,8 +56,9 @@ def distance_from(kept: Kept, normalization: SpectralNorm, weight: Tensor) -> Di
     wide = compute_dtype(weight.dtype)
     now = weight.to(wide)
     moved, sigma = float(torch.linalg.vector_norm(now - value.to(wide) * kept.divisor)), kept.sigma_on_host()
-    if not moved < sigma:
-        return Distance.LARGE  # or not finite
+    info = torch.finfo(wide)
+    if not moved < sigma or sigma < info.tiny**0.5 / info.eps:
+        return Distance.LARGE  # or not finite, or so small that squares may vanish
     if moved < 1e-4 * sigma and moved <= torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(now)):
         return Distance.NONE
     # A bound of a strict weight takes longer than to begin anew.
