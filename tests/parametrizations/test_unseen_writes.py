@@ -498,3 +498,32 @@ def test_what_is_updated_by_hand_and_by_an_optimizer_is_compared_at_every_use():
     before = layer.weight.detach().clone()
     raw.data.sub_(0.1)  # there is no occasion
     assert not torch.allclose(layer.weight, before, rtol=1e-2)
+
+
+def all_written(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+
+
+def all_written_unseen(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+
+
+def moved_a_little(layer: nn.Module) -> None:
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(1e-5)
+
+
+def set_to_another_norm(layer: nn.Module) -> None:
+    layer.parametrizations.weight[0].coefficient = 1.0
+    layer.parametrizations.weight[0].coefficient = 2.0
+
+
+@pytest.mark.parametrize("prepare", [all_written, all_written_unseen, moved_a_little, set_to_another_norm])
+def test_an_initialization_of_one_layer_after_that_of_all_is_seen(prepare):
+    layer = spectral_norm(nn.Linear(40, 30), coefficient=2.0)
+    prepare(layer)
+    layer.weight.data.normal_(0, 0.5)
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(2, rel=1e-4)
+    assert layer.parametrizations.weight.original.std().item() == pytest.approx(0.5, rel=0.1)

@@ -139,6 +139,7 @@ def follow_closely(members: Sequence[Member]) -> None:
     Of one that is not after a few steps nothing is kept any more.
     """
     sigmas, have_converged = [math.nan] * len(members), [False] * len(members)
+    initializations = [member.kept.initialization for member in members]
     for _ in range(_MOST_STEPS):
         refresh_together(members)
         members = [member._replace(kept=member.normalization._kept) for member in members]
@@ -146,10 +147,11 @@ def follow_closely(members: Sequence[Member]) -> None:
         have_converged = [abs(new - old) <= 0.1 * REFINED_RTOL * new for new, old in zip(sigmas, before, strict=True)]
         if all(have_converged):
             break
-    for member, has_converged in zip(members, have_converged, strict=True):
+    for member, has_converged, initialization in zip(members, have_converged, initializations, strict=True):
         if has_converged:
             member.kept.is_exact = True
             member.kept.look_as_new()
+            member.kept.go_on_expecting(initialization)
         else:
             member.normalization.forget()
 
@@ -243,6 +245,8 @@ def keep_triplets(
         )
     kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
     kept.is_exact = is_exact
+    if normalization._kept is not None:
+        kept.go_on_expecting(normalization._kept.initialization)
     normalization.keep(kept)
 
 

@@ -338,6 +338,11 @@ class Kept:
         """Let the next looks at the value find what is written into it through ``.data``."""
         self.initialization = Initialization(self.value)
 
+    def go_on_expecting(self, before: Initialization | None) -> None:
+        """Do so by what is left of the looks at the value ``before``, if no optimizer has moved the weight."""
+        if before is not None and self.moment.steps == 0:
+            self.initialization = Initialization(self.value, before)
+
     def was_written_unseen(self) -> bool:
         """Whether that happened, as far as a copy of the numbers tells. From then on it is a write as any other."""
         initialization = self.initialization

@@ -109,8 +109,9 @@ class Initialization:
 
     __slots__ = ("_copy", "_looks")
 
-    def __init__(self, value: Tensor) -> None:
-        self._copy, self._looks = value.clone(), _LOOKS
+    def __init__(self, value: Tensor, before: Initialization | None = None) -> None:
+        """Look at ``value``; where it takes the place of another one, as often as that was still to be looked at."""
+        self._copy, self._looks = value.clone(), _LOOKS if before is None else before._looks
 
     def has_changed(self, value: Tensor) -> bool:
         """Whether ``value`` was written to, by one more of a limited number of looks."""
