@@ -143,7 +143,10 @@ def last_reads(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def leaves(structure: Any) -> Iterator[Any]:
-    """What tuples, lists, dictionaries, dataclasses and slices are made of in the end."""
+    """What tuples, lists, dictionaries, dataclasses and slices are made of in the end.
+
+    Of a dataclass it is what counts when two are compared.
+    """
     if isinstance(structure, tuple | list):
         parts: Iterable[Any] = structure
     elif isinstance(structure, dict):
@@ -151,7 +154,7 @@ def leaves(structure: Any) -> Iterator[Any]:
     elif isinstance(structure, slice):
         parts = structure.start, structure.stop, structure.step
     elif is_dataclass(structure) and not isinstance(structure, type | Node):
-        parts = [getattr(structure, each.name) for each in fields(structure)]
+        parts = [getattr(structure, each.name) for each in fields(structure) if each.compare]
     else:
         yield structure
         return

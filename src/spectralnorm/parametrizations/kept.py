@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import ref
 
@@ -214,9 +214,10 @@ class Kept:
     own_quotient: Quotient | None = None
     has_left: bool = False
     initialization: Initialization | None = None
-    looked_at: int = 0
-    wait: float = 1
-    was_used: bool = False
+    # Of these nothing depends that the model computes.
+    looked_at: int = field(default=0, compare=False)
+    wait: float = field(default=1, compare=False)
+    was_used: bool = field(default=False, compare=False)
     is_exact: bool = False
 
     @classmethod
