@@ -104,6 +104,13 @@ def copied(parameter: nn.Parameter, step: Tensor) -> None:
     parameter.data.copy_(parameter.data + step)
 
 
+def update_by_hand(model: nn.Module, images: Tensor, *, rate: float = 0.3, write=added) -> None:
+    model(images).square().mean().backward()
+    for parameter in model.parameters():
+        write(parameter, -rate * parameter.grad)
+        parameter.grad = None
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("write", [added, added_by_operator, copied])
 def test_a_model_that_is_updated_by_hand_is_normalized_as_it_is(write, options, images, device):
@@ -112,10 +119,7 @@ def test_a_model_that_is_updated_by_hand_is_normalized_as_it_is(write, options, 
     for _ in range(50):  # so many uses that nobody takes a write for an initialization any more
         model(images)
     for _ in range(3):
-        model(images).square().sum().backward()
-        for parameter in model.parameters():
-            write(parameter, -1.0 * parameter.grad)
-            parameter.grad = None
+        update_by_hand(model, images, rate=10.0, write=write)
         found = model(images)
         assert not torch.allclose(found, before, rtol=1e-2)
         torch.testing.assert_close(found, expected(model, images), rtol=1e-3, atol=1e-4)
@@ -126,20 +130,14 @@ def test_a_model_that_is_updated_by_hand_is_followed_where_comparing_takes_long(
     monkeypatch.setattr(unseen_writes, "host_has", lambda _: False)
     model = a_network().to(device)
     for _ in range(20):
-        model(images).square().mean().backward()
-        for parameter in model.parameters():
-            added(parameter, -0.3 * parameter.grad)
-            parameter.grad = None
+        update_by_hand(model, images)
         torch.testing.assert_close(model(images), expected(model, images), rtol=1e-3, atol=1e-4)
 
 
 def test_the_gradient_is_that_of_the_weight_that_was_written(images, device):
     model = a_network().to(device)
     for _ in range(3):
-        model(images).square().mean().backward()
-        for parameter in model.parameters():
-            added(parameter, -0.3 * parameter.grad)
-            parameter.grad = None
+        update_by_hand(model, images)
     fresh = pickle.loads(pickle.dumps(model))
     for each in (model, fresh):
         each(images).square().mean().backward()
