@@ -6,15 +6,15 @@ the numbers are compared with those of before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectralnorm.parametrizations.same_numbers import is_same
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
-from spectralnorm.parametrizations.unseen_writes import is_same
+from spectralnorm.parametrizations.unseen_writes import Looks
 
 __all__ = ["apply_of"]
 
@@ -64,16 +64,14 @@ class _KeptValue:
         self._weight, self._value = weight, self._kept.value
         self._copies = weight.clone(), self._value.clone()
         # What the function writes is one write, however often it reads the weight in between.
-        kept = self._kept
-        self._initialization, self._wait = kept.initialization, kept.wait
-        kept.initialization, kept.wait = None, math.inf
+        self._looks, self._kept.looks = self._kept.looks, Looks.never(self._kept.moment.clock)
 
     def take_over(self) -> None:
         """Let what was written into the value be the new weight, and forget the value if the weight was written."""
         kept = self._kept
         is_current = self._normalization._kept is kept and kept.is_current(self._weight)
         if kept.value is self._value:  # which may turn out to be that of the weight still
-            kept.initialization, kept.wait = self._initialization, self._wait
+            kept.looks = self._looks
         if not is_current:
             return  # written where it leaves a trace
         raw, value = self._copies

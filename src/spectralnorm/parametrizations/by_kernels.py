@@ -26,7 +26,6 @@ from spectralnorm.parametrizations.fsdp import is_anything_sharded
 from spectralnorm.parametrizations.kept import Kept, Member, Outputs, Rounded, Verdict, free_memory
 from spectralnorm.parametrizations.kernel_buffers import KnownBuffers, write_vectors
 from spectralnorm.parametrizations.memory import Memory
-from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.plans import Plans, Weights, plans_for
 from spectralnorm.parametrizations.promise import Promise, promise_of, shorter_vectors
 from spectralnorm.parametrizations.quotient import Quotient
@@ -139,12 +138,12 @@ class ByKernels:
         self._division = division = Division(plans, sigmas, pairs, values, gradients_memory, ends, **promised)
         are_all_good = tracked.num_bad == 0 if plans.kernels.are_of_host else None
         self._verdict = verdict = Verdict(sigmas, eps, self._verdict, are_all_good=are_all_good)
-        looked_at = Occasions.num
         for place, (kept, moment, value) in enumerate(zip(kepts, moments, outs, strict=True)):
             kept.moment, kept.value, kept.value_version, kept.own_quotient = moment, value, value._version, None
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
-            kept.looked_at, kept.was_used, kept.is_exact = looked_at if kept.wait else -1, False, False
+            kept.was_used, kept.is_exact = False, False
+            kept.looks.go_on()
         if into_buffers and ends is not None and plans.kernels.are_of_host:
             self._write_new(members, ends, sigmas)
         self._used_dtype, self._narrow = None, None if narrows is None else rounded

@@ -113,7 +113,7 @@ def refresh_together(members: Sequence[Member], *, into_buffers: bool = False) -
     """
     for member in members:
         member.kept.forget_graphs()
-        member.kept.initialization = None  # what is trained is initialized
+        member.kept.looks.forget_initialization()  # what is trained is initialized
     before = members[0].kept.followed
     by_kernels, others = [], []
     if isinstance(before, ByKernels) and before.is_of(members):
@@ -139,7 +139,7 @@ def follow_closely(members: Sequence[Member]) -> None:
     Of one that is not after a few steps nothing is kept any more.
     """
     sigmas, have_converged = [math.nan] * len(members), [False] * len(members)
-    initializations = [member.kept.initialization for member in members]
+    nums_of_copy = [member.kept.looks.num_of_copy for member in members]
     for _ in range(_MOST_STEPS):
         refresh_together(members)
         members = [member._replace(kept=member.normalization._kept) for member in members]
@@ -147,11 +147,11 @@ def follow_closely(members: Sequence[Member]) -> None:
         have_converged = [abs(new - old) <= 0.1 * REFINED_RTOL * new for new, old in zip(sigmas, before, strict=True)]
         if all(have_converged):
             break
-    for member, has_converged, initialization in zip(members, have_converged, initializations, strict=True):
+    for member, has_converged, num_of_copy in zip(members, have_converged, nums_of_copy, strict=True):
         if has_converged:
             member.kept.is_exact = True
-            member.kept.look_as_new()
-            member.kept.go_on_expecting(initialization)
+            member.kept.looks.begin(member.kept.moment.clock)
+            member.kept.go_on_expecting(num_of_copy)
         else:
             member.normalization.forget()
 
@@ -246,7 +246,7 @@ def keep_triplets(
     kept = Kept.of(quotient, Alone(tuple(triplets)), verdict, 0, age=age)
     kept.is_exact = is_exact
     if normalization._kept is not None:
-        kept.go_on_expecting(normalization._kept.initialization)
+        kept.go_on_expecting(normalization._kept.looks.num_of_copy)
     normalization.keep(kept)
 
 

@@ -15,13 +15,8 @@ from spectralnorm.parametrizations.arithmetic import host_has
 from spectralnorm.parametrizations.memory import is_held_once
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.quotient import Quotient
-from spectralnorm.parametrizations.unseen_writes import (
-    Initialization,
-    first_wait,
-    is_quotient,
-    may_be_compared,
-    next_wait,
-)
+from spectralnorm.parametrizations.same_numbers import is_quotient
+from spectralnorm.parametrizations.unseen_writes import Looks
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 
 if TYPE_CHECKING:
@@ -193,9 +188,7 @@ class Kept:
         own_quotient: what the value's derivative needs; None where that is to be asked of ``followed``.
         has_left: whether it is to be divided in another way than those that it was ``followed`` with, whose graphs may
             need the value and not hold its quotient.
-        initialization: by which a write into the value through ``.data`` is noticed; None: none is expected any more.
-        looked_at: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
-        wait: how many more there have to be before it is compared again.
+        looks: when it is looked whether the value or the weight was written through ``.data``.
         was_used: whether somebody has been handed the value out.
         is_exact: whether the norm is right whatever it was before. After an optimizer's step it is as near as one power
             iteration, which may miss a direction.
@@ -210,15 +203,12 @@ class Kept:
     is_in_buffers: bool
     verdict: Verdict
     index: int
+    looks: Looks = field(compare=False)
     rounded: Rounded | None = None
     own_quotient: Quotient | None = None
     has_left: bool = False
-    initialization: Initialization | None = None
-    # Of these nothing depends that the model computes.
-    looked_at: int = field(default=0, compare=False)
-    wait: float = field(default=1, compare=False)
-    was_used: bool = field(default=False, compare=False)
     is_exact: bool = False
+    was_used: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
@@ -234,8 +224,7 @@ class Kept:
             verdict=verdict,
             index=index,
             own_quotient=quotient,
-            wait=(wait := first_wait(quotient.moment.clock)),
-            looked_at=_now_for(wait),
+            looks=Looks(quotient.moment.clock),
         )
 
     def forget_nodes(self) -> None:
@@ -283,7 +272,7 @@ class Kept:
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether the value is still that of ``weight``. Called at every use."""
-        clock, steps, writes = self.moment
+        (clock, steps, writes), looks = self.moment, self.looks
         return (
             clock.weight is weight
             and clock.steps == steps
@@ -292,29 +281,21 @@ class Kept:
             and weight.data_ptr() == clock.data_ptr
             and self.value._version == self.value_version
             and (self.rounded is None or not self.rounded.was_written_to())
-            and (self.initialization is None or not self.was_written_unseen())
+            and (not looks.num_of_copy or not looks.find_initialization(self.value))
             and (
-                (self.looked_at == Occasions.num and Occasions.with_grad is _is_grad_enabled())
-                or self._is_still_of(clock)
+                (looks.last == Occasions.num and Occasions.with_grad is _is_grad_enabled()) or self._is_still_of(clock)
             )
         )
 
     def _is_still_of(self, clock: WeightClock) -> bool:
         """Whether the value is the clock's weight divided, as far as is known; if not, a write has been counted."""
-        Occasions.count_use()
-        if Occasions.num - self.looked_at < self.wait or not may_be_compared(clock.weight):
+        if not self.looks.are_due(clock.weight):
             return True
         if not is_quotient(self.value, clock.weight, self.divisor):
             clock.count_unseen_write()
             return False
-        self.wait = next_wait(clock, self.wait)
-        self.looked_at = _now_for(self.wait)
+        self.looks.found_nothing(clock)
         return True
-
-    def look_soon(self) -> None:
-        """Compare the value with the weight at the next use, unless it is left alone for a time."""
-        if self.wait < math.inf or not host_has(self.value.device):
-            self.looked_at, self.wait = -1, 0
 
     def stay(self) -> None:
         """Be the value of the weight as it is now, which was written and is the same."""
@@ -324,37 +305,16 @@ class Kept:
                 quotient.moment = self.moment
         self.forget_nodes()  # which may know the weight as it was alone, and have no second derivative now
 
-    def look_as_new(self) -> None:
-        """Compare the value with the weight as often as one that has just been found."""
-        self.wait = first_wait(self.moment.clock)
-        self.looked_at = _now_for(self.wait)
-
     def was_written_to(self) -> bool:
         """Whether somebody wrote into the tensor that was handed out, as ``nn.init.normal_(layer.weight)`` does."""
         if self.rounded is not None and self.rounded.was_written_to():
             return True
         return self.value._version != self.value_version
 
-    def expect_unseen_writes(self) -> None:
-        """Let the next looks at the value find what is written into it through ``.data``."""
-        self.initialization = Initialization(self.value)
-
-    def go_on_expecting(self, before: Initialization | None) -> None:
-        """Do so by what is left of the looks at the value ``before``, if no optimizer has moved the weight."""
-        if before is not None and self.moment.steps == 0:
-            self.initialization = Initialization(self.value, before)
-
-    def was_written_unseen(self) -> bool:
-        """Whether that happened, as far as a copy of the numbers tells. From then on it is a write as any other."""
-        initialization = self.initialization
-        if initialization is None or not may_be_compared(self.value):
-            return False
-        has_changed = initialization.has_changed(self.value)
-        if has_changed:
-            torch.autograd.graph.increment_version(self.value)
-        if has_changed or initialization.is_over:
-            self.initialization = None
-        return has_changed
+    def go_on_expecting(self, num_of_copy: int) -> None:
+        """If no optimizer has moved the weight, find what is written into the value, by so many looks at it."""
+        if self.moment.steps == 0:
+            self.looks.expect_initialization(self.value, num_of_copy)
 
     def written_value(self) -> Tensor:
         """The tensor that was written into."""
@@ -389,16 +349,9 @@ class Kept:
             outputs=Outputs(),
             rounded=None,
             followed=Alone(self.triplets, self.index),
-            initialization=None,
+            looks=Looks(moment.clock),
             was_used=False,
-            wait=(wait := first_wait(moment.clock)),
-            looked_at=_now_for(wait),
         )
-
-
-def _now_for(wait: float) -> int:
-    """When a value was looked at that is right now, for the next look after so many occasions."""
-    return Occasions.num if wait else -1
 
 
 class Member(NamedTuple):

@@ -25,10 +25,10 @@ from spectralnorm.parametrizations.options import (
     plain_value,
 )
 from spectralnorm.parametrizations.quotient import divided, divisor_of
+from spectralnorm.parametrizations.same_numbers import is_quotient
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
-from spectralnorm.parametrizations.unseen_writes import is_quotient
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
 from spectralnorm.parametrizations.weight_norms import WeightNorms
 from spectralnorm.parametrizations.written_values import HandedOut, WrittenValues, is_ordinary
@@ -437,7 +437,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
     def train(self, mode: bool = True) -> SpectralNorm:
         """As that of every module. Averaged weights are often swapped in for evaluation."""
         if self._kept is not None and mode != self.training:
-            self._kept.look_soon()
+            self._kept.looks.soon(self._kept.value)
         return super().train(mode)
 
     def leave_to_graphs(self) -> None:
@@ -537,7 +537,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
         self.awaits_initialization = False
         kept = self._kept
         if kept is not None and kept.moment.steps == 0 and host_has(kept.value.device):
-            kept.expect_unseen_writes()
+            kept.looks.expect_initialization(kept.value)
 
     # What the engine asks for
 

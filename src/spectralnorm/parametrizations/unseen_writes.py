@@ -1,87 +1,102 @@
-"""Writes through ``.data``, which move no version: noticed by the numbers, where that costs little.
+"""Writes through ``.data``, which move no version: when numbers are compared to find them, so that it costs little.
 
-A kept value is the weight divided by a number that is known. So a write into either is found by some of their entries,
-without a copy; only which of the two was written takes one, of a new layer, whose value may be initialized.
+A kept value is compared with the weight that it was divided from. That does not tell which of the two was written, so
+the value of a new layer, which may be initialized, is compared with a copy of itself as well.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from spectralnorm.linalg import compute_dtype, cpu
-from spectralnorm.linalg.layout import is_dense
-from spectralnorm.parametrizations.arithmetic import host_has, is_eager
+from spectralnorm.parametrizations.arithmetic import host_has
+from spectralnorm.parametrizations.occasions import Occasions
+from spectralnorm.parametrizations.same_numbers import is_same, may_be_compared
 from spectralnorm.parametrizations.weight_clock import WeightClock
 
-__all__ = ["Initialization", "first_wait", "is_quotient", "is_same", "may_be_compared", "next_wait"]
+__all__ = ["Looks"]
 
-_SAMPLED = 256  # entries
-# A quotient is rounded once, that of a strict weight a few times, in units of its type.
-_MOST_ROUNDED = 8
 _LONGEST_WAIT = 256  # occasions
 # How often a new value is compared with a copy of it. An initialization reads a weight a few times.
-_LOOKS = 32
+_MOST_OF_COPY = 32
 
 
-def may_be_compared(tensor: Tensor) -> bool:
-    """Whether what is done next may depend on the numbers of ``tensor``: nothing traces or records it."""
-    return is_eager(tensor) and torch._C._len_torch_dispatch_stack() == 0
+class Looks:
+    """When a kept value is looked at. Of this nothing depends that a model computes.
 
-
-@torch.no_grad()
-def is_same(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether all numbers are equal."""
-    # The first takes a fraction of the time, and is enough where no number is NaN.
-    return torch.equal(tensor, copy) or torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
-
-
-def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
-    """Whether some entries of ``value`` are those of ``weight`` by ``divisor``, but for rounding.
-
-    Of tensors that lie densely in memory in the same order it is up to 256, of many columns, because those of inputs
-    that are always zero stay as they are; of others all.
+    Attributes:
+        last: the number of `Occasions` when the value was last compared with the weight; -1: compare it now.
+        num_of_copy: how often it is still to be compared with a copy of itself, because it is of a new layer.
     """
-    if value.shape != weight.shape:  # another view of its memory
-        return False
-    dtype, stride, size = weight.dtype, weight.stride(), weight.numel()
-    relative, absolute = _rounding(dtype)
-    step = _step(weight.shape, stride)
-    if step and value.stride() == stride:
-        if dtype is torch.float32 and type(divisor) is float and cpu.is_trusted():
-            return cpu.is_quotient(value, weight, size, step, divisor, relative, absolute)
-        some = (-(-size // step),), (step,)
-        value, weight = value.as_strided(*some), weight.detach().as_strided(*some)
-    wide = compute_dtype(dtype)
-    with torch.no_grad():
-        return torch.allclose(value.to(wide), weight.to(wide) / divisor, rtol=relative, atol=absolute, equal_nan=True)
+
+    __slots__ = ("_copy", "_wait", "last", "num_of_copy")
+
+    def __init__(self, clock: WeightClock) -> None:
+        """Of a value that is right now."""
+        self._copy: Tensor | None = None
+        self.num_of_copy = 0
+        self.begin(clock)
+
+    @classmethod
+    def never(cls, clock: WeightClock) -> Looks:
+        """None, whatever happens."""
+        looks = cls(clock)
+        looks._wait = math.inf
+        return looks
+
+    # The value and the weight
+
+    def begin(self, clock: WeightClock) -> None:
+        """Look as often as at a value that has just been found."""
+        self._wait = _first_wait(clock)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """The value is right now; look at it next after as many occasions as before."""
+        self.last = Occasions.num if self._wait else -1
+
+    def soon(self, weight: Tensor) -> None:
+        """Compare at the next use, unless the value is left alone for a time."""
+        if self._wait < math.inf or not host_has(weight.device):
+            self.last, self._wait = -1, 0
+
+    def are_due(self, weight: Tensor) -> bool:
+        """Whether to compare now, at a use."""
+        Occasions.count_use()
+        return Occasions.num - self.last >= self._wait and may_be_compared(weight)
+
+    def found_nothing(self, clock: WeightClock) -> None:
+        """Wait for the next time."""
+        self._wait = _next_wait(clock, self._wait)
+        self.go_on()
+
+    # The value and a copy of it
+
+    def expect_initialization(self, value: Tensor, num_of_copy: int = _MOST_OF_COPY) -> None:
+        """Let so many looks at ``value`` find what is written into it through ``.data``."""
+        self.num_of_copy, self._copy = num_of_copy, value.clone() if num_of_copy else None
+
+    def forget_initialization(self) -> None:
+        """Expect none any more."""
+        self.num_of_copy, self._copy = 0, None
+
+    def find_initialization(self, value: Tensor) -> bool:
+        """Whether ``value`` was written unseen, by one more look. From then on it is a write as any other."""
+        copy = self._copy
+        if copy is None or not may_be_compared(value):
+            return False
+        self.num_of_copy -= 1
+        has_changed = not is_same(value, copy)
+        if has_changed:
+            torch.autograd.graph.increment_version(value)
+        if has_changed or self.num_of_copy <= 0:
+            self.forget_initialization()
+        return has_changed
 
 
-@cache
-def _rounding(dtype: torch.dtype) -> tuple[float, float]:
-    """What a quotient may be off by: relative to it, and where it is too small for the type."""
-    info = torch.finfo(dtype)
-    return _MOST_ROUNDED * info.eps, _MOST_ROUNDED * info.tiny
-
-
-@lru_cache(maxsize=4096)
-def _step(shape: torch.Size, stride: tuple[int, ...]) -> int:
-    """From one entry that is compared to the next, in memory; 0 where a tensor has gaps there."""
-    if not is_dense(torch.empty_strided(shape, stride, device="meta")):
-        return 0
-    size = math.prod(shape)
-    step, columns = math.ceil(size / _SAMPLED), size // shape[0]
-    if step >= columns:  # from row to row the column moves on by the golden section
-        step += (round(columns * (math.sqrt(5) - 1) / 2) - step) % columns
-    while math.gcd(step, columns) > 1:
-        step += 1
-    return step
-
-
-def first_wait(clock: WeightClock) -> float:
+def _first_wait(clock: WeightClock) -> float:
     """How many occasions to wait for before a new value is compared with the weight; 0: compare it at every use.
 
     On the CPU none is left out, and a weight that has once been found written by hand is compared whether there was one
@@ -93,32 +108,12 @@ def first_wait(clock: WeightClock) -> float:
     return 1 if clock.steps == 0 or clock.is_written_by_hand else math.inf
 
 
-def next_wait(clock: WeightClock, wait: float) -> float:
+def _next_wait(clock: WeightClock, wait: float) -> float:
     """The same after a comparison that found nothing, for which ``wait`` was waited.
 
     On a GPU what no optimizer moves, as frozen layers and averages, is compared half as often each time.
     """
-    first = first_wait(clock)
+    first = _first_wait(clock)
     if host_has(clock.weight.device) or clock.is_written_by_hand or first == math.inf:
         return first
     return min(max(2 * wait, first), _LONGEST_WAIT)
-
-
-class Initialization:
-    """The value of a new layer, whose next uses find what is written into it through ``.data``."""
-
-    __slots__ = ("_copy", "_looks")
-
-    def __init__(self, value: Tensor, before: Initialization | None = None) -> None:
-        """Look at ``value``; where it takes the place of another one, as often as that was still to be looked at."""
-        self._copy, self._looks = value.clone(), _LOOKS if before is None else before._looks
-
-    def has_changed(self, value: Tensor) -> bool:
-        """Whether ``value`` was written to, by one more of a limited number of looks."""
-        self._looks -= 1
-        return not is_same(value, self._copy)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no look is left."""
-        return self._looks <= 0

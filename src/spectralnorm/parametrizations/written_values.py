@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from spectralnorm.parametrizations.arithmetic import is_eager
 from spectralnorm.parametrizations.fsdp import sharded_of
 from spectralnorm.parametrizations.kept import Kept
+from spectralnorm.parametrizations.same_numbers import is_same
 from spectralnorm.parametrizations.threads import one_at_a_time
-from spectralnorm.parametrizations.unseen_writes import is_same
 from spectralnorm.parametrizations.weight_clock import Moment, WeightClock
 
 __all__ = ["HandedOut", "WrittenValues", "is_ordinary"]
@@ -85,7 +85,11 @@ class WrittenValues:
             return None
         with one_at_a_time:  # and `no_grad` only where it is needed: that takes longer than to look
             kept, handed = self._kept, self.handed_out
-            if kept is not None and kept.moment.is_now() and (kept.was_written_to() or kept.was_written_unseen()):
+            if (
+                kept is not None
+                and kept.moment.is_now()
+                and (kept.was_written_to() or kept.looks.find_initialization(kept.value))
+            ):
                 self.awaits_initialization = True  # which may go on
                 with torch.no_grad():
                     return kept.moment.clock.weight.copy_(kept.written_value())
