@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from typing import Any, Unpack
 
@@ -13,10 +12,10 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
-from spectralnorm.parametrizations import captured, engine, norm_alone, unkept
+from spectralnorm.parametrizations import captured, engine, norm_alone, renewal, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, host_has, is_capturing, is_eager, plain_arithmetic
+from spectralnorm.parametrizations.forgotten_scale import ForgottenScale
 from spectralnorm.parametrizations.kept import Kept
-from spectralnorm.parametrizations.nearby import Distance, distance_from, moved_together
 from spectralnorm.parametrizations.options import (
     Options,
     check_dim,
@@ -25,11 +24,10 @@ from spectralnorm.parametrizations.options import (
     plain_value,
 )
 from spectralnorm.parametrizations.quotient import divided, divisor_of
-from spectralnorm.parametrizations.same_numbers import is_quotient
 from spectralnorm.parametrizations.shards import whole
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
-from spectralnorm.parametrizations.weight_clock import Moment, WeightClock, watch
+from spectralnorm.parametrizations.weight_clock import WeightClock, watch
 from spectralnorm.parametrizations.weight_norms import WeightNorms
 from spectralnorm.parametrizations.written_values import HandedOut, WrittenValues, is_ordinary
 
@@ -125,9 +123,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
         self.keeps_value_when_sharded = False
         self.handed_out: HandedOut | None = None
         self.remembers_numbers = False
-        # The first moments that were seen of the weight and the scale, until an optimizer has moved the weight.
-        self._first_moments: tuple[Moment, Moment] | None = None
-        self._has_seen_step = False
+        self._forgotten_scale = ForgottenScale()
         self.scale: nn.Parameter | None = None
         if mode == "learnable":
             dtype = weight.real.dtype if weight.is_complex() else weight.dtype
@@ -210,7 +206,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
         if self._keeps and not kept_before:
             WeightClock.num_watches += 1  # the others are to find it
         if (self.divided_to, self.mode, self.n_power_iterations) != before:
-            self._divide_again()
+            renewal.divide_again(self)
 
     def _may_keep(self) -> bool:
         # A CUDA graph that trains the weight changes it at every replay without anybody seeing it.
@@ -346,29 +342,11 @@ class SpectralNorm(WeightNorms, WrittenValues):
         value = self._divided(weight)
         if self.scale is not None:
             value = value * self.scale
-            if sees_writes and not self._has_seen_step:
-                self._look_for_step_without(self.scale, weight)
+            if sees_writes:
+                self._forgotten_scale.look(weight, self.scale, self.name)
         if sees_writes:
             self._hand_out(value, weight)
         return value
-
-    def _look_for_step_without(self, scale: nn.Parameter, weight: Tensor) -> None:
-        """Warn if the first optimizer step that moved ``weight`` did not move the scale."""
-        moments = self._first_moments
-        if moments is None or moments[0].clock.weight is not weight or moments[1].clock.weight is not scale:
-            self._first_moments = watch(weight).now(), watch(scale).now()
-            return
-        of_weight, of_scale = moments
-        if of_weight.clock.steps == of_weight.steps:
-            return
-        self._has_seen_step, self._first_moments = True, None
-        if scale.requires_grad and of_scale.clock.steps == of_scale.steps:
-            warnings.warn(
-                f"An optimizer has moved the weight {self.name!r} and not its learned scale, which it does not have if "
-                "it was made before the normalization. Make the optimizer afterwards, or give it the parameter "
-                f"parametrizations.{self.name}.0.scale by add_param_group.",
-                stacklevel=2,
-            )
 
     def hands_out_kept(self, weight: Tensor) -> bool:
         """Whether the value of ``weight`` is kept and handed out itself, not what a learned scale makes of it."""
@@ -461,24 +439,6 @@ class SpectralNorm(WeightNorms, WrittenValues):
             norm_alone.write_vectors(self, self._norm_alone)
         self.invalidate()
 
-    def _divide_again(self) -> None:
-        """Renew the kept value, not the norm that it rests on; one that is not current at the next use."""
-        if self._norm_alone is not None:
-            norm_alone.divide_again(self, self._norm_alone)
-        kept = self._kept
-        if kept is None:
-            return
-        if not kept.is_current(weight := kept.moment.clock.weight):
-            kept.leave_others()  # who are divided as they were
-            return
-        self._divide_kept(weight, kept)
-
-    def _divide_kept(self, weight: Tensor, kept: Kept) -> None:
-        """Divide ``weight`` by the norm that is ``kept`` of it."""
-        with plain_arithmetic(weight):
-            found_map = self.map_again(weight) if self.follows_map else None
-            engine.keep_triplets(self, weight, kept.triplets, age=kept.age, is_exact=kept.is_exact, found_map=found_map)
-
     def _can_keep(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a real parameter in ordinary eager execution.
 
@@ -499,38 +459,8 @@ class SpectralNorm(WeightNorms, WrittenValues):
         return norm_alone.changing_parameter(self, weight)
 
     def _current(self, weight: Tensor, *, into_buffers: bool = False) -> Kept:
-        """The kept value, renewed if the weight has changed; see `engine.refresh_together`."""
-        with one_at_a_time, plain_arithmetic(weight):
-            self.settle()
-            kept, clock = self._kept, self.watched(weight)
-            clock.observe()
-            if kept is not None and kept.is_current(weight):
-                return kept
-            if kept is not None and self.kept_to_follow(clock) is kept:
-                engine.refresh_together(engine.stepped_together(self, weight, kept), into_buffers=into_buffers)
-            elif kept is None or not self._has_been_nearby(weight, kept):
-                self._restore_scale()
-                found = [self.refined(view, weight.detach()) for view in self.views]
-                engine.keep_triplets(self, weight, found, age=0, is_exact=True)
-                if self.awaits_initialization:
-                    self.expect_initialization()
-        assert self._kept is not None
-        return self._kept
-
-    def _has_been_nearby(self, weight: Tensor, kept: Kept) -> bool:
-        """Renew what is kept of a weight that has moved little, to the accuracy of what is found anew.
-
-        Returns:
-            Whether that was possible.
-        """
-        distance = distance_from(kept, self, weight)
-        if distance is Distance.NONE and (kept.has_left or not is_quotient(kept.value, weight, kept.divisor)):
-            self._divide_kept(weight, kept)  # else what has moved by less than rounding would be looked at at every use
-        elif distance is Distance.NONE:
-            kept.stay()
-        elif distance is Distance.SMALL:
-            engine.follow_closely(moved_together(self, weight, kept))
-        return self._kept is not None and distance is not Distance.LARGE
+        """The kept value, renewed if the weight has changed."""
+        return renewal.current(self, weight, into_buffers=into_buffers)
 
     def expect_initialization(self) -> None:
         """Until an optimizer moves a new weight it may be initialized, through ``.data`` as well."""
@@ -629,12 +559,13 @@ class SpectralNorm(WeightNorms, WrittenValues):
         return any(tensor.is_meta for tensor in (*self.buffers(), *self.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        held = ("_kept", "_norm_alone", "handed_out", "_first_moments", "in_graphs")
+        held = ("_kept", "_norm_alone", "handed_out", "_forgotten_scale", "in_graphs")
         # A graph that trains the weight does not train a copy of it.
         return {**super().__getstate__(), **dict.fromkeys(held), "_is_captured": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forgotten_scale = ForgottenScale()
         self._keeps = self._may_keep()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
