@@ -143,7 +143,7 @@ class ByKernels:
             kept.followed, kept.index, kept.verdict, kept.is_in_buffers = self, place, verdict, False
             kept.age += 1
             kept.was_used, kept.is_exact = False, False
-            kept.looks.go_on()
+            kept.looks.value_is_new()
         if into_buffers and ends is not None and plans.kernels.are_of_host:
             self._write_new(members, ends, sigmas)
         self._used_dtype, self._narrow = None, None if narrows is None else rounded

@@ -199,7 +199,9 @@ def _refresh(members: Sequence[Member]) -> None:
                 maps[place].direction if place in maps else None,
             )
             quotient.gradient_memory = gradient_memory
-        member.normalization.keep(Kept.of(quotient, together, verdict, place, age=member.kept.age + 1))
+        member.normalization.keep(
+            Kept.of(quotient, together, verdict, place, age=member.kept.age + 1, looks=member.kept.looks)
+        )
 
 
 def keep_triplets(

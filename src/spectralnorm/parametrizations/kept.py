@@ -211,8 +211,30 @@ class Kept:
     was_used: bool = field(default=False, compare=False)
 
     @classmethod
-    def of(cls, quotient: Quotient, followed: Followed, verdict: Verdict, index: int, *, age: int) -> Kept:
-        """A value that has just been computed, and that nobody has used yet."""
+    def of(
+        cls,
+        quotient: Quotient,
+        followed: Followed,
+        verdict: Verdict,
+        index: int,
+        *,
+        age: int,
+        looks: Looks | None = None,
+    ) -> Kept:
+        """A value that has just been computed, and that nobody has used yet.
+
+        Args:
+            quotient: the value.
+            followed: as the attribute.
+            verdict: as the attribute.
+            index: as the attribute.
+            age: as the attribute.
+            looks: those at the value that was renewed; None: it is the first, or was found anew.
+        """
+        if looks is None:
+            looks = Looks(quotient.moment.clock)
+        else:
+            looks.value_is_new()
         return cls(
             moment=quotient.moment,
             value=quotient.value,
@@ -224,7 +246,7 @@ class Kept:
             verdict=verdict,
             index=index,
             own_quotient=quotient,
-            looks=Looks(quotient.moment.clock),
+            looks=looks,
         )
 
     def forget_nodes(self) -> None:

@@ -415,7 +415,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
     def train(self, mode: bool = True) -> SpectralNorm:
         """As that of every module. Averaged weights are often swapped in for evaluation."""
         if self._kept is not None and mode != self.training:
-            self._kept.looks.soon(self._kept.value)
+            self._kept.looks.soon()
         return super().train(mode)
 
     def leave_to_graphs(self) -> None:

@@ -18,7 +18,9 @@ from spectralnorm.parametrizations.weight_clock import WeightClock
 
 __all__ = ["Looks"]
 
+_NUM_WITHOUT_WAIT = 8  # comparisons on a GPU
 _LONGEST_WAIT = 256  # occasions
+_MOST_WAITS = 4  # of the longest, before a weight that an optimizer trains is compared as a new one
 # How often a new value is compared with a copy of it. An initialization reads a weight a few times.
 _MOST_OF_COPY = 32
 
@@ -31,7 +33,7 @@ class Looks:
         num_of_copy: how often it is still to be compared with a copy of itself, because it is of a new layer.
     """
 
-    __slots__ = ("_copy", "_wait", "last", "num_of_copy")
+    __slots__ = ("_began", "_copy", "_num", "_wait", "last", "num_of_copy")
 
     def __init__(self, clock: WeightClock) -> None:
         """Of a value that is right now."""
@@ -50,16 +52,18 @@ class Looks:
 
     def begin(self, clock: WeightClock) -> None:
         """Look as often as at a value that has just been found."""
-        self._wait = _first_wait(clock)
-        self.go_on()
+        self._wait, self._began, self._num = _first_wait(clock), Occasions.num, 0
+        self.value_is_new()
 
-    def go_on(self) -> None:
-        """The value is right now; look at it next after as many occasions as before."""
+    def value_is_new(self) -> None:
+        """The value has just been computed, after a step of an optimizer perhaps as many before."""
+        if self._wait > 1 and Occasions.num - self._began >= _MOST_WAITS * _LONGEST_WAIT:
+            self._wait, self._began, self._num = 1, Occasions.num, 0
         self.last = Occasions.num if self._wait else -1
 
-    def soon(self, weight: Tensor) -> None:
-        """Compare at the next use, unless the value is left alone for a time."""
-        if self._wait < math.inf or not host_has(weight.device):
+    def soon(self) -> None:
+        """Compare at the next use."""
+        if self._wait < math.inf:
             self.last, self._wait = -1, 0
 
     def are_due(self, weight: Tensor) -> bool:
@@ -68,9 +72,17 @@ class Looks:
         return Occasions.num - self.last >= self._wait and may_be_compared(weight)
 
     def found_nothing(self, clock: WeightClock) -> None:
-        """Wait for the next time."""
-        self._wait = _next_wait(clock, self._wait)
-        self.go_on()
+        """Wait for the next time.
+
+        A GPU has to be waited for. There what has never been found written by hand is compared at the first occasions,
+        and then half as often each time. What an optimizer trains has a new value before the next time is there, and is
+        compared no more until long after.
+        """
+        self._num += 1
+        first = _first_wait(clock)
+        is_quick = host_has(clock.weight.device) or clock.is_written_by_hand or self._num < _NUM_WITHOUT_WAIT
+        self._wait = first if is_quick else min(max(2 * self._wait, first), _LONGEST_WAIT)
+        self.last = Occasions.num if self._wait else -1
 
     # The value and a copy of it
 
@@ -100,20 +112,6 @@ def _first_wait(clock: WeightClock) -> float:
     """How many occasions to wait for before a new value is compared with the weight; 0: compare it at every use.
 
     On the CPU none is left out, and a weight that has once been found written by hand is compared whether there was one
-    or not. A GPU has to be waited for, so a weight that an optimizer trains is not looked at there, unless it has been
-    found written by hand.
+    or not.
     """
-    if host_has(clock.weight.device):
-        return 0 if clock.is_written_by_hand else 1
-    return 1 if clock.steps == 0 or clock.is_written_by_hand else math.inf
-
-
-def _next_wait(clock: WeightClock, wait: float) -> float:
-    """The same after a comparison that found nothing, for which ``wait`` was waited.
-
-    On a GPU what no optimizer moves, as frozen layers and averages, is compared half as often each time.
-    """
-    first = _first_wait(clock)
-    if host_has(clock.weight.device) or clock.is_written_by_hand or first == math.inf:
-        return first
-    return min(max(2 * wait, first), _LONGEST_WAIT)
+    return 0 if clock.is_written_by_hand and host_has(clock.weight.device) else 1
