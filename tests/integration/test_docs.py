@@ -159,3 +159,10 @@ def test_every_formula_of_the_documentation_can_be_drawn() -> None:
             hook._drawn(formula, False, path.name)
             count += 1
     assert count >= 50
+
+
+def test_every_file_of_the_layer_has_its_place_on_the_map():
+    page = (ROOT / "docs" / "library" / "inside-the-layer.md").read_text(encoding="utf-8")
+    table = page[page.index("## Which file does what") :]
+    files = {path.name for path in (ROOT / "src/spectralnorm/parametrizations").glob("*.py")} - {"__init__.py"}
+    assert sorted(re.findall(r"`(\w+\.py)`", table)) == sorted(files)

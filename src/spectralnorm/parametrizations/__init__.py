@@ -1,5 +1,7 @@
 """Normalized weights: the state (u, v) and the kept value, a thin shell around `spectralnorm.linalg`.
 
+What happens when a weight is used, and which file does what: docs/library/inside-the-layer.md.
+
 Beside them, weights that are functions of the raw weight alone: orthogonal, capped, rescaled by channel.
 """
 
