@@ -462,15 +462,15 @@ def test_a_gpu_is_seldom_waited_for_while_an_optimizer_trains(comparisons, image
     model = a_network().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     numbers = []
-    for _ in range(600):
+    for _ in range(800):
         comparisons.clear()
         trained_with_two_backwards(model, optimizer, images)
         numbers.append(len(comparisons))
     of_iterations = [iteration for iteration, number in enumerate(numbers) if number]
-    assert sum(numbers) <= 2 * 2 * 9  # of two weights, at first and again
+    assert sum(numbers) <= 2 * (9 + 3)  # of two weights, at first and again
     assert of_iterations[7] < 20
-    assert not any(20 < iteration < 320 for iteration in of_iterations)
-    assert of_iterations[-1] > 320
+    assert not any(20 < iteration < 650 for iteration in of_iterations)
+    assert of_iterations[-1] > 650
 
 
 @pytest.mark.usefixtures("engine_or_kernels")
@@ -487,9 +487,9 @@ def test_weights_in_training_that_are_written_by_hand_are_seen_where_comparing_t
     def write() -> None:
         raw.data.mul_(1.5).add_(0.01)
 
-    for _ in range(50 if begins == "late" else 2):
+    for _ in range(80 if begins == "late" else 2):
         trained_with_two_backwards(model, optimizer, images)
-    for _ in range(50 if begins == "late" else 5):  # of which the first ones may stay unseen
+    for _ in range(80 if begins == "late" else 5):  # of which the first ones may stay unseen
         trained_with_two_backwards(model, optimizer, images, write)
         raw.data.div_(2)
     for _ in range(3):

@@ -18,9 +18,10 @@ from spectralnorm.parametrizations.weight_clock import WeightClock
 
 __all__ = ["Looks"]
 
-_NUM_WITHOUT_WAIT = 8  # comparisons on a GPU
+# On a GPU: comparisons at every occasion, of a new value and of one that has long been trained.
+_NUM_AT_FIRST, _NUM_AGAIN = 8, 2
 _LONGEST_WAIT = 256  # occasions
-_MOST_WAITS = 4  # of the longest, before a weight that an optimizer trains is compared as a new one
+_MOST_WAITS = 8  # of the longest, before what is trained is compared again
 # How often a new value is compared with a copy of it. An initialization reads a weight a few times.
 _MOST_OF_COPY = 32
 
@@ -58,7 +59,7 @@ class Looks:
     def value_is_new(self) -> None:
         """The value has just been computed, after a step of an optimizer perhaps as many before."""
         if self._wait > 1 and Occasions.num - self._began >= _MOST_WAITS * _LONGEST_WAIT:
-            self._wait, self._began, self._num = 1, Occasions.num, 0
+            self._wait, self._began, self._num = 1, Occasions.num, _NUM_AT_FIRST - _NUM_AGAIN
         self.last = Occasions.num if self._wait else -1
 
     def soon(self) -> None:
@@ -80,7 +81,7 @@ class Looks:
         """
         self._num += 1
         first = _first_wait(clock)
-        is_quick = host_has(clock.weight.device) or clock.is_written_by_hand or self._num < _NUM_WITHOUT_WAIT
+        is_quick = host_has(clock.weight.device) or clock.is_written_by_hand or self._num < _NUM_AT_FIRST
         self._wait = first if is_quick else min(max(2 * self._wait, first), _LONGEST_WAIT)
         self.last = Occasions.num if self._wait else -1
 
