@@ -184,7 +184,7 @@ class Config:
         if self.lipschitz is not None:
             self._require("lipschitz", above=0)
         if self.penalty is not None:
-            choose("penalty", self.penalty, PENALTIES)
+            choose("penalty", self.penalty, PENALTIES, or_none=True)
         choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
         choose("precision", self.precision, PRECISIONS)
         choose("strategy", self.strategy, STRATEGIES)
@@ -286,15 +286,22 @@ class Config:
         raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
 
 
-def choose(setting: str, name: Any, choices: Iterable[Any]) -> None:
+def choose(setting: str, name: Any, choices: Iterable[Any], *, or_none: bool = False) -> None:
     """Check that a name is one of the choices.
+
+    Args:
+        setting: what the name is for, as the message calls it.
+        name: what was given.
+        choices: the names that there are.
+        or_none: whether the message offers to leave the setting out as well.
 
     Raises:
         UserError: it is not; the message lists the choices.
     """
     choices = list(choices)
     if name not in choices:
-        raise UserError(f"Unknown {setting} '{name}'; choose one of {', '.join(map(str, choices))}.")
+        names = ", ".join(map(str, choices)) + (", or none" if or_none else "")
+        raise UserError(f"Unknown {setting} '{name}'; choose one of {names}.")
 
 
 def config_to_json(config: Config) -> str:
