@@ -139,6 +139,7 @@ def test_two_folders_are_compared_and_written_as_json(
     assert "The floor is what real images score that were set aside for it." in printed
     assert "FD-SqueezeNet" in printed
     assert "95 % interval" in printed
+    assert "e+" not in printed  # thousands are written out
     assert distance["value"] > 5 * distance["floor"]
 
 
