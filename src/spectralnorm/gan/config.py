@@ -278,12 +278,17 @@ class Config:
     ) -> None:
         value = getattr(self, name)
         # Written so that NaN, which fails every comparison, is refused too; infinity is no setting either.
-        if at_least <= value <= at_most and above < value < below and abs(value) != math.inf:
+        if (
+            isinstance(value, (int, float))
+            and at_least <= value <= at_most
+            and above < value < below
+            and abs(value) != math.inf
+        ):
             return
         lower = f"above {above}" if math.isfinite(above) else f"at least {at_least}"
         upper = f" and below {below}" if math.isfinite(below) else ""
         upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
-        raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
+        raise UserError(f"{name} must be a number {lower}{upper}, got {value!r}.")
 
 
 def choose(setting: str, name: Any, choices: Iterable[Any], *, or_none: bool = False) -> None:
@@ -300,7 +305,7 @@ def choose(setting: str, name: Any, choices: Iterable[Any], *, or_none: bool = F
     """
     choices = list(choices)
     if name not in choices:
-        names = ", ".join(map(str, choices)) + (", or none" if or_none else "")
+        names = ", ".join(map(str, choices)) + (", or none (in Python: None)" if or_none else "")
         raise UserError(f"Unknown {setting} '{name}'; choose one of {names}.")
 
 
