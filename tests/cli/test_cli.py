@@ -139,6 +139,7 @@ def test_two_folders_are_compared_and_written_as_json(
     assert "The floor is what real images score that were set aside for it." in printed
     assert "FD-SqueezeNet" in printed
     assert "95 % interval" in printed
+    assert "e+" not in printed  # thousands are written out
     assert distance["value"] > 5 * distance["floor"]
 
 
@@ -284,7 +285,9 @@ def files(tmp_path: Path) -> Path:
         ("train --normalization instance", "choose one of spectral, strict, weight"),
         ("train --stepz 5", "Unknown option '--stepz'; did you mean --steps?"),
         ("train --qqqqqq 5", "choose one of --"),
-        ("train --steps abc", "--steps cannot be 'abc'"),
+        ("train --steps abc", "--steps must be a whole number, got 'abc'"),
+        ("train --minutes abc", "--minutes must be a number, got 'abc'"),
+        ("train --penalty R1", "choose one of r1, r2, r1-r2, gradient-penalty, dragan, or none"),
         ("train --steps -5", "steps must be a number at least 1, got -5"),
         ("train --steps 0", "steps must be a number at least 1, got 0"),
         ("train --minutes nan", "minutes must be a number above 0, got nan"),
@@ -299,7 +302,11 @@ def files(tmp_path: Path) -> Path:
         ("trian", "Unknown command 'trian'; choose one of train, recipes, sample, export, evaluate, certify, report"),
         ("sample {}/nowhere", "does not exist"),
         ("sample {}/empty", "has no trained generator yet"),
-        ("sample", "PATH"),
+        ("sample", "spectralnorm sample needs PATH: run folder, or generator.safetensors; see"),
+        ("sample {}/empty --num x", "--num must be a whole number, got 'x'"),
+        ("sample {}/empty --clas 3", "did you mean --class?"),
+        ("recipes --all", "Unknown option '--all'; spectralnorm recipes has none besides --help"),
+        ("sample {}/empty --qqqqqq 5", "choose one of --class, --columns, --device, --format, --fps, --frames"),
         ("sample {}/empty --format jpeg", "choose one of grid, png"),
         ("sample {}/empty --out grid.jpg", "--out of a grid must end in .png, got 'grid.jpg'"),
         ("train --data=", "data is empty; give a path or a name"),

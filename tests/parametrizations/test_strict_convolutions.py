@@ -82,6 +82,13 @@ def test_bound_is_near_to_the_norm_of_large_images(kernel, device):
     assert 0.9 < exact_norm(layer, layer.weight, (14, 14)) <= 1
 
 
+@pytest.mark.parametrize("options", [{"strict": True}, {"norm": "operator"}], ids=["strict", "operator"])
+def test_the_refusal_of_another_size_promises_all_sizes_of_strict_norms_alone(options):
+    layer = spectral_norm(nn.Conv2d(1, 2, 3), input_size=(6, 6), **options)
+    with pytest.raises(UserError, match="a strict norm then holds for all sizes, an estimate for the first one"):
+        layer(torch.ones(1, 1, 6, 7))
+
+
 def test_given_input_size_is_nearer_and_another_one_is_refused(device):
     anywhere = spectral_norm(nn.Conv2d(3, 4, 3, padding=1).to(device), strict=True)
     layer = nn.Conv2d(3, 4, 3, padding=1).to(device)

@@ -41,6 +41,7 @@ CONFIG = {
     "loss": "hinge",
     "batch_size": 64,
     "num_discriminator_steps": 1,
+    "class_names": [],
     "generator_lr": 0.0002,
     "discriminator_lr": 0.0004,
     "beta1": 0.5,

@@ -171,6 +171,7 @@ def test_settings_and_data_are_shown_in_full(finished_html: str, synthetic: Simp
     for name in synthetic.config:
         assert f" {name} " in text
     assert "generator_lr 0.0002 " in text
+    assert "class_names – " in text
     assert "zero-padded 28 -> 32" in text
     assert "bags/IMG_0421.png the file ends early" in text
 

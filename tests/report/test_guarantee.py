@@ -43,6 +43,7 @@ def test_the_report_shows_the_certificate_of_its_run(copied_run: Path):
     page = build_report(copied_run).read_text(encoding="utf-8")
     assert "at most <strong>1.001</strong>" in page
     assert "layers.0" in page
+    assert "it may be above the norm of its kernel as a matrix" in page
 
 
 def test_a_certificate_of_a_step_before_the_last_is_told(copied_run: Path):

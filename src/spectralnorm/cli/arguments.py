@@ -8,7 +8,7 @@ import difflib
 import io
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,6 +17,8 @@ from spectralnorm.errors import UserError
 __all__ = ["parse"]
 
 T = TypeVar("T")
+
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
 
 
 def parse(
@@ -66,17 +68,23 @@ def _unknown(word: str, options: Any, prog: str) -> str:
     flag = word.partition("=")[0]
     known = sorted(_flags(options))
     near = difflib.get_close_matches(flag, known, n=1)
+    if not known:
+        return f"Unknown option '{flag}'; {prog} has none besides --help."
     advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
     return f"Unknown option '{flag}'; {advice}"
 
 
 def _flags(options: Any) -> list[str]:
     flags = []
-    for name, hint in get_type_hints(options).items():
-        if dataclasses.is_dataclass(hint):
-            flags += _flags(hint)
-        elif name in {field.name for field in dataclasses.fields(options)}:
-            flags.append("--" + name.replace("_", "-"))
+    hints = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if dataclasses.is_dataclass(kind):
+            flags += _flags(kind)
+        elif tyro.conf.Positional not in marks:
+            own = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+            flags.append("--" + own.replace("_", "-"))
     return flags
 
 
@@ -99,5 +107,10 @@ def _one_sentence(box: str) -> str:
         return sentence.removeprefix("Error parsing config: ")
     if missing := re.match(r"Missing value for argument '(\S+?)'", sentence):
         return f"{missing[1]} needs a value"
+    if missing := re.match(r"Missing from (.+?): ([A-Z]+) (.)(.+?)\.? \(required\)$", sentence):
+        return f"{missing[1]} needs {missing[2]}: {missing[3].lower()}{missing[4]}"
     value = re.match(r"Error parsing (--\S+): .*?'([^']*)'\]?$", sentence)
-    return f"{value[1]} cannot be '{value[2]}'" if value else sentence
+    if value is None:
+        return sentence
+    shown = re.search(rf"{value[1]} \S*?(INT|FLOAT)\b", box)  # its line of the help page, which stands in the box
+    return f"{value[1]} must be {_KINDS[shown[1]]}, got '{value[2]}'" if shown else f"{value[1]} cannot be '{value[2]}'"

@@ -123,7 +123,9 @@ def _what_is_kept(images: ImageStream) -> str:
 
 def _budget(config: Config) -> str:
     parts = [f"{config.steps} steps"] if config.steps is not None else []
-    return " or ".join([*parts, f"{config.minutes:g} minutes"] if config.minutes is not None else parts)
+    if config.minutes is not None:
+        parts.append("1 minute" if config.minutes == 1 else f"{config.minutes:g} minutes")
+    return " or ".join(parts)
 
 
 def _duration(seconds: float) -> str:

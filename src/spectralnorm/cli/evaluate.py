@@ -18,6 +18,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.gan.config import choose
 from spectralnorm.gan.run_folder import RECORDS_FILE, locked
 from spectralnorm.records import Evaluation, Metric, RecordFile, metric_fields, replace_text
+from spectralnorm.report.text import number_text
 
 if TYPE_CHECKING:
     from spectralnorm.gan.sampling import TrainedGenerator
@@ -172,10 +173,10 @@ def _table(metrics: tuple[Metric, ...], options: EvaluateOptions) -> Table:
     rows = [
         (
             metric.name,
-            f"{metric.value:.4g}",
-            "" if metric.spread is None else f"{metric.spread:.2g}",
-            "" if metric.interval is None else f"{metric.interval[0]:.3g} to {metric.interval[1]:.3g}",
-            "" if metric.floor is None else f"{metric.floor:.4g}",
+            number_text(metric.value),
+            "" if metric.spread is None else number_text(metric.spread, 2),
+            "" if metric.interval is None else " to ".join(number_text(end, 3) for end in metric.interval),
+            "" if metric.floor is None else number_text(metric.floor),
             metric.better,
         )
         for metric in metrics

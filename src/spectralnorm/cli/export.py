@@ -23,8 +23,7 @@ class ExportOptions:
     run: tyro.conf.Positional[Path]
     """Run folder; for onnx and torch-export also a generator.safetensors."""
     format: str = "onnx"
-    """onnx: for onnxruntime and others; torch-export: a .pt2 program; huggingface: a folder ready to upload; card: the
-    model card alone."""
+    """onnx; torch-export: a .pt2 program; huggingface: a folder ready to upload; card: the model card alone."""
     out: Path | None = None
     """Where to write; none: generator.onnx, generator.pt2, huggingface/ or model_card.md here."""
     license: str | None = None

@@ -77,7 +77,7 @@ def measure_images(
     if options.data is None and options.against is None:
         raise UserError(
             f"{options.target} is not a run folder; to measure the images in it, say what to compare them with: --data "
-            "(what training would hold out of it) or --against (any of it)."
+            "for the part of real images that training would hold out, or --against for all of them."
         )
     if PATH_LENGTH in names:
         raise UserError(f"The metric '{PATH_LENGTH}' needs a generator; give a run instead of images.")

@@ -184,7 +184,7 @@ class Config:
         if self.lipschitz is not None:
             self._require("lipschitz", above=0)
         if self.penalty is not None:
-            choose("penalty", self.penalty, PENALTIES)
+            choose("penalty", self.penalty, PENALTIES, or_none=True)
         choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
         choose("precision", self.precision, PRECISIONS)
         choose("strategy", self.strategy, STRATEGIES)
@@ -278,23 +278,35 @@ class Config:
     ) -> None:
         value = getattr(self, name)
         # Written so that NaN, which fails every comparison, is refused too; infinity is no setting either.
-        if at_least <= value <= at_most and above < value < below and abs(value) != math.inf:
+        if (
+            isinstance(value, (int, float))
+            and at_least <= value <= at_most
+            and above < value < below
+            and abs(value) != math.inf
+        ):
             return
         lower = f"above {above}" if math.isfinite(above) else f"at least {at_least}"
         upper = f" and below {below}" if math.isfinite(below) else ""
         upper = f" and at most {at_most}" if math.isfinite(at_most) else upper
-        raise UserError(f"{name} must be a number {lower}{upper}, got {value}.")
+        raise UserError(f"{name} must be a number {lower}{upper}, got {value!r}.")
 
 
-def choose(setting: str, name: Any, choices: Iterable[Any]) -> None:
+def choose(setting: str, name: Any, choices: Iterable[Any], *, or_none: bool = False) -> None:
     """Check that a name is one of the choices.
+
+    Args:
+        setting: what the name is for, as the message calls it.
+        name: what was given.
+        choices: the names that there are.
+        or_none: whether the message offers to leave the setting out as well.
 
     Raises:
         UserError: it is not; the message lists the choices.
     """
     choices = list(choices)
     if name not in choices:
-        raise UserError(f"Unknown {setting} '{name}'; choose one of {', '.join(map(str, choices))}.")
+        names = ", ".join(map(str, choices)) + (", or none (in Python: None)" if or_none else "")
+        raise UserError(f"Unknown {setting} '{name}'; choose one of {names}.")
 
 
 def config_to_json(config: Config) -> str:

@@ -26,7 +26,7 @@ def check_video(path: Path, *, fps: float) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
-        raise UserError(f"A video's file must end in {', '.join(VIDEO_SUFFIXES)}, got '{path}'.")
+        raise UserError(f"A video's file must end in {' or '.join(VIDEO_SUFFIXES)}, got '{path}'.")
     if not 0 < fps <= 1000:
         raise UserError(f"fps must be a number above 0 and at most 1000, got {fps}.")
     if suffix == ".gif" and fps > 50:

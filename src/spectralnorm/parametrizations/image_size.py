@@ -126,7 +126,7 @@ class InputSizeCheck:
         if size != self.input_size:
             raise UserError(
                 f"This {type(module).__name__} is normalized for inputs of size {self.input_size}, got {size}; leave "
-                "input_size out for a norm that holds for all sizes."
+                "input_size out to use others: a strict norm then holds for all sizes, an estimate for the first one."
             )
         if len(args) > 1 or kwargs.get("output_size") is not None:
             raise UserError(

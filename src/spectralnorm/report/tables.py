@@ -218,6 +218,8 @@ def _value_text(value: Any) -> str:
         case float():
             # A setting is shown as it was given: a step size of 0.0002 is not 2e-4 rounded.
             return f"{value:g}"
+        case []:
+            return "–"
         case list() | tuple():
             return ", ".join(map(_value_text, value))
         case Mapping():

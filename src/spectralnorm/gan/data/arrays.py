@@ -185,6 +185,8 @@ def _load_numpy(file: Path, mmap_mode: str | None = None):
 
 def _broken_numpy(file: Path, error: BaseException) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "pickle" in reason:  # its advice is to load the file unsafely, and it says so of any file that is not NumPy's
+        reason = "it holds Python objects, or was not written by NumPy"
     return UserError(f"{str(file)!r} is not a NumPy file of plain numbers that can be read ({reason}); save it again.")
 
 
