@@ -55,6 +55,21 @@ def test_a_grid_of_samples_is_one_picture(run: Path, tmp_path: Path):
     assert Image.open(tmp_path / "grid.png").size == (96, 64)
 
 
+def test_none_stands_for_no_value_where_the_help_says_so(run: Path, tmp_path: Path):
+    words = ["--num", "4", "--class=none", "--columns", "none", "--out", str(tmp_path / "grid.png")]
+    assert main(["sample", str(run), *words]) == 0
+    assert Image.open(tmp_path / "grid.png").size == (64, 64)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "certify", "export", "report", "recipes", "train"])
+def test_help_pages_show_no_types_of_the_parser(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    page = capsys.readouterr().out
+    assert "--help" in page
+    assert "None" not in page
+
+
 def test_single_samples_are_single_files_and_nothing_else(run: Path, tmp_path: Path):
     assert main(["sample", str(run), "--num", "11", "--format", "png", "--out", str(tmp_path / "images")]) == 0
     names = sorted(path.name for path in (tmp_path / "images").iterdir())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from spectralnorm.cli import _COMMANDS, main
-from spectralnorm.cli.settings import field_docs, flatten, grouped
+from spectralnorm.cli.arguments import field_docs
+from spectralnorm.cli.settings import flatten, grouped
 from spectralnorm.gan.augment import AUGMENTATIONS
 from spectralnorm.gan.config import Config
 from spectralnorm.gan.initialization import INITIALIZATIONS

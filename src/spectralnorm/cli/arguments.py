@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+import types
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from spectralnorm.errors import UserError
 
-__all__ = ["parse"]
+__all__ = ["field_docs", "metavar_of", "parse"]
 
 T = TypeVar("T")
 
@@ -32,6 +37,8 @@ def parse(
 ) -> T:
     """Fill a dataclass of options.
 
+    A flag that may have no value takes ``none`` for that.
+
     Args:
         options: a dataclass; its fields become flags, its docstrings help.
         words: the command line after the command.
@@ -44,12 +51,18 @@ def parse(
         UserError: a flag is unknown (the nearest known ones are named), or its value cannot be read.
     """
     settings: dict[str, Any] = {} if default is None else {"default": default}
+    shown = _with_nones_told(options) if default is None else options
     output = io.StringIO()
     try:
         # tyro explains a slip in a box of many lines on standard error; ours is one line.
         with contextlib.redirect_stderr(output):
             parsed, unknown = tyro.cli(
-                options, args=list(words), prog=prog, description=description, return_unknown_args=True, **settings
+                shown,
+                args=_with_nones_read(words, options),
+                prog=prog,
+                description=description,
+                return_unknown_args=True,
+                **settings,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -74,18 +87,79 @@ def _unknown(word: str, options: Any, prog: str) -> str:
     return f"Unknown option '{flag}'; {advice}"
 
 
-def _flags(options: Any) -> list[str]:
-    flags = []
+def _flags(options: Any) -> dict[str, Any]:
+    """The flags of a dataclass and of those in it, and what each of them takes."""
+    return {
+        flag: kind
+        for field, kind, marks in _parts(options)
+        for flag, kind in (
+            _flags(kind).items()
+            if dataclasses.is_dataclass(kind)
+            else [(_flag(field, marks), kind)] * (tyro.conf.Positional not in marks)
+        )
+    }
+
+
+def _parts(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, list[Any]]]:
+    """Each field, its type, and what else is annotated."""
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         hint = hints[field.name]
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if dataclasses.is_dataclass(kind):
-            flags += _flags(kind)
-        elif tyro.conf.Positional not in marks:
-            own = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-            flags.append("--" + own.replace("_", "-"))
-    return flags
+        yield field, kind, marks
+
+
+def _flag(field: dataclasses.Field[Any], marks: Sequence[Any]) -> str:
+    own = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+    return "--" + own.replace("_", "-")
+
+
+def _with_nones_told(options: type[T]) -> type[T]:
+    """The same with flags that may have no value shown as the others, where the parser's own words are its types."""
+    docs, fields = field_docs(options), []
+    for field, kind, marks in _parts(options):
+        if _is_optional(kind) and field.default is None and tyro.conf.Positional not in marks:
+            name = _flag(field, marks).removeprefix("--")
+            told = tyro.conf.arg(
+                name=name, metavar=metavar_of(kind), help=docs[field.name], help_behavior_hint="(default: none)"
+            )
+            fields.append((field.name, Annotated[kind, told], None))
+    namespace = {"__doc__": options.__doc__}
+    return dataclasses.make_dataclass(options.__name__, fields, bases=(options,), frozen=True, namespace=namespace)
+
+
+def _with_nones_read(words: Sequence[str], options: Any) -> list[str]:
+    """Let "none" mean the absence of a value where a flag may have none; the parser's word for that is "None"."""
+    flags, replaced = [flag for flag, kind in _flags(options).items() if _is_optional(kind)], list(words)
+    for position, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in flags and value == "none":
+            replaced[position] = f"{flag}=None"
+        elif word == "none" and position and words[position - 1] in flags:
+            replaced[position] = "None"
+    return replaced
+
+
+def _is_optional(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType) and types.NoneType in get_args(kind)
+
+
+def metavar_of(kind: Any) -> str | None:
+    """What stands behind a flag on a help page for what it takes; None: the parser's own word."""
+    if _is_optional(kind):
+        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    return {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}.get(kind)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """What stands under each field of a dataclass, on one line."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    docs = {}
+    for field, text in pairwise(body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = " ".join(doc.split())
+    return docs
 
 
 def _one_sentence(box: str) -> str:

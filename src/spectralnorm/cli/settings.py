@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import types
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from spectralnorm.cli.arguments import field_docs, metavar_of
 from spectralnorm.gan.config import Config
 
-__all__ = ["field_docs", "flatten", "grouped", "optional_flags", "shown_fields"]
+__all__ = ["flatten", "grouped", "shown_fields"]
 
 
 def grouped(values: Mapping[str, Any], *, front: Any) -> Any:
@@ -35,7 +32,7 @@ def grouped(values: Mapping[str, Any], *, front: Any) -> Any:
             continue
         flag = tyro.conf.arg(
             help=texts.get(field.name, ""),
-            metavar=_metavar(hints[field.name]),
+            metavar=metavar_of(hints[field.name]),
             help_behavior_hint=f"(default: {_shown(values[field.name])})",
         )
         group = groups.setdefault(field.metadata.get("group", "Settings"), [])
@@ -61,38 +58,12 @@ def shown_fields() -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(Config) if not _is_suppressed(hints[field.name])]
 
 
-def optional_flags() -> set[str]:
-    """Flags of the fields that may be None."""
-    return {f"--{name.replace('_', '-')}" for name, hint in get_type_hints(Config).items() if _is_optional(hint)}
-
-
-def field_docs(kind: type) -> dict[str, str]:
-    """What stands under each field of a dataclass, on one line."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
-    docs = {}
-    for field, text in pairwise(body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                docs[name] = " ".join(doc.split())
-    return docs
-
-
 def _titled(kind: type, title: str) -> Any:
     return Annotated[tyro.conf.OmitArgPrefixes[kind], tyro.conf.arg(name=title)]
 
 
 def _is_suppressed(hint: Any) -> bool:
     return tyro.conf.Suppress in getattr(hint, "__metadata__", ())
-
-
-def _is_optional(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType) and types.NoneType in get_args(hint)
-
-
-def _metavar(hint: Any) -> str | None:
-    if _is_optional(hint):
-        (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
-    return {int: "INT", float: "FLOAT", str: "STR"}.get(hint)
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from spectralnorm.cli.arguments import parse
-from spectralnorm.cli.settings import flatten, grouped, optional_flags
+from spectralnorm.cli.settings import flatten, grouped
 from spectralnorm.errors import UserError
 from spectralnorm.gan.config import Config, config_to_json
 from spectralnorm.gan.config_file import overlay, read_config_file
@@ -90,7 +90,6 @@ def _options(words: list[str]) -> tuple[Config, RunOptions]:
     from_file = {} if file is None else read_config_file(file)
     recipe = _value_of("--recipe", words) or from_file.get("recipe", "fashion")
     below = overlay(_settings_of(recipe), from_file) | {"recipe": recipe}
-    words = _nones(words)
     default = grouped(below, front=RunOptions(recipe=recipe))
     options = parse(type(default), words, prog=_PROG, default=default, description=_DESCRIPTION, epilog=_EXAMPLES)
     front, values = flatten(options)
@@ -103,18 +102,6 @@ def _settings_of(recipe: str) -> dict[str, Any]:
     if recipe == "custom":  # settings that began with no recipe, such as a config made in Python
         return {field.name: field.default for field in dataclasses.fields(Config)}
     return vars(make_config(recipe))
-
-
-def _nones(words: list[str]) -> list[str]:
-    """Let "none" mean the absence of a value where a flag may have none; the parser's word for that is "None"."""
-    flags, replaced = optional_flags(), list(words)
-    for position, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if flag in flags and value == "none":
-            replaced[position] = f"{flag}=None"
-        elif word == "none" and position and words[position - 1] in flags:
-            replaced[position] = "None"
-    return replaced
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
