@@ -135,8 +135,8 @@ def test_the_output_of_a_dry_run_can_be_fed_back(tmp_path: Path, capsys: pytest.
     [
         ("stepz = 3", [], "Unknown setting 'stepz' in mine.toml; did you mean steps?"),
         ("steps = -3", [], "steps must be a number at least 1, got -3"),
-        ('recipe = "fashoin"', [], "Unknown recipe 'fashoin'; choose one of fashion"),
-        ('loss = "hing"', [], "Unknown loss 'hing'; choose one of hinge"),
+        ('recipe = "fashoin"', [], "Unknown recipe 'fashoin' (did you mean fashion?); choose one of fashion"),
+        ('loss = "hing"', [], "Unknown loss 'hing' (did you mean hinge?); choose one of hinge"),
         ("", ["--beta1", "high"], "--beta1 must be a number, got 'high'"),
         ("", ["--stepz", "4"], "Unknown option '--stepz'; did you mean --steps?"),
         ("", ["--confg", "4"], "Unknown option '--confg'; did you mean --config?"),

@@ -22,7 +22,7 @@ def test_every_recipe_is_valid_and_survives_json(recipe: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "hing"}, "Unknown loss 'hing'; choose one of hinge, nonsaturating"),
+        ({"loss": "hing"}, "Unknown loss 'hing' (did you mean hinge?); choose one of hinge, nonsaturating"),
         ({"architecture": "vgg"}, "Unknown architecture 'vgg'; choose one of dcgan, sncnn, sndcgan"),
         ({"normalization": "instance"}, "Unknown normalization 'instance'; choose one of spectral, strict, weight"),
         ({"normalization": "spectral:nrom=matrix"}, "normalization 'spectral' has no option 'nrom'; choose among"),
@@ -120,7 +120,7 @@ def test_a_run_without_an_end_is_refused():
 
 
 def test_an_unknown_recipe_lists_the_choices():
-    with pytest.raises(UserError, match="Unknown recipe 'fashoin'; choose one of fashion"):
+    with pytest.raises(UserError, match=r"Unknown recipe 'fashoin' \(did you mean fashion\?\); choose one of fashion"):
         make_config("fashoin")
 
 

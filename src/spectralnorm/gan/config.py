@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -301,12 +302,14 @@ def choose(setting: str, name: Any, choices: Iterable[Any], *, or_none: bool = F
         or_none: whether the message offers to leave the setting out as well.
 
     Raises:
-        UserError: it is not; the message lists the choices.
+        UserError: it is not; the message lists the choices, and asks whether a similar one was meant.
     """
     choices = list(choices)
     if name not in choices:
         names = ", ".join(map(str, choices)) + (", or none (in Python: None)" if or_none else "")
-        raise UserError(f"Unknown {setting} '{name}'; choose one of {names}.")
+        near = difflib.get_close_matches(str(name), map(str, choices), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"Unknown {setting} '{name}'{meant}; choose one of {names}.")
 
 
 def config_to_json(config: Config) -> str:
