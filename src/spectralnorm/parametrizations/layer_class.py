@@ -28,6 +28,7 @@ from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.stacked import parameter_of
 from spectralnorm.parametrizations.state_dict import forget_other_formats
 
 __all__ = ["can_be_handed_over", "plain_class", "share_class"]
@@ -289,9 +290,9 @@ def _replicate_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
     def replicate(self: Any) -> nn.Module:
         # What the copies need is brought up to date here, once for all of them.
         for parts in self.parametrizations.values():
-            for part in parts:
-                if isinstance(part, SpectralNorm):
-                    norm_alone.refresh_for_replicas(part, parts.original)
+            weight = parameter_of(parts, parts[0])
+            if isinstance(parts[0], SpectralNorm) and weight is not None:
+                norm_alone.refresh_for_replicas(parts[0], weight)
         return base._replicate_for_data_parallel(self)
 
     return replicate
