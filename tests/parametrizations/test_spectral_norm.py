@@ -239,6 +239,29 @@ class TestRegistration:
             layer.weight = nn.Linear(3, 2).weight
         layer.bias = nn.Linear(3, 2).bias
 
+    def test_weight_may_be_elsewhere_but_for_the_time_of_a_forward_that_was_replaced(self):
+        layer = spectral_norm(nn.Linear(5, 6)).eval()
+        expected, parts = layer.weight.detach().clone(), layer.parametrizations.weight
+        numbers, forward = parts.original.detach(), parts.forward
+
+        def with_numbers():
+            parts.original = nn.Parameter(numbers)
+            try:
+                return forward()
+            finally:
+                parts.original = nn.Parameter(numbers.to("meta"))
+
+        parts.original, parts.forward = nn.Parameter(numbers.to("meta")), with_numbers
+        for _ in range(2):
+            torch.testing.assert_close(layer.weight, expected)
+
+    def test_forward_of_the_normalization_may_be_replaced(self):
+        layer = spectral_norm(nn.Linear(5, 6))
+        normalization = layer.parametrizations.weight[0]
+        forward = normalization.forward
+        normalization.forward = lambda weight: 2 * forward(weight)
+        assert exact_norm(layer, layer.weight) == pytest.approx(2, rel=1e-4)
+
     def test_other_parametrization_on_top_is_applied(self):
         class Double(nn.Module):
             def forward(self, weight):
