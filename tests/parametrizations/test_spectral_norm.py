@@ -210,6 +210,22 @@ class TestRegistration:
         with pytest.raises(UserError, match="'scale' of ParameterDict is a single number"):
             spectral_norm(nn.ParameterDict({"scale": torch.ones(())}), "scale")
 
+    def test_loop_over_modules_that_comes_to_the_parametrizations_is_told_so(self):
+        layer = spectral_norm(nn.Linear(2, 2))
+        _, *found = (module for module in layer.modules() if hasattr(module, "weight"))
+        assert found == [layer.parametrizations]
+        with pytest.raises(UserError, match=r"ModuleDict holds the parametrizations .* list\(model\.modules\(\)\)"):
+            spectral_norm(found[0])
+
+    @pytest.mark.parametrize("normalize", [spectral_norm, SpectralNorm])
+    def test_weight_in_the_layers_place_is_refused(self, normalize):
+        with pytest.raises(UserError, match="got Parameter; give the layer whose weight it is"):
+            normalize(nn.Linear(2, 2).weight)
+
+    def test_normalization_that_is_called_as_the_layer_is_refused(self):
+        with pytest.raises(UserError, match="216 entries, but 384 are here; inputs are for the layer"):
+            SpectralNorm(nn.Conv2d(3, 8, 3))(torch.ones(2, 3, 8, 8))
+
     @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
     def test_weight_that_a_hook_computes_is_refused(self):
         with pytest.raises(UserError, match="computed and not a parameter"):

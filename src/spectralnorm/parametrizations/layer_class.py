@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.applied import apply_of
+from spectralnorm.parametrizations.cached import is_caching, one_while_cached, one_while_kept
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed
@@ -185,7 +186,8 @@ def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
         if name in self.parametrizations:
             raise UserError(
                 f"{name!r} of this {plain_class(self).__name__} is normalized and cannot be another parameter; assign "
-                "a tensor (value.detach()) to give it new numbers, or share weights before they are normalized."
+                "a tensor (value.detach()) to give it new numbers, share weights before they are normalized, or "
+                "remove_spectral_norm first, as before layers are fused."
             )
         base.register_parameter(self, name, param)
 
@@ -213,9 +215,9 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 def _reader(name: str) -> Callable[[Any], Any]:
     """What reads the tensor ``name``.
 
-    Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
-    a later use that needs its gradient. We keep values ourselves, so that cache is left out; and so are the two calls
-    of modules, where nobody listens to them. It is one function because every use of the layer comes here.
+    We keep values ourselves, so torch's cache of them is left out (`spectralnorm.parametrizations.cached` takes its
+    place); and so are the two calls of modules, where nobody listens to them. It is one function because every use of
+    the layer comes here.
     """
 
     def read(self: Any) -> Any:
@@ -242,8 +244,8 @@ def _reader(name: str) -> Callable[[Any], Any]:
             or "forward" in of_parts  # tools that bring parameters from elsewhere replace it
             or "forward" in of_only
         ):
-            return parts()
-        return only.read(weight)
+            return one_while_cached(self, name, parts) if is_caching() else parts()
+        return one_while_kept(self, name, only, weight) if is_caching() else only.read(weight)
 
     return read
 

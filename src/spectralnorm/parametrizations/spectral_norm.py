@@ -22,6 +22,7 @@ from spectralnorm.parametrizations.options import (
     check_options,
     checked_input_size,
     plain_value,
+    require_module,
 )
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import whole
@@ -112,6 +113,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             update=update,
         )
         check_dim(dim)
+        require_module("SpectralNorm", module)
         weight = _weight_of(module, name)
         super().__init__(module, name, weight, norm=norm, strict=strict, input_size=input_size, dim=dim)
         self._refuse_other_updates(update)
@@ -592,6 +594,12 @@ def _weight_of(module: nn.Module, name: str) -> Tensor:
         weight = input_of(parts, next(found, foreign.parametrization_of(module, name)))
     else:
         weight = getattr(module, name, None)
+    if isinstance(weight, parametrize.ParametrizationList):
+        raise UserError(
+            f"This {type(module).__name__} holds the parametrizations of a layer, whose weight is normalized through "
+            "the layer. A loop over model.modules() that normalizes layers comes to it: take list(model.modules()), or "
+            "add_spectral_norm(model) without a loop."
+        )
     if not isinstance(weight, Tensor):
         present = ", ".join(name for name, _ in module.named_parameters(recurse=False)) or "none"
         raise UserError(f"{type(module).__name__} has no weight {name!r}; its parameters are: {present}.")
