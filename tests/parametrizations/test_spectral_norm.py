@@ -255,6 +255,12 @@ class TestRegistration:
             layer.weight = nn.Linear(3, 2).weight
         layer.bias = nn.Linear(3, 2).bias
 
+    def test_deleting_is_refused(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(AttributeError, match=r"'weight' of this Linear is normalized; remove_spectral_norm first"):
+            del layer.weight
+        assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-4)
+
     def test_weight_may_be_elsewhere_but_for_the_time_of_a_forward_that_was_replaced(self):
         layer = spectral_norm(nn.Linear(5, 6)).eval()
         expected, parts = layer.weight.detach().clone(), layer.parametrizations.weight

@@ -15,12 +15,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
 
-__all__ = ["is_caching", "one_while_cached", "one_while_kept"]
-
-
-def is_caching() -> bool:
-    """Whether this is within `torch.nn.utils.parametrize.cached`."""
-    return bool(parametrize._cache_enabled)
+__all__ = ["one_while_cached", "one_while_kept"]
 
 
 def one_while_kept(layer: nn.Module, name: str, normalization: SpectralNorm, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.applied import apply_of
-from spectralnorm.parametrizations.cached import is_caching, one_while_cached, one_while_kept
+from spectralnorm.parametrizations.cached import one_while_cached, one_while_kept
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed
@@ -133,7 +133,9 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
     def delete(self: Any) -> None:
         if self.__dict__.pop(name, self) is self:
-            raise AttributeError(name)
+            is_normalized = name in self._modules.get("parametrizations", ())
+            hint = f"{name!r} of this {plain_class(self).__name__} is normalized; remove_spectral_norm first."
+            raise AttributeError(hint if is_normalized else name)
 
     return property(get, set_raw, delete)
 
@@ -244,8 +246,8 @@ def _reader(name: str) -> Callable[[Any], Any]:
             or "forward" in of_parts  # tools that bring parameters from elsewhere replace it
             or "forward" in of_only
         ):
-            return one_while_cached(self, name, parts) if is_caching() else parts()
-        return one_while_kept(self, name, only, weight) if is_caching() else only.read(weight)
+            return one_while_cached(self, name, parts) if parametrize._cache_enabled else parts()
+        return one_while_kept(self, name, only, weight) if parametrize._cache_enabled else only.read(weight)
 
     return read
 
