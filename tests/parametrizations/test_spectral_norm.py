@@ -2,6 +2,7 @@
 
 import copy
 import math
+from abc import ABC
 
 import pytest
 import torch
@@ -254,6 +255,16 @@ class TestRegistration:
         with pytest.raises(UserError, match=r"^'weight' of this Linear is normalized and cannot be another parameter"):
             layer.weight = nn.Linear(3, 2).weight
         layer.bias = nn.Linear(3, 2).bias
+
+    def test_class_of_the_layer_can_be_derived_from_together_with_an_abstract_one(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+
+        class Patched(type(layer), ABC):
+            pass
+
+        patched = Patched.__new__(Patched)
+        patched.__dict__.update(layer.__dict__)
+        assert torch.equal(patched.weight, layer.weight)
 
     def test_deleting_is_refused(self):
         layer = spectral_norm(nn.Linear(3, 2))

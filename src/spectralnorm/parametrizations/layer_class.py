@@ -10,6 +10,7 @@ look at the layer they are read from.
 from __future__ import annotations
 
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -65,8 +66,11 @@ def can_be_handed_over(module: nn.Module, name: str) -> bool:
     return isinstance(original, Tensor) and not is_distributed(original) and fsdp.sharded_of(original) is None
 
 
-class _SharedClass(type):
-    """What torch does to the class of one module must not happen to the others."""
+class _SharedClass(ABCMeta):
+    """What torch does to the class of one module must not happen to the others.
+
+    It is a metaclass of abstract classes, so that tools can derive from a layer's class and an abstract one together.
+    """
 
     def __setattr__(cls, name: str, value: Any) -> None:
         # Torch's own property, when something else of such a layer is parametrized: it is bound to one module.
@@ -85,7 +89,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
     shared = _shared.get(base)
     if shared is None:
         # Under a metaclass of its own, the base's stays in force.
-        metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
+        metaclass: Any = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
         methods: dict[str, Any] = {
             # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
             "__module__": base.__module__,
