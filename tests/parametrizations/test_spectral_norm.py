@@ -2,6 +2,7 @@
 
 import copy
 import math
+from abc import ABC
 
 import pytest
 import torch
@@ -210,6 +211,22 @@ class TestRegistration:
         with pytest.raises(UserError, match="'scale' of ParameterDict is a single number"):
             spectral_norm(nn.ParameterDict({"scale": torch.ones(())}), "scale")
 
+    def test_loop_over_modules_that_comes_to_the_parametrizations_is_told_so(self):
+        layer = spectral_norm(nn.Linear(2, 2))
+        _, *found = (module for module in layer.modules() if hasattr(module, "weight"))
+        assert found == [layer.parametrizations]
+        with pytest.raises(UserError, match=r"ModuleDict holds the parametrizations .* list\(model\.modules\(\)\)"):
+            spectral_norm(found[0])
+
+    @pytest.mark.parametrize("normalize", [spectral_norm, SpectralNorm])
+    def test_weight_in_the_layers_place_is_refused(self, normalize):
+        with pytest.raises(UserError, match="got Parameter; give the layer whose weight it is"):
+            normalize(nn.Linear(2, 2).weight)
+
+    def test_normalization_that_is_called_as_the_layer_is_refused(self):
+        with pytest.raises(UserError, match="216 entries, but 384 are here; inputs are for the layer"):
+            SpectralNorm(nn.Conv2d(3, 8, 3))(torch.ones(2, 3, 8, 8))
+
     @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
     def test_weight_that_a_hook_computes_is_refused(self):
         with pytest.raises(UserError, match="computed and not a parameter"):
@@ -238,6 +255,45 @@ class TestRegistration:
         with pytest.raises(UserError, match=r"^'weight' of this Linear is normalized and cannot be another parameter"):
             layer.weight = nn.Linear(3, 2).weight
         layer.bias = nn.Linear(3, 2).bias
+
+    def test_class_of_the_layer_can_be_derived_from_together_with_an_abstract_one(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+
+        class Patched(type(layer), ABC):
+            pass
+
+        patched = Patched.__new__(Patched)
+        patched.__dict__.update(layer.__dict__)
+        assert torch.equal(patched.weight, layer.weight)
+
+    def test_deleting_is_refused(self):
+        layer = spectral_norm(nn.Linear(3, 2))
+        with pytest.raises(AttributeError, match=r"'weight' of this Linear is normalized; remove_spectral_norm first"):
+            del layer.weight
+        assert exact_norm(layer, layer.weight) == pytest.approx(1, rel=1e-4)
+
+    def test_weight_may_be_elsewhere_but_for_the_time_of_a_forward_that_was_replaced(self):
+        layer = spectral_norm(nn.Linear(5, 6)).eval()
+        expected, parts = layer.weight.detach().clone(), layer.parametrizations.weight
+        numbers, forward = parts.original.detach(), parts.forward
+
+        def with_numbers():
+            parts.original = nn.Parameter(numbers)
+            try:
+                return forward()
+            finally:
+                parts.original = nn.Parameter(numbers.to("meta"))
+
+        parts.original, parts.forward = nn.Parameter(numbers.to("meta")), with_numbers
+        for _ in range(2):
+            torch.testing.assert_close(layer.weight, expected)
+
+    def test_forward_of_the_normalization_may_be_replaced(self):
+        layer = spectral_norm(nn.Linear(5, 6))
+        normalization = layer.parametrizations.weight[0]
+        forward = normalization.forward
+        normalization.forward = lambda weight: 2 * forward(weight)
+        assert exact_norm(layer, layer.weight) == pytest.approx(2, rel=1e-4)
 
     def test_other_parametrization_on_top_is_applied(self):
         class Double(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectralnorm.parametrizations.same_numbers import is_same
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.stacked import parameter_of
 from spectralnorm.parametrizations.unseen_writes import Looks
 
 __all__ = ["apply_of"]
@@ -24,10 +25,12 @@ def apply_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
         befores = [
-            (_KeptValue if part.hands_out_kept(parts.original) else _HandedOutValue)(part, parts.original)
+            (_KeptValue if part.hands_out_kept(weight) else _HandedOutValue)(part, weight)
             for parts in self.parametrizations.values()
             for part in parts
-            if isinstance(part, SpectralNorm) and hasattr(parts, "original") and part.sees_writes(parts.original)
+            if isinstance(part, SpectralNorm)
+            and (weight := parameter_of(parts, part)) is not None
+            and part.sees_writes(weight)
         ]
         try:
             return base.apply(self, fn)

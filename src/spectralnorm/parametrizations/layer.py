@@ -68,8 +68,8 @@ def spectral_norm(
     normalization = SpectralNorm(module, name, n_power_iterations, eps, dim, **options)
     if not (name in module._parameters or name in module._buffers or parametrize.is_parametrized(module, name)):
         raise UserError(
-            f"{name!r} of this {type(module).__name__} is computed and not a parameter, as under the hook "
-            "torch.nn.utils.weight_norm; take that off first."
+            f"{name!r} of this {type(module).__name__} is computed and not a parameter, as under the hooks of "
+            "torch.nn.utils.weight_norm and torch.nn.utils.prune; take that off first."
         )
     with unchanged_on_failure(module):
         register(module, name, normalization)

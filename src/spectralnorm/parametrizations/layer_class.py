@@ -10,6 +10,7 @@ look at the layer they are read from.
 from __future__ import annotations
 
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -24,10 +25,12 @@ from torch.nn.utils import parametrize
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import fsdp, norm_alone, recurrent, tensor_parallel
 from spectralnorm.parametrizations.applied import apply_of
+from spectralnorm.parametrizations.cached import one_while_cached, one_while_kept
 from spectralnorm.parametrizations.image_size import forget_input_size
 from spectralnorm.parametrizations.occasions import Occasions
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.stacked import parameter_of
 from spectralnorm.parametrizations.state_dict import forget_other_formats
 
 __all__ = ["can_be_handed_over", "plain_class", "share_class"]
@@ -63,8 +66,11 @@ def can_be_handed_over(module: nn.Module, name: str) -> bool:
     return isinstance(original, Tensor) and not is_distributed(original) and fsdp.sharded_of(original) is None
 
 
-class _SharedClass(type):
-    """What torch does to the class of one module must not happen to the others."""
+class _SharedClass(ABCMeta):
+    """What torch does to the class of one module must not happen to the others.
+
+    It is a metaclass of abstract classes, so that tools can derive from a layer's class and an abstract one together.
+    """
 
     def __setattr__(cls, name: str, value: Any) -> None:
         # Torch's own property, when something else of such a layer is parametrized: it is bound to one module.
@@ -83,7 +89,7 @@ def _adopt(module: nn.Module, base: type[nn.Module], names: list[str]) -> None:
     shared = _shared.get(base)
     if shared is None:
         # Under a metaclass of its own, the base's stays in force.
-        metaclass = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
+        metaclass: Any = _SharedClass if type(base) is type else type("_SharedClass", (_SharedClass, type(base)), {})
         methods: dict[str, Any] = {
             # Where its base stands: torch.fx keeps layers of torch.nn whole by this, and tools look for them there.
             "__module__": base.__module__,
@@ -131,7 +137,9 @@ def _tensor_property(name: str, reader: Callable[[str], Callable[[Any], Any]]) -
 
     def delete(self: Any) -> None:
         if self.__dict__.pop(name, self) is self:
-            raise AttributeError(name)
+            is_normalized = name in self._modules.get("parametrizations", ())
+            hint = f"{name!r} of this {plain_class(self).__name__} is normalized; remove_spectral_norm first."
+            raise AttributeError(hint if is_normalized else name)
 
     return property(get, set_raw, delete)
 
@@ -184,7 +192,8 @@ def _register_parameter_of(base: type[nn.Module]) -> Callable[..., None]:
         if name in self.parametrizations:
             raise UserError(
                 f"{name!r} of this {plain_class(self).__name__} is normalized and cannot be another parameter; assign "
-                "a tensor (value.detach()) to give it new numbers, or share weights before they are normalized."
+                "a tensor (value.detach()) to give it new numbers, share weights before they are normalized, or "
+                "remove_spectral_norm first, as before layers are fused."
             )
         base.register_parameter(self, name, param)
 
@@ -212,9 +221,9 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 def _reader(name: str) -> Callable[[Any], Any]:
     """What reads the tensor ``name``.
 
-    Torch's property goes through `parametrize.cached`, whose cache hands a tensor that was computed under `no_grad` to
-    a later use that needs its gradient. We keep values ourselves, so that cache is left out; and so are the two calls
-    of modules, where nobody listens to them. It is one function because every use of the layer comes here.
+    We keep values ourselves, so torch's cache of them is left out (`spectralnorm.parametrizations.cached` takes its
+    place); and so are the two calls of modules, where nobody listens to them. It is one function because every use of
+    the layer comes here.
     """
 
     def read(self: Any) -> Any:
@@ -238,9 +247,11 @@ def _reader(name: str) -> Callable[[Any], Any]:
             or of_only["_forward_pre_hooks"]
             or of_parts["_forward_hooks"]
             or of_parts["_forward_pre_hooks"]
+            or "forward" in of_parts  # tools that bring parameters from elsewhere replace it
+            or "forward" in of_only
         ):
-            return parts()
-        return only.read(weight)
+            return one_while_cached(self, name, parts) if parametrize._cache_enabled else parts()
+        return one_while_kept(self, name, only, weight) if parametrize._cache_enabled else only.read(weight)
 
     return read
 
@@ -289,9 +300,9 @@ def _replicate_of(base: type[nn.Module]) -> Callable[..., nn.Module]:
     def replicate(self: Any) -> nn.Module:
         # What the copies need is brought up to date here, once for all of them.
         for parts in self.parametrizations.values():
-            for part in parts:
-                if isinstance(part, SpectralNorm):
-                    norm_alone.refresh_for_replicas(part, parts.original)
+            weight = parameter_of(parts, parts[0])
+            if isinstance(parts[0], SpectralNorm) and weight is not None:
+                norm_alone.refresh_for_replicas(parts[0], weight)
         return base._replicate_for_data_parallel(self)
 
     return replicate

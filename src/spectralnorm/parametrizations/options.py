@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 
@@ -129,6 +129,7 @@ def require_module(function: str, module: object) -> None:
         raise UserError(f"{function} takes a module, got the class {module.__name__}; make one of it first.")
     if not isinstance(module, nn.Module):
         hint = "; put layers into a torch.nn.ModuleList" if isinstance(module, (list, tuple)) else ""
+        hint = "; give the layer whose weight it is" if isinstance(module, Tensor) else hint
         raise UserError(f"{function} takes a torch.nn.Module, got {type(module).__name__}{hint}.")
 
 

@@ -14,6 +14,7 @@ from spectralnorm.parametrizations.image_size import forget_input_size, watch_in
 from spectralnorm.parametrizations.layer_class import share_class
 from spectralnorm.parametrizations.shards import is_distributed
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.stacked import originals_of
 from spectralnorm.parametrizations.state_dict import accept_other_formats
 
 __all__ = ["normalization_of", "register", "unregister"]
@@ -51,7 +52,7 @@ def register(module: nn.Module, name: str, normalization: SpectralNorm) -> None:
 
 
 def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
-    """Take the normalization off. The parameter stays the same object.
+    """Take the normalization off. The parameter stays the same object, if it is one that the weight is made of.
 
     Args:
         module: the layer.
@@ -60,15 +61,16 @@ def unregister(module: nn.Module, name: str, *, bake: bool = True) -> None:
     """
     parts: Any = module.parametrizations[name]  # type: ignore[index]
     fsdp.require_sharded(parts, "original")
-    if bake and is_distributed(parts.original):
-        with torch.no_grad(), without_autocast(parts.original):
-            parts.original.copy_(getattr(module, name))
+    original = originals_of(parts)[0]
+    if bake and is_distributed(original):
+        with torch.no_grad(), without_autocast(original):
+            original.copy_(getattr(module, name))
         bake = False
     kind = type(module)
     inner = fsdp.inner_class(kind)
     if inner is not None:  # torch takes the first base for the class before parametrizations
         module.__class__ = inner
-    with without_autocast(parts.original):
+    with without_autocast(original):
         parametrize.remove_parametrizations(module, name, leave_parametrized=bake)
     if inner is not None:
         module.__class__ = kind if type(module) is inner else fsdp.wrapped_as(kind, type(module))

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
-from spectralnorm.parametrizations import captured, engine, norm_alone, renewal, unkept
+from spectralnorm.parametrizations import captured, engine, foreign, norm_alone, renewal, unkept
 from spectralnorm.parametrizations.arithmetic import holds_numbers, host_has, is_capturing, is_eager, plain_arithmetic
 from spectralnorm.parametrizations.forgotten_scale import ForgottenScale
 from spectralnorm.parametrizations.kept import Kept
@@ -22,9 +22,11 @@ from spectralnorm.parametrizations.options import (
     check_options,
     checked_input_size,
     plain_value,
+    require_module,
 )
 from spectralnorm.parametrizations.quotient import divided, divisor_of
 from spectralnorm.parametrizations.shards import whole
+from spectralnorm.parametrizations.stacked import input_of
 from spectralnorm.parametrizations.strict import Target, autocast_dtype
 from spectralnorm.parametrizations.threads import one_at_a_time
 from spectralnorm.parametrizations.weight_clock import WeightClock, watch
@@ -111,6 +113,7 @@ class SpectralNorm(WeightNorms, WrittenValues):
             update=update,
         )
         check_dim(dim)
+        require_module("SpectralNorm", module)
         weight = _weight_of(module, name)
         super().__init__(module, name, weight, norm=norm, strict=strict, input_size=input_size, dim=dim)
         self._refuse_other_updates(update)
@@ -584,12 +587,19 @@ class SpectralNorm(WeightNorms, WrittenValues):
 
 
 def _weight_of(module: nn.Module, name: str) -> Tensor:
-    """The raw weight."""
+    """The raw weight: what reaches the normalization that is there, or one that would be put on."""
     if parametrize.is_parametrized(module, name):
-        original = getattr(module.parametrizations[name], "original", None)  # type: ignore[index]
-        if isinstance(original, Tensor):
-            return original
-    weight = getattr(module, name, None)
+        parts: Any = module.parametrizations[name]  # type: ignore[index]
+        found = (part for part in parts if isinstance(part, SpectralNorm))
+        weight = input_of(parts, next(found, foreign.parametrization_of(module, name)))
+    else:
+        weight = getattr(module, name, None)
+    if isinstance(weight, parametrize.ParametrizationList):
+        raise UserError(
+            f"This {type(module).__name__} holds the parametrizations of a layer, whose weight is normalized through "
+            "the layer. A loop over model.modules() that normalizes layers comes to it: take list(model.modules()), or "
+            "add_spectral_norm(model) without a loop."
+        )
     if not isinstance(weight, Tensor):
         present = ", ".join(name for name, _ in module.named_parameters(recurse=False)) or "none"
         raise UserError(f"{type(module).__name__} has no weight {name!r}; its parameters are: {present}.")

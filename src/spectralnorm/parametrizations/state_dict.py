@@ -8,7 +8,6 @@ no coefficient and no cap. So writing compares, weight by weight, and refuses wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from spectralnorm.errors import UserError
 from spectralnorm.linalg import compute_dtype
 from spectralnorm.parametrizations.arithmetic import without_autocast
 from spectralnorm.parametrizations.spectral_norm import SpectralNorm
+from spectralnorm.parametrizations.stacked import in_eval_mode, input_of
 
-__all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats", "in_eval_mode"]
+__all__ = ["FORMATS", "Writer", "accept_other_formats", "forget_other_formats"]
 
 PARAMETRIZATION, HOOK, PLAIN = FORMATS = ("torch", "torch-hook", "plain")
 
@@ -168,7 +168,8 @@ class Writer:
         if self._format == HOOK and len(parts) > 1:
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"{label} is parametrized by {kinds}, of which torch's hook knows one; write {PLAIN!r}.")
-        weight, normalization = _input_of(parts, index), parts[index]
+        normalization = parts[index]
+        weight = input_of(parts, normalization)
         u, v = normalization.vectors(weight)
         wide = compute_dtype(weight.dtype)
         raw, value = weight.to(wide), normalization(weight).to(wide)
@@ -187,26 +188,6 @@ class Writer:
         like = normalization._buffers.get("_u")
         dtype = weight.dtype if like is None else like.dtype
         return u.to(dtype), v.to(dtype)
-
-
-def _input_of(parts: Any, index: int) -> Tensor:
-    """What reaches the parametrization at ``index``: the raw weight, or what others below make of it."""
-    originals = [parts.original] if parts.is_tensor else [getattr(parts, f"original{i}") for i in range(parts.ntensors)]
-    for part in list(parts)[:index]:
-        originals = [part(*originals)]
-    return originals[0]
-
-
-@contextmanager
-def in_eval_mode(parts: nn.Module) -> Iterator[None]:
-    """Nothing advances."""
-    modes = [(part, part.training) for part in parts.modules()]
-    parts.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _drop(entries: dict[str, Any], prefix: str) -> None:

@@ -157,10 +157,15 @@ class VectorBuffers(nn.Module):
         expected = self._u.numel() * self._v.numel()
         is_freed = not is_distributed(weight) and weight.untyped_storage().nbytes() == 0 < expected
         if weight.numel() != expected or is_freed:
+            hint = "inputs are for the layer that spectral_norm returns, and its normalization takes the whole weight."
+            if is_freed or weight.ndim < 2:  # what FSDP1 leaves is a vector
+                hint = (
+                    "where FSDP1 shards a model, read its weights within "
+                    "FullyShardedDataParallel.summon_full_params(model)."
+                )
             raise UserError(
                 f"The weight {self.name!r} should have {expected} entries, but {0 if is_freed else weight.numel()} are "
-                "here; where FSDP1 shards a model, read its weights within "
-                "FullyShardedDataParallel.summon_full_params(model)."
+                f"here; {hint}"
             )
 
     def __getstate__(self) -> dict[str, Any]:

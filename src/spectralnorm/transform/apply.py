@@ -23,7 +23,7 @@ from spectralnorm.parametrizations.registration import register
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
 from spectralnorm.transform.input_sizes import input_sizes
 from spectralnorm.transform.selection import Candidate, Pattern, names, select
-from spectralnorm.transform.upkeep import normalized_weights, raw_weight
+from spectralnorm.transform.upkeep import normalized_weights, own_parameter
 
 __all__ = ["add_spectral_norm"]
 
@@ -124,7 +124,9 @@ def _existing(model: nn.Module) -> dict[int, SpectralNorm | PendingNorm]:
         for pending in pending_of_module(module)
     }
     for _, module, name, normalization in normalized_weights(model):
-        found[id(raw_weight(module, name))] = normalization
+        parameter = own_parameter(module, name)
+        if parameter is not None:
+            found[id(parameter)] = normalization
     return found
 
 
@@ -249,8 +251,9 @@ def _refuse_disagreeing_views(
     """Layers with one normalization must read their weight as the same matrix, and as the same map if it is of that."""
     of_maps = bool(options.get("strict")) or options.get("norm") == "operator"
     first_by_weight = {
-        id(raw_weight(module, name)): _Reading(label, normalization.view, normalization.geometry)
+        id(parameter): _Reading(label, normalization.view, normalization.geometry)
         for label, module, name, normalization in normalized_weights(model)
+        if (parameter := own_parameter(module, name)) is not None
     }
     for candidate in chosen:
         name, weight, layer = candidate.tensor_name, candidate.weight, candidate.module

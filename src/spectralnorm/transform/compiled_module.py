@@ -12,8 +12,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 
 from spectralnorm.parametrizations import SpectralNorm, can_be_handed_over, handed_over
+from spectralnorm.parametrizations.stacked import originals_of
 from spectralnorm.parametrizations.threads import lock_of
-from spectralnorm.transform.upkeep import normalized_weights, raw_weight
+from spectralnorm.transform.upkeep import normalized_weights
 
 __all__ = ["CompiledModule"]
 
@@ -47,7 +48,7 @@ class CompiledModule(OptimizedModule):
         present = [(layer, name, each) for layer, name, each in weights if can_be_handed_over(layer, name)]
         try:
             for layer, name, each in present:
-                handed = handed_over(partial(getattr, layer, name), each, raw_weight(layer, name))
+                handed = handed_over(partial(getattr, layer, name), each, originals_of(layer.parametrizations[name])[0])
                 layer.__dict__.setdefault("_handed_over", {})[name] = handed
             yield
         finally:

@@ -18,8 +18,8 @@ from spectralnorm.parametrizations.lazy import pending_of, pending_of_module
 from spectralnorm.parametrizations.registration import normalization_of, unregister
 from spectralnorm.parametrizations.shards import is_distributed, whole
 from spectralnorm.parametrizations.snapshot import unchanged_on_failure
-from spectralnorm.parametrizations.state_dict import in_eval_mode
-from spectralnorm.transform.upkeep import normalized_weights, raw_weight, weight_label
+from spectralnorm.parametrizations.stacked import in_eval_mode, originals_of
+from spectralnorm.transform.upkeep import normalized_weights, weight_label
 
 __all__ = ["remove_spectral_norm"]
 
@@ -29,11 +29,12 @@ M = TypeVar("M", bound=nn.Module)
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
     """Take the normalization off all weights of a model and write the normalized weights into the parameters.
 
-    The model computes the same function as before, and its parameters are the same objects. Only where layers share a
-    parameter and compute with different values of it, because one of them is not normalized or has a normalization of
-    its own, they cannot go on sharing: a warning names those that get a new parameter, which an optimizer made before
-    does not have. The old one stays with the layer without a normalization, else with the first. What shares a
-    parameter from outside of ``model`` is not seen, and reads the new numbers.
+    The model computes the same function as before, and its parameters are the same objects. Only a weight that other
+    parametrizations make of several parameters, as torch's ``weight_norm`` does, becomes a new one. And where layers
+    share a parameter and compute with different values of it, because one of them is not normalized or has a
+    normalization of its own, they cannot go on sharing: a warning names those that get a new parameter, which an
+    optimizer made before does not have. The old one stays with the layer without a normalization, else with the first.
+    What shares a parameter from outside of ``model`` is not seen, and reads the new numbers.
 
     Args:
         model: a model or a layer; weights that are not normalized are left as they are.
@@ -87,19 +88,20 @@ class _Use:
         module: the layer.
         tensor_name: the weight's name in it.
         parts: its parametrizations.
-        weight: the raw parameter.
+        weight: the parameter that gets the value; the value itself where that becomes a new one.
         rule: layers with the same one compute with the same value.
     """
 
     def __init__(self, label: str, module: nn.Module, tensor_name: str) -> None:
         self.label, self.module, self.tensor_name = label, module, tensor_name
         self.parts: nn.ModuleList = module.parametrizations[tensor_name]  # type: ignore[index, assignment]
-        self.weight = raw_weight(module, tensor_name)
+        self._originals = originals_of(self.parts)
+        self.weight = self._originals[0] if len(self._originals) == 1 else self.value()
         self.rule = (id(self.weight), *map(id, self.parts))
 
     def value(self) -> Tensor:
         """What the layer computes with; nothing advances."""
-        with torch.no_grad(), without_autocast(self.weight), in_eval_mode(self.parts):
+        with torch.no_grad(), without_autocast(self._originals[0]), in_eval_mode(self.parts):
             return getattr(self.module, self.tensor_name).detach()
 
 

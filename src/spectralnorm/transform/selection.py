@@ -16,6 +16,7 @@ from spectralnorm.errors import UserError
 from spectralnorm.parametrizations import foreign, is_normalized, normalization_of
 from spectralnorm.parametrizations.layer_class import plain_class
 from spectralnorm.parametrizations.lazy import can_wait
+from spectralnorm.parametrizations.stacked import input_of
 from spectralnorm.transform.upkeep import weight_label
 
 __all__ = ["Candidate", "Pattern", "candidates", "names", "select"]
@@ -193,11 +194,12 @@ def _raw_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if parametrize.is_parametrized(module):
         lists: Any = module.parametrizations
         for name, parts in lists.items():
-            if isinstance(getattr(parts, "original", None), Tensor):
+            normalization = normalization_of(module, name) or foreign.parametrization_of(module, name)
+            if normalization is None and parts.is_tensor:
                 yield name, parts.original
-            else:  # made of several tensors
+            else:  # of one that is not normalized and made of several tensors, what they make
                 with torch.no_grad():
-                    yield name, getattr(module, name)
+                    yield name, input_of(parts, normalization)
     if hasattr(module, "_packed_params") and callable(getattr(module, "weight", None)):
         yield "weight", module.weight()  # type: ignore[operator]  # a quantized layer
 

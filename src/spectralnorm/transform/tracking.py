@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spectralnorm.errors import UserError
 from spectralnorm.parametrizations.tracking import fits_tracking, restore_tracking, tracking_of
-from spectralnorm.transform.upkeep import normalized_weights, raw_weight
+from spectralnorm.transform.upkeep import normalized_weights, own_parameter
 
 __all__ = ["load_tracking_state", "tracking_state"]
 
@@ -23,7 +23,8 @@ def tracking_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}/{part}": tensor
         for name, module, tensor_name, normalization in normalized_weights(model)
-        for part, tensor in tracking_of(normalization, raw_weight(module, tensor_name)).items()
+        if (weight := own_parameter(module, tensor_name)) is not None
+        for part, tensor in tracking_of(normalization, weight).items()
     }
 
 
@@ -41,13 +42,13 @@ def load_tracking_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, module, tensor_name, normalization in normalized_weights(model):
         prefix = f"{name}/"
         parts = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        weight = raw_weight(module, tensor_name)
-        if parts and not fits_tracking(normalization, weight, parts):
+        weight = own_parameter(module, tensor_name)
+        if parts and (weight is None or not fits_tracking(normalization, weight, parts)):
             raise UserError(
                 f"The tracking state has vectors of {name} for a weight of another shape, or another norm of it; make "
                 "the model as it was when it was saved."
             )
         of_each.append((normalization, weight, parts))
     for normalization, weight, parts in of_each:
-        if parts:
+        if parts and weight is not None:
             restore_tracking(normalization, weight, parts)

@@ -10,9 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectralnorm.parametrizations import SpectralNorm, normalization_of
+from spectralnorm.parametrizations.stacked import input_of, originals_of, parameter_of
 from spectralnorm.parametrizations.weight_clock import as_one_step
 
-__all__ = ["invalidate", "keep_values", "monitor", "normalized_weights", "optimizer_step", "raw_weight", "update_"]
+__all__ = [
+    "invalidate",
+    "keep_values",
+    "monitor",
+    "normalized_weights",
+    "optimizer_step",
+    "own_parameter",
+    "raw_weight",
+    "update_",
+]
 
 
 def normalized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SpectralNorm]]:
@@ -40,10 +50,21 @@ def weight_label(path: str, tensor_name: str) -> str:
 
 
 def raw_weight(module: nn.Module, tensor_name: str) -> Tensor:
-    """The parameter behind a normalized weight."""
-    return module.parametrizations[tensor_name].original  # type: ignore[index, union-attr]
+    """What reaches the normalization: the parameter, or what other parametrizations make of theirs."""
+    return input_of(_parts(module, tensor_name), normalization_of(module, tensor_name))
 
 
+def own_parameter(module: nn.Module, tensor_name: str) -> Tensor | None:
+    """The parameter that is normalized; None if it is what other parametrizations make of theirs."""
+    normalization = normalization_of(module, tensor_name)
+    return None if normalization is None else parameter_of(_parts(module, tensor_name), normalization)
+
+
+def _parts(module: nn.Module, tensor_name: str) -> nn.Module:
+    return module.parametrizations[tensor_name]  # type: ignore[index, return-value]
+
+
+@torch.no_grad()
 def monitor(model: nn.Module) -> dict[str, float]:
     """The norm of each raw weight, by which its layer divides, of a strict one its upper bound; one wait in all.
 
@@ -102,7 +123,7 @@ def optimizer_step(model: nn.Module) -> Iterator[None]:
     """
     weights: list[Tensor] = []
     for _, module, tensor_name, normalization in normalized_weights(model):
-        weights += [raw_weight(module, tensor_name), *normalization.parameters()]
+        weights += [*originals_of(_parts(module, tensor_name)), *normalization.parameters()]
     with as_one_step(weights):
         yield
 
@@ -126,6 +147,7 @@ def keep_values(model: nn.Module, keep: bool = True) -> None:
         normalization.invalidate()
 
 
+@torch.no_grad()
 def update_(model: nn.Module) -> None:
     """Run ``n_power_iterations`` for every normalized weight now, whether or not it has changed.
 
