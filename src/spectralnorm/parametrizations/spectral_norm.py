@@ -345,7 +345,8 @@ class SpectralNorm(WeightNorms, WrittenValues):
             self.settle()
         value = self._divided(weight)
         if self.scale is not None:
-            value = value * self.scale
+            # A copy: else a step of an optimizer would change the numbers that a graph from before it needs.
+            value = value * self.scale.clone()
             if sees_writes and not self._has_seen_step:
                 self._look_for_step_without(self.scale, weight)
         if sees_writes:
