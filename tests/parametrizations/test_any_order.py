@@ -419,7 +419,6 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(seed=seeds)
     def steps_within_backward(self, seed: int) -> None:
         """An optimizer for each weight, which moves it as soon as its gradient is there."""
-        self.look_at_all("grad")
         self.changed()
         handles, optimizers = [], {}
         for name, layer in self.world.model.items():
@@ -434,6 +433,7 @@ class AnyOrder(RuleBasedStateMachine):
                 weight.grad = None
 
             handles.append(raw(self.world.model[name]).register_post_accumulate_grad_hook(step))
+        self.invalidate()  # a node that was made before the hooks knows nothing of them
         helds = {name: [self.look(name), self.look(name)] for name in optimizers}
         outputs = [held.output for of_one in helds.values() for held in of_one if held is not None]
         if outputs:
