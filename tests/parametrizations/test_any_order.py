@@ -937,7 +937,7 @@ class AnyOrder(RuleBasedStateMachine):
 @pytest.mark.filterwarnings("ignore:An optimizer has moved the weight")
 @pytest.mark.usefixtures("engine_or_kernels")
 def test_layers_keep_their_promises_in_any_order():
-    options = settings(max_examples=20, stateful_step_count=25, deadline=None, derandomize=True, database=None)
+    options = settings(max_examples=35, stateful_step_count=25, deadline=None, derandomize=True, database=None)
     run_state_machine_as_test(AnyOrder, settings=options)
 
 
