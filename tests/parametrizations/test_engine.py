@@ -258,6 +258,19 @@ def test_hook_on_a_parameter_is_not_called_by_backwards_of_other_layers():
     assert [place for place, _ in seen] == [0, 1]
 
 
+def test_a_step_that_follows_a_gradient_moves_no_weight_of_other_layers():
+    """Optimizers that step within the backward hang on hooks that are called when a gradient is there."""
+    layers = nn.ModuleList(spectral_norm(nn.Linear(4, 4)) for _ in range(3))
+    pull(layers, torch.optim.SGD(layers.parameters(), lr=0.1), seed=0)
+    assert all(raw(layer).grad is not None for layer in layers)  # and stays, as where it is accumulated
+    for layer in layers[:2]:
+        optimizer = torch.optim.SGD([raw(layer)], lr=0.1)
+        raw(layer).register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    before = [raw(layer).detach().clone() for layer in layers]
+    layers[0].weight.sum().backward()
+    assert [torch.equal(raw(layer), old) for layer, old in zip(layers, before, strict=True)] == [False, True, True]
+
+
 def test_second_derivative_after_the_weight_has_changed_is_refused():
     layer = spectral_norm(nn.Linear(3, 3))
     loss = layer(torch.ones(1, 3)).square().sum()

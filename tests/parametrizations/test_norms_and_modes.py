@@ -114,6 +114,17 @@ class TestLearnable:
         assert scale > 1.1
         assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(scale, rel=1e-3)
 
+    @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+    def test_a_graph_from_before_a_step_can_still_be_used_after_it(self, options, device):
+        layer = spectral_norm(nn.Linear(6, 5).to(device), mode="learnable", coefficient=3.0)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, **options)
+        loss, same = (layer.weight.square().sum() for _ in range(2))
+        expected = torch.autograd.grad(same, list(layer.parametrizations.parameters()))
+        layer.weight.pow(3).sum().backward()
+        optimizer.step()
+        found = torch.autograd.grad(loss, list(layer.parametrizations.parameters()))
+        torch.testing.assert_close(found, expected)
+
     def test_state_dict_and_copies_carry_the_scale(self):
         layer = spectral_norm(nn.Linear(6, 5), mode="learnable", coefficient=3.0)
         other = spectral_norm(nn.Linear(6, 5), mode="learnable")

@@ -396,13 +396,12 @@ def _outputs_of(kept: Kept, dtype: torch.dtype) -> Outputs | None:
 def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: torch.dtype | None = None) -> None:
     """Make the node of the graph for a kept value, rounded to ``dtype`` or not, and for the small ones with it."""
     joined, most = [(kept, weight)], _most_in_shared_node(kept)
-    if weight.numel() <= most and not weight._backward_hooks:
+    if weight.numel() <= most and not _has_hooks(weight):
         joined = []
         for _, mate in _renewed_with(normalization, kept):
             its, outputs = mate.moment.clock.weight, mate.outputs if dtype is None else _outputs_of(mate, dtype)
             is_wanting = outputs is not None and outputs.is_used_up() and its.requires_grad and its.numel() <= most
-            # A node calls the hooks of all its weights, with None for one that a backward does not reach.
-            if mate is kept or (is_wanting and not its._backward_hooks):
+            if mate is kept or (is_wanting and not _has_hooks(its)):
                 joined.append((mate, its))
     kepts = [each for each, _ in joined]
     followed = kept.followed
@@ -415,6 +414,11 @@ def _connect(normalization: SpectralNorm, kept: Kept, weight: Tensor, dtype: tor
         of_each = each.outputs if dtype is None else _outputs_of(each, dtype)
         assert of_each is not None
         of_each.add([first, second])
+
+
+def _has_hooks(weight: Tensor) -> bool:
+    """Whether somebody waits for the weight's gradient: a shared node calls him also where a backward brings none."""
+    return bool(weight._backward_hooks) or bool(weight._post_accumulate_grad_hooks)
 
 
 def _renewed_with(normalization: SpectralNorm, kept: Kept) -> list[tuple[SpectralNorm, Kept]]:

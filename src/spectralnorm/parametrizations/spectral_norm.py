@@ -344,7 +344,8 @@ class SpectralNorm(WeightNorms, WrittenValues):
             self.settle()
         value = self._divided(weight)
         if self.scale is not None:
-            value = value * self.scale
+            # A copy: else a step of an optimizer would change the numbers that a graph from before it needs.
+            value = value * self.scale.clone()
             if sees_writes:
                 self._forgotten_scale.look(weight, self.scale, self.name)
         if sees_writes:
