@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spectralnorm.cli import _COMMANDS, main
+from spectralnorm.cli import _COMMANDS, main, train
 from spectralnorm.cli.arguments import field_docs
 from spectralnorm.cli.settings import flatten, grouped
 from spectralnorm.gan.augment import AUGMENTATIONS
@@ -193,11 +193,28 @@ def test_parameters_are_counted_without_making_the_networks(recipe: str):
     assert parameter_counts(config) == tuple(sum(p.numel() for p in network.parameters()) for network in networks)
 
 
+def test_a_run_is_gone_on_with_by_the_program_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / ".venv" / "bin" / "spectralnorm"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [".venv/bin/spectralnorm"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    commands = []
+    monkeypatch.setattr(train, "_train", lambda config, out, command: commands.append(command) or 0)
+    assert main(["train", "--out", "my run"]) == 0
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert main(["train", "--out", "my run"]) == 0
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert main(["train", "--out", "my run"]) == 0
+    assert commands == [".venv/bin/spectralnorm train --out 'my run'", *2 * ["spectralnorm train --out 'my run'"]]
+
+
 def test_no_help_page_imports_torch():
     # One process for all commands: where none of them has imported torch at the end, none has.
     code = f"""
 import sys
-from spectralnorm.cli import _COMMANDS, main
+from spectralnorm.cli import _COMMANDS, main, train
 for command in {tuple(_COMMANDS)}:
     try:
         main([command, "--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,14 @@ def run(words: list[str]) -> int:
     if options.dry_run:
         print(config_to_json(config), end="")
         return 0
-    return _train(config, options.out, command=shlex.join([*_PROG.split(), *words]))
+    return _train(config, options.out, command=shlex.join([_program(), "train", *words]))
+
+
+def _program() -> str:
+    """How to call the command again: as it was called, where its name alone does not find it."""
+    called, found = Path(sys.argv[0]), shutil.which("spectralnorm")
+    is_found = found is not None and Path(found).resolve() == called.resolve()
+    return "spectralnorm" if called.name != "spectralnorm" or is_found else sys.argv[0]
 
 
 def _train(config: Config, out: Path | None, *, command: str) -> int:
