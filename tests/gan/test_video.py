@@ -86,7 +86,7 @@ def test_what_ffmpeg_says_is_told_and_nothing_is_left(tmp_path: Path, ffmpeg: Pa
 @pytest.mark.parametrize(
     ("name", "fps", "says"),
     [
-        ("walk.avi", 30, "must end in .gif, .webp, .mp4"),
+        ("walk.avi", 30, "must end in .gif or .webp or .mp4"),
         ("walk.gif", 60, "at most 50 frames a second"),
         ("walk.webp", 0, "fps must be a number above 0"),
         ("walk.webp", float("nan"), "fps must be a number above 0"),

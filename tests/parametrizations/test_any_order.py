@@ -676,6 +676,8 @@ class AnyOrder(RuleBasedStateMachine):
             if not torch.equal(new.nan_to_num(), raw(layer).detach().nan_to_num()):
                 raise AssertionError("an initialization has not reached the weight")
         else:
+            # Torch gives the parameter other memory by `Tensor.set_`, and takes it out of older graphs with that.
+            self.forget_held(layer)
             layer.weight = new
         expected.note_movement()
         expected.is_written()
