@@ -309,3 +309,16 @@ def test_what_is_loaded_is_the_same_function_whatever_was_there_before(make, opt
     for each in (model, other):
         each.load_state_dict(state)
     assert torch.equal(model[0].weight, other[0].weight)
+
+
+def test_a_small_entry_is_divided_as_it_is_after_a_write_of_no_account_for_the_norm(device):
+    layer = nn.Linear(30, 9, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight[0] = 1e-8
+    layer = spectral_norm(layer)
+    for column in range(30):
+        layer.weight  # noqa: B018 - a use
+        with torch.no_grad():
+            raw(layer)[0, column] = 2e-8
+        divisor = torch.linalg.matrix_norm(raw(layer).detach().double(), 2)
+        torch.testing.assert_close(layer.weight.detach().double(), raw(layer).double() / divisor, rtol=1e-4, atol=0)

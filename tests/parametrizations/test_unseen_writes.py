@@ -334,6 +334,24 @@ def steps(number: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.usefixtures("engine_or_kernels")
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_small_change_of_a_weight_of_any_size_is_seen(dtype, size, device):
+    layer = nn.Linear(14, 12, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.mul_(size)
+    layer = spectral_norm(layer.to(dtype))
+    for _ in range(40):
+        layer.weight  # noqa: B018 - a use
+    raw = layer.parametrizations.weight.original
+    raw.data.add_(1e-4 * size * torch.randn(12, 14, generator=torch.Generator().manual_seed(0)).to(raw))
+    steps(1)
+    value = raw.detach().double() / torch.linalg.matrix_norm(raw.detach().double(), 2)
+    tolerance = 1e-4 + 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.weight.detach().double(), value, rtol=tolerance, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_no_write_is_found_where_there_was_none(make, options, comparisons, device):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Distance", "distance_from", "moved_together"]
 
+# The norm is as it was found, to 1e-4, if the weight has moved by so little of it.
+_SAME_NORM = 1e-5
 # The last of the known directions tells about what is outside of them, and is itself not exact.
 _SAFETY = 2
 
@@ -59,7 +61,7 @@ def distance_from(kept: Kept, normalization: SpectralNorm, weight: Tensor) -> Di
     info = torch.finfo(wide)
     if not moved < sigma or sigma < info.tiny**0.5 / info.eps:
         return Distance.LARGE  # or not finite, or so small that squares may vanish
-    if moved < 1e-4 * sigma and moved <= torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(now)):
+    if moved < _SAME_NORM * sigma and moved <= torch.finfo(weight.dtype).eps * float(torch.linalg.vector_norm(now)):
         return Distance.NONE
     # A bound of a strict weight takes longer than to begin anew.
     if normalization.strict or normalization.follows_map or weight.is_complex():

@@ -76,11 +76,12 @@ def _has_been_nearby(normalization: SpectralNorm, weight: Tensor, kept: Kept) ->
         Whether that was possible.
     """
     distance = distance_from(kept, normalization, weight)
-    if distance is Distance.NONE and (kept.has_left or not is_quotient(kept.value, weight, kept.divisor)):
-        # Else what has moved by less than rounding would be looked at at every use.
-        _divide_by_kept(normalization, weight, kept)
-    elif distance is Distance.NONE:
-        kept.stay()
+    if distance is Distance.NONE:
+        is_same = is_quotient(kept.value, weight, kept.divisor, are_all_compared=True)
+        if is_same and not kept.has_left:
+            kept.stay()
+        else:  # small entries may have moved by more than their own rounding
+            _divide_by_kept(normalization, weight, kept)
     elif distance is Distance.SMALL:
         engine.follow_closely(moved_together(normalization, weight, kept))
     return normalization._kept is not None and distance is not Distance.LARGE

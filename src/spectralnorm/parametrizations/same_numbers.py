@@ -34,17 +34,17 @@ def is_same(tensor: Tensor, copy: Tensor) -> bool:
     return torch.equal(tensor, copy) or torch.allclose(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
-def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
-    """Whether some entries of ``value`` are those of ``weight`` by ``divisor``, but for rounding.
+def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor, *, are_all_compared: bool = False) -> bool:
+    """Whether entries of ``value`` are those of ``weight`` by ``divisor``, but for rounding.
 
-    Of tensors that lie densely in memory in the same order it is up to 256, of many columns, because those of inputs
-    that are always zero stay as they are; of others all.
+    If not all are compared, it is up to 256 of tensors that lie densely in memory in the same order, of many columns,
+    because those of inputs that are always zero stay as they are.
     """
     if value.shape != weight.shape:  # another view of its memory
         return False
     dtype, stride, size = weight.dtype, weight.stride(), weight.numel()
     relative, absolute = _rounding(dtype)
-    step = _step(weight.shape, stride)
+    step = _step(weight.shape, stride, are_all_compared)
     if step and value.stride() == stride:
         if dtype is torch.float32 and type(divisor) is float and cpu.is_trusted():
             return cpu.is_quotient(value, weight, size, step, divisor, relative, absolute)
@@ -59,14 +59,19 @@ def is_quotient(value: Tensor, weight: Tensor, divisor: float | Tensor) -> bool:
 def _rounding(dtype: torch.dtype) -> tuple[float, float]:
     """What a quotient may be off by: relative to it, and where it is too small for the type."""
     info = torch.finfo(dtype)
-    return _MOST_ROUNDED * info.eps, _MOST_ROUNDED * info.tiny
+    # Of float32 what is smaller may be flushed to zero. Numbers of float16 are rounded from those, and reach far enough
+    # down for it to be seen.
+    smallest = info.tiny * info.eps if dtype is torch.float16 else info.tiny
+    return _MOST_ROUNDED * info.eps, _MOST_ROUNDED * smallest
 
 
 @lru_cache(maxsize=4096)
-def _step(shape: torch.Size, stride: tuple[int, ...]) -> int:
+def _step(shape: torch.Size, stride: tuple[int, ...], are_all_compared: bool) -> int:
     """From one entry that is compared to the next, in memory; 0 where a tensor has gaps there."""
     if not is_dense(torch.empty_strided(shape, stride, device="meta")):
         return 0
+    if are_all_compared:
+        return 1
     size = math.prod(shape)
     step, columns = math.ceil(size / _SAMPLED), size // shape[0]
     if step >= columns:  # from row to row the column moves on by the golden section
