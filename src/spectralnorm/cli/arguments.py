@@ -89,15 +89,13 @@ def _unknown(word: str, options: Any, prog: str) -> str:
 
 def _flags(options: Any) -> dict[str, Any]:
     """The flags of a dataclass and of those in it, and what each of them takes."""
-    return {
-        flag: kind
-        for field, kind, marks in _parts(options)
-        for flag, kind in (
-            _flags(kind).items()
-            if dataclasses.is_dataclass(kind)
-            else [(_flag(field, marks), kind)] * (tyro.conf.Positional not in marks)
-        )
-    }
+    flags: dict[str, Any] = {}
+    for field, kind, marks in _parts(options):
+        if dataclasses.is_dataclass(kind):
+            flags |= _flags(kind)
+        elif tyro.conf.Positional not in marks:
+            flags[_flag(field, marks)] = kind
+    return flags
 
 
 def _parts(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, list[Any]]]:
